@@ -1,0 +1,166 @@
+"""`MemoryConfig`: how the key/value memory of one request is laid out and looked up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qllm_runtime.errors import InvalidConfigError
+
+Policy = Literal["qllm", "infllm", "streaming", "lm-infinite", "full"]
+Selection = Literal["shared", "per_kv_head"]
+Summary = Literal["published", "mean", "max"]
+
+# attn_type values of the published YAML configs
+_PUBLISHED_POLICIES: dict[str, Policy] = {
+    "qllm": "qllm",
+    "inf-llm": "infllm",
+    "stream-llm": "streaming",
+    "infinite-lm": "lm-infinite",
+    "origin": "full",
+}
+# keys of the published configs that steer its caching or its GPU code and have no influence on results
+_PUBLISHED_ENGINE_KEYS = frozenset(
+    "max_cached_block cache_strategy score_decay async_global_stream pin_memory faiss perhead fattn "
+    "chunk_topk_calc base distance_scale chunk_size type attn_type".split()
+)
+
+
+class MemoryConfig(BaseModel):
+    """Layout and lookup of the block memory (paper sections 3.2 and 3.3; all sizes in tokens unless said otherwise).
+
+    Frozen and validated: an inconsistent combination raises :class:`~qllm_runtime.errors.InvalidConfigError`.
+    Use :meth:`for_model` for defaults that fit a model's own context window and :meth:`from_yaml` for the
+    configuration files of the published research code.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: Policy = Field(
+        default="qllm",
+        description="Which tokens outside the window stay reachable. qllm: blocks looked up by current tokens and question; "
+        "infllm: by current tokens only; streaming and lm-infinite: initial tokens only; full: every token (dense attention).",
+    )
+    n_init: int = Field(default=64, ge=0, description="Initial tokens that always stay visible ('global tokens' G, attention sinks).")
+    n_local: int = Field(
+        default=1024, ge=1, description="Local window L: every query sees at least this many preceding tokens, at their true distance."
+    )
+    block_size: int = Field(default=64, ge=1, description="Tokens per memory block B.")
+    topk: int = Field(default=16, ge=0, description="Blocks looked up per piece and layer (blocks).")
+    repr_topk: int = Field(default=4, ge=1, description="Representative tokens r_k per block (tokens).")
+    exec_block_size: int = Field(default=256, ge=1, description="Queries that share one lookup while reading (a 'piece').")
+    query_weight: float = Field(
+        default=1.0, ge=0, description="Weight beta of the question's term in the block score (eq. 7); unit-free."
+    )
+    selection: Selection = Field(
+        default="shared", description="One choice of blocks for all heads of a layer (as published) or one per key/value head."
+    )
+    summary: Summary = Field(
+        default="max",
+        description="What represents a block: 'published' (mean of the repr_topk tokens with most attention mass), 'mean' (of all keys), "
+        "'max' (repr_topk single keys, the best match counts).",
+    )
+    chunk_size: int = Field(
+        default=2048, ge=1, description="Tokens per forward pass while reading; rounded down to whole pieces. No effect on results."
+    )
+    faithful: bool = Field(default=False, description="Reproduce the published research code number for number, quirks included.")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc'])) or 'MemoryConfig'}: {e['msg']}" for e in error.errors()]
+            raise InvalidConfigError("Invalid memory configuration: " + "; ".join(lines)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> MemoryConfig:
+        if self.uses_blocks and self.topk == 0 and not self.faithful:
+            raise ValueError(f"policy {self.policy!r} needs topk of at least 1; use policy='lm-infinite' for a window without lookups")
+        if self.repr_topk > self.block_size:
+            raise ValueError(f"repr_topk ({self.repr_topk}) must not exceed block_size ({self.block_size})")
+        if self.exec_block_size > self.n_local:
+            raise ValueError(f"exec_block_size ({self.exec_block_size}) must not exceed n_local ({self.n_local})")
+        if self.faithful and (self.selection, self.summary) != ("shared", "published"):
+            raise ValueError("faithful=True implies selection='shared' and summary='published'")
+        if self.faithful and self.policy == "full":
+            raise ValueError("faithful=True has no counterpart for policy 'full'")
+        return self
+
+    @property
+    def uses_blocks(self) -> bool:
+        """Whether evicted tokens are kept as blocks that can be looked up."""
+        return self.policy in ("qllm", "infllm")
+
+    @property
+    def window(self) -> int:
+        """Attention window in tokens: local window plus looked-up blocks."""
+        return self.n_local + (self.topk * self.block_size if self.uses_blocks else 0)
+
+    def replace(self, **changes: Any) -> MemoryConfig:
+        """A validated copy with some fields changed."""
+        return MemoryConfig(**{**self.model_dump(), **changes})
+
+    @classmethod
+    def for_model(cls, max_position_embeddings: int, **overrides: Any) -> MemoryConfig:
+        """Defaults for a model trained on contexts of `max_position_embeddings` tokens.
+
+        Half of the trained window (at most 4096 tokens) is local, as much again is looked up: positions never leave the
+        trained range and the attention cost per token stays constant however long the document is.
+
+        Args:
+            max_position_embeddings: Length the model was trained for, in tokens.
+            **overrides: Fields that win over the defaults.
+        """
+        n_local = min(4096, max(64, 2 ** int(math.log2(max(128, max_position_embeddings) / 2))))
+        block = 64 if n_local >= 1024 else 32
+        defaults: dict[str, Any] = {
+            "n_init": block,
+            "n_local": n_local,
+            "block_size": block,
+            "topk": min(32, n_local // block),
+            "exec_block_size": min(256, n_local // 2),
+            "chunk_size": max(2048, min(8192, 2 * n_local)),
+        }
+        if overrides.get("faithful"):
+            defaults["summary"] = "published"
+        return cls(**{**defaults, **overrides})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> MemoryConfig:
+        """Read a configuration file of the published code (`model:` section or bare keys) or one of our own field names.
+
+        Keys that steer only caching or GPU code of the published engine are ignored; unknown keys are an error.
+
+        Raises:
+            InvalidConfigError: The file is missing, is not YAML, or has unknown or inconsistent keys.
+        """
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidConfigError(f"Cannot read memory configuration {str(path)!r}: {error}") from error
+        if not isinstance(raw, dict):
+            raise InvalidConfigError(f"{str(path)!r} holds no mapping of settings.")
+        published = isinstance(raw.get("model"), dict)
+        section: dict[str, Any] = raw["model"] if published else raw
+        values: dict[str, Any] = {}
+        if "type" in section or "attn_type" in section:
+            kind = str(section.get("type", section.get("attn_type")))
+            if kind not in _PUBLISHED_POLICIES:
+                raise InvalidConfigError(f"Unknown type {kind!r} in {str(path)!r}; expected one of {sorted(_PUBLISHED_POLICIES)}.")
+            values["policy"] = _PUBLISHED_POLICIES[kind]
+            published = True
+        if published:
+            values["summary"] = "published"
+        names = {"question_weight": "query_weight", "exc_block_size": "exec_block_size"}
+        outer = {k: raw[k] for k in ("chunk_size",) if k in raw}
+        for key, value in {**section, **outer}.items():
+            name = names.get(key, key)
+            if name in cls.model_fields:
+                values[name] = value
+            elif key not in _PUBLISHED_ENGINE_KEYS and key not in ("path", "tokenizer_path", "conv_type"):
+                raise InvalidConfigError(f"Unknown key {key!r} in {str(path)!r}; known: {sorted(cls.model_fields)}.")
+        return cls(**{**values, **overrides})

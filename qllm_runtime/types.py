@@ -1,0 +1,190 @@
+"""What goes into a request and what comes out of it. Plain data; importing this loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["query_aware", "read_once"]
+FinishReason = Literal["stop", "length", "cancelled"]
+QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
+
+#: Called while a document is read with (tokens read so far, tokens in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole document.
+
+    Attributes:
+        text: Its text, exactly as sources will quote it.
+        title: Shown to the model ahead of the text and reported with every source.
+        metadata: Anything the caller wants to find again; never shown to the model.
+    """
+
+    text: str
+    title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Document(title={self.title!r}, characters={len(self.text)})"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: "system", "user", "assistant" or "tool".
+        content: Its parts in order. A `Document` is read as a document, a `str` is ordinary text.
+        extras: Further keys of the message that the chat template understands (`tool_calls`, `tool_call_id`, `name`).
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: tuple[str | Document, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The ordinary text of the turn, documents left out."""
+        return "\n\n".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """The documents of the turn, in order."""
+        return tuple(part for part in self.content if isinstance(part, Document))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. The defaults are greedy.
+
+    Attributes:
+        max_tokens: Upper bound of generated tokens.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p, top_k, min_p: The usual truncations (None: off).
+        repetition_penalty: Applied to tokens of the answer only, never to the document's.
+        seed: Makes sampling reproducible.
+        stop: Strings that end the answer; never part of it.
+        logprobs: Number of alternatives to report per token (None: no log-probabilities at all, 0: the chosen token only).
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage that was looked up while the answer was written.
+
+    Attributes:
+        document: Index of the document in the request.
+        title: Its title, if it has one.
+        start, end: Character span, `text == document.text[start:end]`.
+        score: Share of the answer's attention to documents that fell on this passage (0..1).
+        text: The passage.
+    """
+
+    document: int
+    title: str | None
+    start: int
+    end: int
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a request.
+
+    Attributes:
+        prompt_tokens: Tokens of the whole prompt, read now or earlier.
+        completion_tokens: Tokens generated.
+        cache_read_tokens: Part of the prompt that came from a document memory read earlier.
+        cache_creation_tokens: Part of the prompt that this request wrote into a memory that outlives it.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cache_read_tokens: int = 0
+    cache_creation_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, tokens per second and bytes of a request.
+
+    Attributes:
+        tokenize_s, read_s, decode_s, total_s: Seconds for tokenising, reading the prompt, writing the answer, all.
+        read_tokens_per_s, decode_tokens_per_s: Throughput; 0 when nothing was read or written.
+        peak_memory_bytes: Peak of the device (CUDA) or of the process (CPU).
+    """
+
+    tokenize_s: float = 0.0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+    read_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one generated token and of its best alternatives."""
+
+    token: str
+    token_id: int
+    logprob: float
+    top: tuple[tuple[str, int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of a request.
+
+    Attributes:
+        text: The answer, without stop strings and special tokens.
+        sources: Passages behind it, best first.
+        usage, timings: Counts and times.
+        finish_reason: "stop" (end token or stop string), "length" (max_tokens) or "cancelled".
+        query: The text that was routed to the lookup ("" when none was).
+        query_source: Which rule found the query.
+        mode: How the documents were read.
+        token_ids: The generated token ids, end token excluded.
+        logprobs: One entry per generated token when asked for.
+    """
+
+    text: str
+    sources: tuple[Source, ...] = ()
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    timings: Timings = field(default_factory=Timings)
+    finish_reason: FinishReason = "stop"
+    query: str = ""
+    query_source: QuerySource = "none"
+    mode: Mode = "query_aware"
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a streamed answer. The last one carries `answer` and may have empty `text`."""
+
+    text: str
+    answer: Answer | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
