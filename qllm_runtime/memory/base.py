@@ -1,0 +1,73 @@
+"""What the attention of one layer sees of one sequence: the contract every memory policy fulfils."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Rotation(ABC):
+    """The rotary position embedding of one layer, applied by the architecture's own function."""
+
+    @abstractmethod
+    def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Rotate `x` [heads, n, head_dim] to positions start, start + 1, ..., start + n - 1."""
+
+    @abstractmethod
+    def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        """Rotate every row of `x` [heads, n, head_dim] to the same `position`."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How one attention module turns dot products into weights.
+
+    Attributes:
+        scale: Factor on the logits (1/sqrt(head_dim) in most models).
+        softcap: Cap c of c * tanh(logit / c) on the scaled logits, or None.
+        sinks: [heads] extra logits that take part in the softmax and carry no value, or None.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class LayerMemory(ABC):
+    """Keys and values of one layer and one sequence. Keys arrive and are kept un-rotated.
+
+    Attributes:
+        n_seen: Tokens appended so far; the absolute index of the next one.
+    """
+
+    n_seen: int = 0
+
+    @abstractmethod
+    def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """Take in n new tokens and return their attention output.
+
+        Args:
+            query: [heads, n, head_dim], un-rotated.
+            key: [kv_heads, n, head_dim], un-rotated.
+            value: [kv_heads, n, head_dim].
+            scoring: Scale, soft cap and sinks of the module.
+
+        Returns:
+            [n, heads, head_dim].
+        """
+
+    @abstractmethod
+    def set_query(self, start: int, end: int) -> None:
+        """Route tokens [start, end) (absolute, already seen or yet to come) to the lookup; replaces an earlier span."""
+
+    @abstractmethod
+    def fork(self) -> Self:
+        """An independent continuation that shares what has been read; this memory may not be appended to while it lives."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of keys, values and summaries held (shared parts counted once per fork)."""
