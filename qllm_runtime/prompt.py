@@ -1,0 +1,188 @@
+"""A conversation as token ids, with the places of documents and question known by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qllm_runtime.chat_template import abilities, render, template_of
+from qllm_runtime.layout import Message, Segment, insert, lay_out
+from qllm_runtime.tokenization import SegmentTokenizer, concatenate
+from qllm_runtime.tool_text import describe_tools
+from qllm_runtime.types import Document, Mode, Turn
+
+__all__ = ["DocumentSpan", "Prompt", "Segment", "build_prompt", "build_reading", "renders_tools"]
+
+
+@dataclass(frozen=True)
+class DocumentSpan:
+    """Where a document stands in the prompt.
+
+    Attributes:
+        document: Index of the document in order of appearance.
+        start, end: Its tokens.
+        offsets: [end - start, 2] character offsets of each token into `Document.text`.
+    """
+
+    document: int
+    start: int
+    end: int
+    offsets: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and what they are.
+
+    Attributes:
+        ids: [n] token ids with at most one beginning-of-sequence token.
+        query_spans: Token spans of the question, in order of appearance.
+        document_spans: One span per document.
+        read_end: Tokens [0, read_end) hold everything up to and including the last document (0 without documents).
+    """
+
+    ids: NDArray[np.int64]
+    query_spans: tuple[tuple[int, int], ...]
+    document_spans: tuple[DocumentSpan, ...]
+    read_end: int
+
+
+def build_prompt(
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    *,
+    query: str | None,
+    mode: Mode,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> Prompt:
+    """Lay out and tokenise a conversation.
+
+    The model's own chat template writes everything around the contents. A tokenizer without one gets a plain layout:
+    the beginning-of-sequence token if there is one, then for each turn a line `System:`, `User:`, `Assistant:` or
+    `Tool:`, its content and an empty line, and a last line `Assistant:`. A beginning-of-sequence token is added when
+    the tokenizer adds one of its own accord and the template has not written it.
+
+    A user turn with documents reads QUESTION, documents, text in mode "query_aware" and documents, text in mode
+    "read_once", an empty line between them; a document with a title is preceded by a line `[title]`. What a template cannot
+    express is rewritten without losing text: a system turn goes ahead of the first user turn, turns of one role in a
+    row are merged, tools are described in the system turn (behind the documents in mode "read_once", so that the
+    reading stays the same), calls and results become text.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        turns: The conversation; documents stand in user or tool turns.
+        query: The question to route to the lookup ("" or None: none). It is marked where a user turn asks it.
+        mode: "query_aware" puts it ahead of the documents as well.
+        tools: Tools in the format of OpenAI functions.
+        template_kwargs: Further variables for the chat template.
+        add_generation_prompt: End with the opening of an assistant turn.
+
+    Raises:
+        InvalidRequestError: The conversation is empty or the chat template refuses it.
+        DocumentError: A document is empty.
+        UnsupportedModelError: Not a fast tokenizer.
+    """
+    messages = lay_out(turns, query, mode)
+    return _build(tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt)
+
+
+def build_reading(tokenizer: Any, documents: Sequence[Document], *, system: str | None) -> Prompt:
+    """The beginning of every "read_once" prompt with these documents and this system text: up to the documents' end."""
+    turns = [Turn("system", (system,))] if system else []
+    messages = lay_out([*turns, Turn("user", tuple(documents))], None, "read_once")
+    return _build(tokenizer, messages, "read_once", None, None, False, reading=True)
+
+
+def renders_tools(tokenizer: Any) -> bool:
+    """Whether the chat template writes tools itself.
+
+    Otherwise the prompt describes them as text and asks for `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+    """
+    return abilities(tokenizer, template_of(tokenizer, [{}])).tools
+
+
+def _build(
+    tokenizer: Any,
+    messages: list[Message],
+    mode: Mode,
+    tools: Sequence[Mapping[str, Any]] | None,
+    template_kwargs: Mapping[str, Any] | None,
+    add_generation_prompt: bool,
+    reading: bool = False,
+) -> Prompt:
+    template = template_of(tokenizer, tools)
+    segmenter = SegmentTokenizer.of(tokenizer, template)
+    able = abilities(tokenizer, template)
+    if tools and not able.tools:
+        messages = _with_tools_as_text(messages, describe_tools(tools), mode)
+    segments = render(
+        tokenizer,
+        template,
+        able,
+        messages,
+        control=segmenter.control,
+        tools=tools,
+        template_kwargs=template_kwargs,
+        add_generation_prompt=add_generation_prompt,
+    )
+    if reading:
+        last = max(i for i, segment in enumerate(segments) if segment.kind == "document")
+        segments = segments[: last + 1]
+    return _tokenise(tokenizer, segmenter, segments)
+
+
+def _with_tools_as_text(messages: list[Message], description: str, mode: Mode) -> list[Message]:
+    holds = [i for i, m in enumerate(messages) if any(segment.kind == "document" for segment in m.segments)]
+    changed = list(messages)
+    if mode == "read_once" and holds:
+        changed[holds[-1]] = insert(messages[holds[-1]], description, after_documents=True)
+    elif messages[0].role == "system":
+        changed[0] = insert(messages[0], description)
+    else:
+        changed.insert(0, Message("system", (Segment("text", description),)))
+    return changed
+
+
+def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Segment]) -> Prompt:
+    parts: list[NDArray[np.int64]] = []
+    queries: list[tuple[int, int]] = []
+    spans: list[DocumentSpan] = []
+    position = 0
+    space = segmenter.prefixes  # a space ahead of the next text is part of its first word
+    for index, segment in enumerate(segments):
+        if segment.kind == "template":
+            following = segments[index + 1].kind if index + 1 < len(segments) else "template"
+            space = segmenter.prefixes and following != "template" and segment.text.endswith(" ")
+            text = segment.text[:-1] if space else segment.text
+            ids = np.array(segmenter.template(text, first=index == 0), dtype=np.int64)
+            if index == 0:
+                ids = _with_bos(tokenizer, ids)
+        else:
+            ids, offsets = segmenter.text(segment.text, space=space)
+            if index == 0:
+                ids, offsets = _with_bos(tokenizer, ids), offsets
+            space = False
+            end = position + len(ids)
+            if segment.kind == "query":
+                queries.append((position, end))
+            elif segment.kind == "document":
+                spans.append(DocumentSpan(int(segment.document or 0), position, end, offsets))
+        parts.append(ids)
+        position += len(ids)
+    return Prompt(concatenate(parts), tuple(queries), tuple(spans), spans[-1].end if spans else 0)
+
+
+def _with_bos(tokenizer: Any, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    bos = tokenizer.bos_token_id
+    if bos is None or (len(ids) and ids[0] == bos):
+        return ids
+    adds_it = tokenizer("a")["input_ids"][:1] == [bos]
+    if tokenizer.chat_template and not adds_it:
+        return ids
+    return np.concatenate([np.array([bos], dtype=np.int64), ids])

@@ -1,0 +1,68 @@
+"""Tools for models whose chat template knows none: a plain-text description and a call format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qllm_runtime.layout import Message, Segment, join
+
+TOOL_CALL_FORMAT = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """The tools as text for the system turn: one line of JSON per tool and how to call it.
+
+    The model is asked for `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; results are shown to it as
+    `<tool_response>...</tool_response>` in a user turn.
+    """
+    lines = ["You can call these tools:"]
+    for tool in tools:
+        function = tool.get("function", tool)
+        entry = {key: function[key] for key in ("name", "description", "parameters") if key in function}
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    lines.append(f"To call one, write {TOOL_CALL_FORMAT} with its arguments as JSON and nothing else.")
+    return "\n".join(lines)
+
+
+def tool_turns_as_text(messages: Sequence[Message]) -> list[Message]:
+    """Calls made by the assistant and results given to it, as text in assistant and user turns."""
+    rewritten: list[Message] = []
+    for message in messages:
+        extras = {key: value for key, value in message.extras.items() if key not in ("tool_calls", "tool_call_id")}
+        if message.role == "tool":
+            opening, closing = Segment("text", "<tool_response>\n"), Segment("text", "\n</tool_response>")
+            extras.pop("name", None)
+            rewritten.append(Message("user", (opening, *message.segments, closing), extras))
+        elif calls := message.extras.get("tool_calls"):
+            text = "\n".join(_call(call) for call in calls)
+            rewritten.append(Message(message.role, join(message.segments, (Segment("text", text),)), extras))
+        else:
+            rewritten.append(message)
+    return rewritten
+
+
+def with_arguments_as_objects(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of tool calls as objects, as templates expect them; a string that is no JSON object stays one."""
+    calls = extras.get("tool_calls")
+    if not calls:
+        return dict(extras)
+    return {**extras, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else dict(call)
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    function = _with_object(call).get("function", call)
+    entry = {"name": function.get("name"), "arguments": function.get("arguments", {})}
+    return f"<tool_call>{json.dumps(entry, ensure_ascii=False)}</tool_call>"
