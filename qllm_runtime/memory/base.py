@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from qllm_runtime.memory.record import LookupHook
 
 if TYPE_CHECKING:
     import torch
 
+WeightsHook = Callable[["torch.Tensor", "torch.Tensor"], None]
+
 
 class Rotation(ABC):
-    """The rotary position embedding of one layer, applied by the architecture's own function."""
+    """The rotary position embedding of one layer, applied by the architecture's own function.
+
+    Attributes:
+        comfortable_length: Longest run of positions that keeps the frequencies of short texts (rotary kinds whose
+            frequencies depend on the text's length), or None.
+    """
+
+    comfortable_length: int | None = None
 
     @abstractmethod
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate `x` [heads, n, head_dim] to positions start, start + 1, ..., start + n - 1."""
+
+    @abstractmethod
+    def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotate` for two tensors of the same n (queries and keys of the same tokens)."""
 
     @abstractmethod
     def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
@@ -42,9 +58,14 @@ class LayerMemory(ABC):
 
     Attributes:
         n_seen: Tokens appended so far; the absolute index of the next one.
+        on_lookup: Called with the record of every lookup, or None.
+        on_weights: Called for every single-token step with its attention weights [kv_heads, m], summed over the heads that
+            share a kv head, and the absolute indices [kv_heads, m] of the keys they belong to; or None.
     """
 
     n_seen: int = 0
+    on_lookup: LookupHook | None = None
+    on_weights: WeightsHook | None = None
 
     @abstractmethod
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
@@ -62,7 +83,7 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def set_query(self, start: int, end: int) -> None:
-        """Route tokens [start, end) (absolute, already seen or yet to come) to the lookup; replaces an earlier span."""
+        """Route tokens [start, end) (absolute indices, not yet appended) to the lookup; replaces an earlier span."""
 
     @abstractmethod
     def fork(self) -> Self:

@@ -13,7 +13,7 @@ import torch
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
-from qllm_runtime.memory.record import Lookup, LookupHook
+from qllm_runtime.memory.record import Lookup
 from qllm_runtime.memory.segments import Rows, Segment, attend_jointly, distances
 
 
@@ -35,7 +35,6 @@ class PublishedMemory(LayerMemory):
       locally as well; their weight then counts twice.
 
     Attributes:
-        on_lookup: Called with the record of every lookup, or None.
         n_initial: Initial tokens captured so far.
         query_vector: [heads * head_dim] question vector, or None while there is none.
     """
@@ -53,7 +52,6 @@ class PublishedMemory(LayerMemory):
         """
         if not config.uses_blocks:
             raise InvalidConfigError(f"PublishedMemory has no policy {config.policy!r}; use PublishedWindow.")
-        self.on_lookup: LookupHook | None = None
         self.n_seen = 0
         self.n_initial = 0
         self.query_vector: torch.Tensor | None = None
@@ -105,9 +103,8 @@ class PublishedMemory(LayerMemory):
             stop = min(start + self._config.exec_block_size, end)
             piece = slice(start - begin, stop - begin)
             chosen = self._choose(far[:, piece], start)
-            output[piece], local = self._attend(query[:, piece], far[:, piece], start, chosen, scoring.scale)
-            first = stop - local.shape[2] - mass_start
-            mass[:, first : stop - mass_start] += local.sum(dim=1)
+            output[piece], received = self._attend(query[:, piece], far[:, piece], start, chosen, scoring.scale)
+            mass[:, stop - mass_start - received.shape[1] : stop - mass_start] += received
             self._capture_initial(stop, far, mass)
             self._evict(stop, mass[:, self._remainder_start - mass_start :])
         self._mass = mass[:, self._remainder_start - mass_start :]
@@ -132,7 +129,6 @@ class PublishedMemory(LayerMemory):
     def fork(self) -> Self:
         """An independent continuation. Copies everything: this memory is for comparisons, not for many questions."""
         other = type(self)(self._config, self._rotation, self._query_span)
-        other.on_lookup = self.on_lookup
         other.n_seen, other.n_initial = self.n_seen, self.n_initial
         other.query_vector = self.query_vector
         other._keys, other._values = self._keys.copy(), self._values.copy()
@@ -164,27 +160,32 @@ class PublishedMemory(LayerMemory):
     def _attend(
         self, query: torch.Tensor, far: torch.Tensor, start: int, chosen: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [l, heads, head_dim] and local probabilities [heads, l, local keys] of the piece at `start`."""
-        stop = start + query.shape[1]
-        local_start = max(0, start - self._config.n_local)
-        far_end = max(self._remainder_start, stop - self._config.n_local)
+        """Output [l, heads, head_dim] of the piece at `start` and the mass each local key receives [heads, keys]."""
+        config, stop = self._config, start + query.shape[1]
+        local_start = max(0, start - config.n_local)
+        far_end = max(self._remainder_start, stop - config.n_local)
 
         def far_segment(rows: torch.Tensor) -> torch.Tensor:
-            blocks = self._blocks(rows, self._config.n_init, self.n_blocks)[:, chosen].flatten(1, 2)
+            blocks = self._blocks(rows, config.n_init, self.n_blocks)[:, chosen].flatten(1, 2)
             return torch.cat((blocks, rows[:, : self.n_initial], rows[:, self._remainder_start : far_end]), dim=1)
 
         keys, values = self._keys.rows, self._values.rows
         distance = distances(start, stop, local_start, stop, query.device)
-        return attend_jointly(
+        output, weights = attend_jointly(
             Segment(
                 self._rotation.rotate(query, start - local_start),
                 self._rotation.rotate(keys[:, local_start:stop], 0),
                 values[:, local_start:stop],
-                (distance >= 0) & (distance < self._config.n_local),
+                (distance >= 0) & (distance < config.n_local),
             ),
             Segment(far, far_segment(keys), far_segment(values), None),
             scale,
         )
+        if self.on_weights is not None and query.shape[1] == 1:
+            everything = torch.arange(stop, device=query.device).view(1, stop, 1)
+            positions = torch.cat((everything[:, local_start:], far_segment(everything)), dim=1).flatten()
+            self.on_weights(*_by_group(weights, positions, keys.shape[0]))
+        return output, weights[:, :, : stop - local_start].sum(dim=1)
 
     def _blocks(self, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
         """View of `count` whole blocks from token `start` on: [kv_heads, count, block_size, head_dim]."""
@@ -303,7 +304,7 @@ class PublishedWindow(LayerMemory):
             local_start = max(0, start - n_local)
             local = slice(local_start - offset, stop - offset)
             distance = distances(start, stop, local_start, stop, query.device)
-            output[piece], _ = attend_jointly(
+            output[piece], weights = attend_jointly(
                 Segment(
                     self._rotation.rotate(query[:, piece], start - local_start),
                     self._rotation.rotate(keys[:, local], 0),
@@ -318,6 +319,10 @@ class PublishedWindow(LayerMemory):
                 ),
                 scoring.scale,
             )
+            if self.on_weights is not None and n == 1:
+                everything = torch.arange(stop, device=query.device)
+                positions = torch.cat((everything[local_start:], everything[: far_keys.shape[1]]))
+                self.on_weights(*_by_group(weights, positions, key.shape[0]))
         recent = (keys[:, -n_local:].clone(), values[:, -n_local:].clone())
         self._kept = (first_keys.clone(), first_values.clone(), *recent)
         self.n_seen = end
@@ -342,3 +347,8 @@ def _refuse_unknown(scoring: Scoring) -> None:
         raise UnsupportedModelError(
             "faithful=True reproduces code that knows neither attention soft caps nor sinks; use faithful=False."
         )
+
+
+def _by_group(weights: torch.Tensor, positions: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [heads, 1, m] summed over the heads of each group, and their positions [m], both as [groups, m]."""
+    return weights.view(groups, -1, weights.shape[2]).sum(dim=1), positions.expand(groups, -1)

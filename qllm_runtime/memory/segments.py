@@ -81,10 +81,10 @@ class Segment:
 
 
 def attend_jointly(local: Segment, far: Segment, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over both segments: output [l, heads, d] and the weights of the local keys [heads, l, n]."""
+    """One softmax over both segments: output [l, heads, d] and weights [heads, l, local keys + far keys]."""
     weights = torch.cat((local.logits(scale), far.logits(scale)), dim=2).softmax(dim=2)
-    near = weights[:, :, : local.keys.shape[1]]
-    return (local.mix(near) + far.mix(weights[:, :, near.shape[2] :])).transpose(0, 1), near
+    n_local = local.keys.shape[1]
+    return (local.mix(weights[:, :, :n_local]) + far.mix(weights[:, :, n_local:])).transpose(0, 1), weights
 
 
 def distances(start: int, stop: int, first: int, last: int, device: torch.device) -> torch.Tensor:

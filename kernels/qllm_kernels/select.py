@@ -1,0 +1,55 @@
+"""Block scores and the choice of the blocks that a piece of the text attends to."""
+
+from __future__ import annotations
+
+import torch
+
+
+def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, per_kv_head: bool) -> torch.Tensor:
+    """Score every block for every piece (paper eqs. 5-7; the question's term is folded into `lookup`).
+
+    The score of a block for one head is the dot product with its best summary; heads are summed.
+
+    Args:
+        lookup: [pieces, heads, head_dim] lookup vectors, rotated to the far position.
+        summaries: [summary_heads, n_blocks, r, head_dim]; summary_heads divides heads.
+        per_kv_head: Sum over the heads that share a summary only, instead of all heads. Needs one summary head per kv head.
+
+    Returns:
+        [pieces, scopes, n_blocks] fp32, scopes = summary_heads or 1.
+    """
+    pieces, heads, dim = lookup.shape
+    n_heads, n_blocks, r, _ = summaries.shape
+    group = heads // n_heads
+    if r == 1:
+        # the sum over a group's heads folds into the query
+        folded = lookup.view(pieces, n_heads, group, dim).sum(2).transpose(0, 1)  # [n_heads, pieces, dim]
+        scores = torch.matmul(folded.to(summaries.dtype), summaries[:, :, 0].transpose(-1, -2)).float()
+    else:
+        rows = lookup.view(pieces, n_heads, group, dim).transpose(0, 1).reshape(n_heads, pieces * group, dim)
+        scores = torch.matmul(rows.to(summaries.dtype), summaries.view(n_heads, n_blocks * r, dim).transpose(-1, -2))
+        scores = scores.float().view(n_heads, pieces, group, n_blocks, r).amax(-1).sum(2)
+    scores = scores.transpose(0, 1)  # [pieces, n_heads, n_blocks]
+    return scores if per_kv_head else scores.sum(1, keepdim=True)
+
+
+def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `topk` best eligible blocks, ascending.
+
+    Args:
+        scores: [pieces, scopes, n_blocks] fp32.
+        n_eligible: [pieces] how many of the first blocks had left the window when the piece began.
+        topk: Blocks wanted.
+
+    Returns:
+        ids [pieces, scopes, k] with k = min(topk, n_blocks), ascending, and valid [pieces, scopes, k]: False marks the
+        places of pieces that have fewer than k eligible blocks; they come last and hold id n_blocks - 1.
+    """
+    n_blocks = scores.shape[-1]
+    k = min(topk, n_blocks)
+    blocked = torch.arange(n_blocks, device=scores.device) >= n_eligible[:, None, None]
+    ids = scores.masked_fill(blocked, float("-inf")).topk(k, dim=-1).indices
+    valid = torch.arange(k, device=scores.device) < n_eligible[:, None, None]
+    ids = torch.where(valid, ids, n_blocks).sort(dim=-1).values
+    valid = ids < n_blocks
+    return ids.clamp(max=n_blocks - 1), valid

@@ -1,0 +1,126 @@
+"""Dense attention: every token (policy `full`), or the exact sliding window of a model's own sliding layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import torch
+
+from qllm_kernels.attention import apply_sinks, attend, merge
+from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
+
+_TILE = 512
+
+
+class DenseMemory(LayerMemory):
+    """All tokens, or those of a sliding window, at their true distances.
+
+    Args:
+        rotation: The layer's rotary embedding.
+        window: A query sees itself and the window - 1 tokens before it; None: everything.
+        reserve: Tokens expected; sizes the first buffer.
+    """
+
+    def __init__(self, rotation: Rotation, window: int | None = None, reserve: int = 0) -> None:
+        self._rotation = rotation
+        self._window = window
+        self._capacity = max(reserve, 256) if window is None else window + 4 * _TILE
+        self._base = 0  # absolute index of the buffers' first slot; a key is rotated at its slot
+        self._key: torch.Tensor | None = None
+        self._key_raw: torch.Tensor | None = None
+        self._value: torch.Tensor | None = None
+
+    def set_query(self, start: int, end: int) -> None:
+        """Dense attention looks nothing up; a query has no influence."""
+
+    def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        if self._window is None:
+            return self._append(query, key, value, scoring)
+        parts = zip(*(x.split(2 * _TILE, dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([self._append(*part, scoring) for part in parts])
+
+    def _append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        n = query.shape[1]
+        self._make_room(key, value, n)
+        assert self._key is not None and self._value is not None and self._key_raw is not None
+        start = self.n_seen - self._base
+        query, rotated = self._rotation.rotate_pair(query, key, start)
+        self._key[:, start : start + n] = rotated
+        self._value[:, start : start + n] = value
+        if self._window is not None:
+            self._key_raw[:, start : start + n] = key
+        self.n_seen += n
+        outs = [
+            self._tile(query[:, i : i + _TILE], start + i, scoring) for i in range(0, n, _TILE)
+        ]
+        return torch.cat(outs, dim=1).transpose(0, 1)
+
+    def _tile(self, query: torch.Tensor, start: int, scoring: Scoring) -> torch.Tensor:
+        """Attention of queries at slots start .. start + n: [heads, n, value_dim]."""
+        assert self._key is not None and self._value is not None
+        heads, n, dim = query.shape
+        kv_heads = self._key.shape[0]
+        group = heads // kv_heads
+        packed = query.reshape(1, kv_heads, group * n, dim)
+        first = 0 if self._window is None else max(0, start - self._window + 1)
+        # keys before `inner` are seen by every query of the tile, the others are masked
+        inner = start if self._window is None else min(start, max(first, start + n - self._window))
+        rows = torch.arange(start, start + n, device=query.device)[:, None]
+
+        def part(lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+            cols = torch.arange(lo, hi, device=query.device)
+            seen = cols <= rows
+            if self._window is not None:
+                seen &= rows - cols < self._window
+            bias = torch.zeros(n, hi - lo, device=query.device, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
+            return self._attend(packed, lo, hi, scoring, None if bool(seen.all()) else bias.repeat(group, 1))
+
+        if self._window is None and inner > 0:
+            out, lse = merge(self._attend(packed, 0, inner, scoring, None), part(inner, start + n))
+        else:
+            out, lse = part(first, start + n)
+        out, lse = out.reshape(heads, n, -1), lse.reshape(heads, n)
+        return out if scoring.sinks is None else apply_sinks(out, lse, scoring.sinks)
+
+    def _attend(
+        self, packed: torch.Tensor, lo: int, hi: int, scoring: Scoring, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._key is not None and self._value is not None
+        return attend(
+            packed, self._key[None, :, lo:hi], self._value[None, :, lo:hi], scale=scoring.scale, bias=bias, softcap=scoring.softcap
+        )
+
+    def _make_room(self, key: torch.Tensor, value: torch.Tensor, n: int) -> None:
+        used = self.n_seen - self._base
+        if self._key is None or self._value is None:
+            self._capacity = max(self._capacity, n)
+            self._key = key.new_empty(key.shape[0], self._capacity, key.shape[2])
+            self._value = value.new_empty(value.shape[0], self._capacity, value.shape[2])
+            self._key_raw = key.new_empty(key.shape[0], self._capacity if self._window else 0, key.shape[2])
+        if used + n <= self._key.shape[1]:
+            return
+        if self._window is None:
+            grown = max(2 * self._key.shape[1], used + n)
+            for name in ("_key", "_value"):
+                old = getattr(self, name)
+                new = old.new_empty(old.shape[0], grown, old.shape[2])
+                new[:, :used] = old[:, :used]
+                setattr(self, name, new)
+            return
+        assert self._key_raw is not None
+        keep = min(used, self._window - 1)
+        for buffer in (self._key_raw, self._value):
+            buffer[:, :keep] = buffer[:, used - keep : used].clone()
+        self._base = self.n_seen - keep
+        self._key[:, :keep] = self._rotation.rotate(self._key_raw[:, :keep], 0)
+
+    def fork(self) -> Self:
+        child = copy.copy(self)
+        for name in ("_key", "_key_raw", "_value"):
+            buffer = getattr(self, name)
+            setattr(child, name, None if buffer is None else buffer.clone())
+        return child
+
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in (self._key, self._key_raw, self._value) if b is not None)

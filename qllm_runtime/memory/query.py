@@ -1,0 +1,65 @@
+"""The question as a segment of its own: pinned keys and values, and the vector that guides every lookup."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import torch
+
+
+class PinnedQuery:
+    """The question's tokens (paper eq. 2, segment Q) and its mean query (eq. 5). A new question replaces the old one.
+
+    Attributes:
+        vector: [heads, head_dim] mean of the question's un-rotated queries, fp32; None before the first is complete.
+        key, value: [kv_heads, tokens, head_dim], un-rotated; tokens among the initial ones are left out.
+        positions: [tokens] absolute indices of these tokens.
+    """
+
+    def __init__(self) -> None:
+        self.vector: torch.Tensor | None = None
+        self.key = self.value = self.positions = torch.empty(0)
+        self._span: tuple[int, int] | None = None
+        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def announce(self, start: int, end: int) -> None:
+        """The tokens [start, end) to come are the next question."""
+        self._span, self._parts = (start, end), []
+
+    def completes_at(self, first: int, n: int) -> int | None:
+        """Offset behind the question's last token when it lies within the next n tokens."""
+        if self._span is None or not first < self._span[1] <= first + n:
+            return None
+        return self._span[1] - first
+
+    def capture(self, first: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n_init: int) -> None:
+        """Keep what belongs to the announced span; with its last token the question takes effect.
+
+        Args:
+            first: Absolute index of the first of the n tokens.
+            query: [heads, n, head_dim], un-rotated.
+            key, value: [kv_heads, n, head_dim], un-rotated.
+            n_init: Tokens before this index are initial tokens and pinned already.
+        """
+        if self._span is None:
+            return
+        start, end = self._span
+        lo, hi = max(start - first, 0), min(end - first, query.shape[1])
+        if lo >= hi:
+            return
+        self._parts.append((query[:, lo:hi].float().sum(1), key[:, lo:hi].clone(), value[:, lo:hi].clone()))
+        if first + hi < end:
+            return
+        self.vector = torch.stack([part[0] for part in self._parts]).sum(0) / (end - start)
+        skip = max(0, n_init - start)
+        self.key = torch.cat([part[1] for part in self._parts], dim=1)[:, skip:]
+        self.value = torch.cat([part[2] for part in self._parts], dim=1)[:, skip:]
+        self.positions = torch.arange(start, end, device=key.device)[skip:]
+        self._span, self._parts = None, []
+
+    def fork(self) -> Self:
+        """An independent copy."""
+        child = copy.copy(self)
+        child._parts = list(self._parts)
+        return child

@@ -1,0 +1,93 @@
+"""Pages: the evicted blocks of one layer, with their summaries. Append-only, shared between forks."""
+
+from __future__ import annotations
+
+import torch
+
+
+class BlockStore:
+    """Blocks in order of eviction.
+
+    A fork keeps reading its parent's blocks and appends to pages of its own, so that any number of continuations of one
+    document share what was read.
+
+    Args:
+        reserve: Blocks expected; sizes the first allocation.
+        parent: Store whose present blocks come before this one's.
+    """
+
+    def __init__(self, reserve: int = 0, parent: BlockStore | None = None) -> None:
+        self._parent = parent
+        self._offset = 0 if parent is None else len(parent)
+        self._reserve = reserve
+        self._n = 0
+        self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self._offset + self._n
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor) -> None:
+        """Add m blocks.
+
+        Args:
+            key: [kv_heads, m, block_size, head_dim], un-rotated.
+            value: [kv_heads, m, block_size, value_dim].
+            summaries: [summary_heads, m, r, head_dim].
+        """
+        m = key.shape[1]
+        new = (key, value, summaries)
+        if self._pages is None or self._n + m > self._pages[0].shape[1]:
+            capacity = max(self._reserve, 2 * self._n, self._n + m, 8)
+            grown = tuple(x.new_empty(x.shape[0], capacity, *x.shape[2:]) for x in new)
+            if self._pages is not None:
+                for target, source in zip(grown, self._pages, strict=True):
+                    target[:, : self._n] = source[:, : self._n]
+            self._pages = (grown[0], grown[1], grown[2])
+        for target, source in zip(self._pages, new, strict=True):
+            target[:, self._n : self._n + m] = source
+        self._n += m
+
+    def summaries(self) -> torch.Tensor:
+        """[summary_heads, n_blocks, r, head_dim] of all blocks, the parent's first."""
+        own = None if self._pages is None else self._pages[2][:, : self._n]
+        if self._parent is None or len(self._parent) == 0:
+            assert own is not None
+            return own
+        base = self._parent.summaries()[:, : self._offset]
+        return base if own is None else torch.cat((base, own), dim=1)
+
+    def gather(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of blocks.
+
+        Args:
+            ids: [scopes, m]; one row for all kv heads or one per kv head.
+
+        Returns:
+            keys [kv_heads, m, block_size, head_dim] and values [kv_heads, m, block_size, value_dim].
+        """
+        if self._parent is None or len(self._parent) == 0:
+            return self._own(ids)
+        if self._n == 0:
+            return self._parent.gather(ids)
+        inherited = ids < self._offset
+        base = self._parent.gather(ids.clamp(max=self._offset - 1))
+        own = self._own((ids - self._offset).clamp(min=0))
+        where = inherited[:, :, None, None]
+        return torch.where(where, base[0], own[0]), torch.where(where, base[1], own[1])
+
+    def _own(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._pages is not None
+        key, value, _ = self._pages
+        if ids.shape[0] == 1:
+            return key.index_select(1, ids[0]), value.index_select(1, ids[0])
+        heads = torch.arange(key.shape[0], device=ids.device)[:, None]
+        return key[heads, ids], value[heads, ids]
+
+    def fork(self) -> BlockStore:
+        """A store that continues after this one's blocks."""
+        return BlockStore(parent=self)
+
+    def nbytes(self) -> int:
+        """Bytes of all pages, the parent's included."""
+        own = 0 if self._pages is None else sum(x.nbytes for x in self._pages)
+        return own + (0 if self._parent is None else self._parent.nbytes())

@@ -1,0 +1,143 @@
+"""The local window of one layer: recent keys, raw and rotated, in buffers that are allocated once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import torch
+
+from qllm_kernels.summary import linear_token_scores, mean_keys, softmax_mass, top_keys
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.memory.base import Rotation, Scoring
+
+
+class Window:
+    """Keys and values from the oldest visible token on.
+
+    A key is stored raw (that is how it becomes part of a block) and rotated to its slot. Only differences of positions
+    matter, so slots serve as positions until the buffer is full; then what is still visible moves to the front and is
+    rotated anew, once in `launch_size` tokens at the most.
+
+    Args:
+        config: Sizes.
+        rotation: The layer's rotary embedding.
+
+    Attributes:
+        base: Absolute index of the token in slot 0.
+        used: Slots filled.
+        launch_size: Most tokens one launch may bring: whole pieces.
+        key, key_raw: [kv_heads, slots, head_dim] rotated and un-rotated keys.
+        value: [kv_heads, slots, value_dim].
+    """
+
+    def __init__(self, config: MemoryConfig, rotation: Rotation) -> None:
+        self._config = config
+        self._rotation = rotation
+        self.base = self.used = 0
+        piece = config.exec_block_size
+        held = config.n_init + config.n_local + config.block_size
+        room = max(config.chunk_size, piece)
+        if rotation.comfortable_length is not None:
+            room = min(room, max(rotation.comfortable_length - held, piece))
+        self._ranks_tokens = config.uses_blocks and config.summary == "max" and config.repr_topk < config.block_size
+        self._weighs_tokens = config.uses_blocks and config.summary == "published"
+        # attention mass is known only after a piece's attention, and the next piece may need it
+        self.launch_size = piece if self._weighs_tokens else room // piece * piece
+        self._capacity = held + self.launch_size
+        self.key = self.key_raw = self.value = torch.empty(0)
+        self._query = torch.empty(0)  # un-rotated: per kv head the sum over its group, or per head for attention mass
+        self._lse = torch.empty(0)
+
+    def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, oldest: int) -> torch.Tensor:
+        """Take in n tokens.
+
+        Args:
+            query: [heads, n, head_dim], un-rotated.
+            key, value: [kv_heads, n, head_dim].
+            oldest: Absolute index of the oldest token that is still needed.
+
+        Returns:
+            The queries rotated to their slots.
+        """
+        kv_heads, n, dim = key.shape
+        if self.key.numel() == 0:
+            self.key = key.new_empty(kv_heads, self._capacity, dim)
+            self.key_raw = torch.empty_like(self.key)
+            self.value = value.new_empty(kv_heads, self._capacity, value.shape[-1])
+            if self._ranks_tokens:
+                self._query = torch.empty_like(self.key)
+            if self._weighs_tokens:
+                self._query = query.new_empty(query.shape[0], self._capacity, dim)
+                self._lse = torch.empty(query.shape[0], self._capacity, device=query.device)
+        if self.used + n > self._capacity:
+            self._move_to_front(oldest - self.base)
+        new = slice(self.used, self.used + n)
+        near, rotated = self._rotation.rotate_pair(query, key, self.used)
+        self.key[:, new] = rotated
+        self.key_raw[:, new] = key
+        self.value[:, new] = value
+        if self._ranks_tokens:
+            self._query[:, new] = query.reshape(kv_heads, -1, n, dim).sum(1)
+        elif self._weighs_tokens:
+            self._query[:, new] = query
+        self.used += n
+        return near
+
+    def _move_to_front(self, slot: int) -> None:
+        kept = slice(slot, self.used)
+        n = self.used - slot
+        for buffer in (self.key_raw, self.value, self._query, self._lse):
+            if buffer.numel():
+                buffer[:, :n] = buffer[:, kept].clone()
+        self.key[:, :n] = self._rotation.rotate(self.key_raw[:, :n], 0)
+        self.base += slot
+        self.used = n
+
+    def note_lse(self, start: int, lse: torch.Tensor) -> None:
+        """Remember the log-sum-exp [heads, n] of the queries from absolute index `start` on, if summaries need it."""
+        if self._weighs_tokens:
+            slot = start - self.base
+            self._lse[:, slot : slot + lse.shape[1]] = lse
+
+    def blocks(self, start: int, n_blocks: int, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and summaries of the blocks that begin at absolute index `start`.
+
+        Returns:
+            keys [kv_heads, n_blocks, block_size, head_dim], values likewise, summaries [summary_heads, n_blocks, r, head_dim].
+        """
+        config = self._config
+        size = config.block_size
+        lo = start - self.base
+        rows = slice(lo, lo + n_blocks * size)
+        key = self.key_raw[:, rows].unflatten(1, (n_blocks, size))
+        value = self.value[:, rows].unflatten(1, (n_blocks, size))
+        if config.summary == "mean":
+            return key, value, mean_keys(key)
+        if not (self._ranks_tokens or self._weighs_tokens):
+            return key, value, key
+        scores = self._token_scores(lo, n_blocks * size, scoring).unflatten(1, (n_blocks, size))
+        representatives = top_keys(key, scores, config.repr_topk)
+        return key, value, mean_keys(representatives) if config.summary == "published" else representatives
+
+    def _token_scores(self, lo: int, n: int, scoring: Scoring) -> torch.Tensor:
+        """Representative scores of the tokens in slots lo .. lo + n: [kv_heads or heads, n]."""
+        reach = n + self._config.n_local - 1
+        query = self._rotation.rotate(self._query[:, lo : lo + reach + 1], lo)
+        key = self.key[:, lo : lo + n]
+        if self._ranks_tokens:
+            prefix = torch.nn.functional.pad(query.float().cumsum(1), (0, 0, 1, 0))
+            return linear_token_scores(key, prefix, self._config.n_local)
+        lse = self._lse[:, lo : lo + reach]
+        return softmax_mass(query[:, :reach], key, lse, offset=0, n_local=self._config.n_local, scale=scoring.scale)
+
+    def fork(self) -> Self:
+        """An independent copy."""
+        child = copy.copy(self)
+        for name in ("key", "key_raw", "value", "_query", "_lse"):
+            setattr(child, name, getattr(self, name).clone())
+        return child
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(b.nbytes for b in (self.key, self.key_raw, self.value, self._query, self._lse))

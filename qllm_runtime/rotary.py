@@ -1,0 +1,101 @@
+"""Rotary position embedding at positions of our own choosing, through the architecture's own function."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from qllm_runtime.memory.base import Rotation
+
+_LENGTH_DEPENDENT = ("longrope", "dynamic")
+
+
+class RotaryTable:
+    """cos and sin of one rotary module (and layer type) for positions 0, 1, 2, ...; grown on demand.
+
+    The table is computed by the stock module, bypassing hooks, so every `rope_scaling` is included.
+    """
+
+    def __init__(self, module: torch.nn.Module, layer_type: str | None, device: torch.device) -> None:
+        self._module = module
+        self._args: tuple[Any, ...] = () if layer_type is None else (layer_type,)
+        self._device = device
+        self._length = 0
+        self.cos = self.sin = torch.empty(0)
+        config = getattr(module, "config", None)
+        parameters = getattr(config, "rope_parameters", None) or {}
+        if layer_type is not None and layer_type in parameters:
+            parameters = parameters[layer_type]
+        kind = parameters.get("rope_type", "default")
+        original = parameters.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        #: Longest frame that keeps the frequencies of short texts; None when frequencies do not depend on length.
+        self.comfortable_length: int | None = original if kind in _LENGTH_DEPENDENT else None
+
+    def reserve(self, length: int) -> None:
+        """Make positions [0, length) available."""
+        if length <= self._length:
+            return
+        self._length = length if self._length == 0 else max(length, 2 * self._length)
+        positions = torch.arange(self._length, device=self._device)[None]
+        probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self._device)
+        cos, sin = self._module.forward(probe, positions, *self._args)
+        self.cos, self.sin = cos.float().to(self._device), sin.float().to(self._device)
+
+
+class ArchitectureRotation(Rotation):
+    """Applies `apply_rotary_pos_emb` of the attention module's own architecture."""
+
+    def __init__(self, attention: torch.nn.Module, table: RotaryTable, head_dim: int) -> None:
+        self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        self._table = table
+        self.comfortable_length = table.comfortable_length
+        table.reserve(8)
+        sample = torch.zeros(1, 1, 1, head_dim, device=table.cos.device)
+        try:
+            self._rotary_dim = head_dim
+            self._rotate(sample, sample[:, :0], 0, 1)
+        except RuntimeError:  # partial rotary outside the function: it is handed the rotary dimensions only
+            self._rotary_dim = table.cos.shape[-1]
+            self._rotate(sample, sample[:, :0], 0, 1)
+
+    def _rotate(self, a: torch.Tensor, b: torch.Tensor, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._table.cos[:, start : start + n], self._table.sin[:, start : start + n]
+        dim = self._rotary_dim
+        if dim == a.shape[-1]:
+            out: tuple[torch.Tensor, torch.Tensor] = self._apply(a, b, cos, sin)
+            return out
+        a_turned, b_turned = self._apply(a[..., :dim], b[..., :dim], cos, sin)
+        return torch.cat((a_turned, a[..., dim:]), -1), torch.cat((b_turned, b[..., dim:]), -1)
+
+    def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        n = x.shape[1]
+        self._table.reserve(start + n)
+        x4 = x[None].float()
+        return self._rotate(x4, x4[:, :0], start, n)[0][0].to(x.dtype)
+
+    def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        n = a.shape[1]
+        self._table.reserve(start + n)
+        a4, b4 = self._rotate(a[None].float(), b[None].float(), start, n)
+        return a4[0].to(a.dtype), b4[0].to(b.dtype)
+
+    def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        self._table.reserve(position + 1)
+        # the rows become heads of a single token, so that all of them meet the same table row
+        x4 = x.float().reshape(1, -1, 1, x.shape[-1])
+        return self._rotate(x4, x4[:, :0], position, 1)[0].reshape(x.shape).to(x.dtype)
+
+
+class NoRotation(Rotation):
+    """A layer without positional embedding."""
+
+    def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        return x
+
+    def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, b
+
+    def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        return x
