@@ -1,0 +1,205 @@
+"""From attention mass per prompt token to passages of the original documents."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qllm_runtime.prompt import DocumentSpan, Prompt
+from qllm_runtime.types import Document, Source
+
+WINDOW = 32  # tokens looked at together when searching for peaks
+REACH = 320  # characters a passage may grow on each side to end where a sentence or line does
+MIN_SHARE = 0.15  # a further passage needs this share of the best one's mass ...
+MIN_LIFT = 2.0  # ... and this many times the mass that an even spread would give it
+
+# the end of a sentence with its closing quotes, or of a paragraph, with the white space behind it
+_SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]*_]*\s+|\n[ \t\r]*\n\s*")
+_LINE_END = re.compile(r"\r?\n")
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Rev|Gen|Col|Capt|No|vs|etc|e\.g|i\.e)|\b[A-Z])\.$")
+
+
+@dataclass
+class _Passage:
+    document: int
+    start: int
+    end: int
+    mass: float
+
+
+def passages(
+    mass: NDArray[np.floating], prompt: Prompt, documents: Sequence[Document], *, limit: int = 5
+) -> tuple[Source, ...]:
+    """The passages that received the most attention.
+
+    Peaks of the mass are grown to the sentences or lines around them and merged where they touch. A passage's score is its
+    share of all mass that fell on documents. Mass spread evenly over a document yields few passages, not many.
+
+    Args:
+        mass: [n] attention mass per prompt token (any scale; n may exceed the prompt: generated tokens are ignored).
+        prompt: The prompt, for the spans of its documents.
+        documents: The documents in order of appearance.
+        limit: Most passages to return.
+
+    Returns:
+        Passages, best first; `text == documents[document].text[start:end]`, never cut inside a character as a reader sees
+        it (emoji sequences, accents, line ends of two characters).
+    """
+    weights = [
+        np.maximum(np.nan_to_num(np.asarray(mass[s.start : s.end], np.float64)), 0) for s in prompt.document_spans
+    ]
+    total = float(sum(weight.sum() for weight in weights))
+    if total <= 0 or limit < 1:
+        return ()
+    even = total / sum(len(weight) for weight in weights)
+    left = [weight.copy() for weight in weights]
+    found: list[_Passage] = []
+    best = 0.0
+    for _ in range(4 * limit):
+        which, start, end, peak = _heaviest(left)
+        best = max(best, peak)
+        if peak < MIN_SHARE * best or (found and peak < MIN_LIFT * even * (end - start)):
+            break
+        left[which][start:end] = 0
+        span = prompt.document_spans[which]
+        first, last = _core(weights[which][start:end])
+        grown = _grow(documents[span.document].text, *_characters(span, start + first, start + last))
+        if _merge(found, span, weights[which], grown, documents[span.document].text) and len(found) > limit:
+            break
+    found.sort(key=lambda passage: -passage.mass)
+    return tuple(_source(passage, documents[passage.document], total) for passage in found[:limit])
+
+
+def _heaviest(weights: Sequence[NDArray[np.float64]]) -> tuple[int, int, int, float]:
+    """Document, tokens [start, end) and mass of the window that holds the most."""
+    best = (0, 0, 0, -1.0)
+    for index, weight in enumerate(weights):
+        width = min(WINDOW, len(weight))
+        if width == 0:
+            continue
+        sums = np.concatenate([[0.0], np.cumsum(weight)])
+        windows = sums[width:] - sums[:-width]
+        start = int(windows.argmax())
+        if windows[start] > best[3]:
+            best = (index, start, start + width, float(windows[start]))
+    return best
+
+
+def _core(weight: NDArray[np.float64]) -> tuple[int, int]:
+    """The part of a window around its heaviest token that holds four fifths of its mass."""
+    centre = int(weight.argmax())
+    first, last, held, enough = centre, centre + 1, float(weight[centre]), 0.8 * float(weight.sum())
+    while held < enough and (first > 0 or last < len(weight)):
+        left = weight[first - 1] if first > 0 else -1.0
+        right = weight[last] if last < len(weight) else -1.0
+        if left > right:
+            first -= 1
+        else:
+            last += 1
+        held += float(max(left, right))
+    return first, last
+
+
+def _characters(span: DocumentSpan, first: int, last: int) -> tuple[int, int]:
+    offsets = span.offsets[first:last]
+    return int(offsets[:, 0].min()), int(offsets[:, 1].max())
+
+
+def _merge(
+    found: list[_Passage], span: DocumentSpan, weight: NDArray[np.float64], grown: tuple[int, int], text: str
+) -> bool:
+    """Add a passage, or join it to those it touches. Returns whether it is a new one."""
+    start, end = grown
+    touching = [
+        other
+        for other in found
+        if other.document == span.document and not text[min(end, other.end) : max(start, other.start)].strip()
+    ]
+    for other in touching:
+        found.remove(other)
+        start, end = min(start, other.start), max(end, other.end)
+    inside = (span.offsets[:, 0] < end) & (span.offsets[:, 1] > start)
+    found.append(_Passage(span.document, start, end, float(weight[inside].sum())))
+    return not touching
+
+
+def _grow(text: str, start: int, end: int) -> tuple[int, int]:
+    """The sentences or lines around [start, end), without white space at either end."""
+    start, end = _trim(text, start, end)
+    start, end = _start_of_sentence(text, start), _end_of_sentence(text, end)
+    start, end = _trim(text, start, end)
+    while start > 0 and not _separable(text, start):
+        start -= 1
+    while end < len(text) and not _separable(text, end):
+        end += 1
+    return start, end
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    piece = text[start:end]
+    if not piece.strip():
+        return start, end
+    return start + len(piece) - len(piece.lstrip()), end - (len(piece) - len(piece.rstrip()))
+
+
+def _start_of_sentence(text: str, start: int) -> int:
+    low = max(0, start - REACH)
+    before = text[low:start]
+    ends = [m.end() for m in _SENTENCE_END.finditer(before) if not _ABBREVIATION.search(before[: m.start() + 1])]
+    if ends:
+        return low + ends[-1]
+    if low == 0:
+        return 0
+    lines = [m.end() for m in _LINE_END.finditer(before)]
+    if lines:
+        return low + lines[-1]
+    space = max(before.rfind(" "), before.rfind("\t"))
+    return low + space + 1 if space >= 0 else start
+
+
+def _end_of_sentence(text: str, end: int) -> int:
+    high = min(len(text), end + REACH)
+    low = max(0, end - 8)  # the passage may end with its full stop already
+    for match in _SENTENCE_END.finditer(text, low, high):
+        stop = match.start() + len(match.group().rstrip())
+        if stop >= end and not _ABBREVIATION.search(text[max(0, match.start() - 8) : match.start() + 1]):
+            return stop
+    if high == len(text):
+        return high
+    line = _LINE_END.search(text, end, high)
+    if line:
+        return line.start()
+    space = text.rfind(" ", end, high)
+    return space if space >= 0 else end
+
+
+def _separable(text: str, index: int) -> bool:
+    """Whether a reader sees two characters, not one, left and right of `index`."""
+    before, after = text[index - 1], text[index]
+    if before == "\r" and after == "\n":
+        return False
+    if before == "\u200d" or after in "\u200d\ufe0e\ufe0f" or unicodedata.category(after).startswith("M"):
+        return False
+    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":  # skin tones, tags of flags
+        return False
+    if _is_regional(before) and _is_regional(after):
+        run = index
+        while run > 0 and _is_regional(text[run - 1]):
+            run -= 1
+        return (index - run) % 2 == 0
+    return True
+
+
+def _is_regional(character: str) -> bool:
+    return "\U0001f1e6" <= character <= "\U0001f1ff"
+
+
+def _source(passage: _Passage, document: Document, total: float) -> Source:
+    text = document.text[passage.start : passage.end]
+    score = min(1.0, passage.mass / total)
+    return Source(passage.document, document.title, passage.start, passage.end, score, text)
