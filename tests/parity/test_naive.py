@@ -207,6 +207,21 @@ def test_fork_continues_independently() -> None:
             np.testing.assert_array_equal(feed(memory, call), output)
 
 
+@pytest.mark.parametrize("policy", ["qllm", "streaming"])
+def test_weights_of_a_step_belong_to_their_keys(policy: str) -> None:
+    sizes = Sizes(policy, 4, 16, block_size=5, topk=2, repr_topk=2, piece=8)
+    memory = memory_of(sizes)
+    reported: list[tuple[torch.Tensor, torch.Tensor]] = []
+    memory.on_weights = lambda weights, positions: reported.append((weights, positions))
+    arrays = tokens(70, 4, 2, 4, 5)
+    # values that name their own token turn the output into the weights by token
+    arrays = (*arrays[:2], np.broadcast_to(np.eye(70)[:, None], (70, 2, 70)).copy())
+    *_, last = (feed(memory, call) for call in cut([69, 1], arrays))
+    ((weights, positions),) = reported
+    by_token = torch.zeros(2, 70, dtype=weights.dtype).scatter_add_(1, positions, weights)
+    np.testing.assert_allclose(by_token.numpy(), last[0].reshape(2, 2, 70).sum(axis=1), atol=TOLERANCE)
+
+
 def test_question_comes_before_the_first_token() -> None:
     sizes = Sizes("qllm", 4, 16, block_size=5, repr_topk=2, piece=8)
     late, early = memory_of(sizes), memory_of(sizes)

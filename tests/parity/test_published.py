@@ -1,0 +1,170 @@
+"""Faithful mode against numbers of the published research code: tokens, choices of blocks, tensors.
+
+Set QLLM_PARITY_DIR to run the cases of another folder (see data/README.md for its form).
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.memory.base import LayerMemory
+from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
+from qllm_runtime.memory.record import Lookup
+from qllm_runtime.seam import MemoryCache, ModelFacts, installed
+
+FOLDER = Path(os.environ.get("QLLM_PARITY_DIR") or Path(__file__).parent / "data")
+CASES = sorted(path.stem for path in FOLDER.glob("case_*.json"))
+TOLERANCE = 2e-4
+
+
+@cache
+def load_model(name: str, theta: float | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(FOLDER / name)
+    if theta is not None:
+        config.rope_parameters["rope_theta"] = theta
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(FOLDER / name, config=config, dtype=torch.float32)
+    return model.eval()
+
+
+@dataclass
+class Run:
+    """One case driven through the seam, beside what the published code gave."""
+
+    case: dict[str, Any]
+    published: dict[str, torch.Tensor]
+    config: MemoryConfig
+    model: PreTrainedModel
+    memories: list[LayerMemory] = field(default_factory=list)
+    at_prompt_end: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
+    lookups: list[list[Lookup]] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    attention: list[list[torch.Tensor]] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def question(self) -> tuple[int, int] | None:
+        span = self.case["question_span"]
+        return None if span is None else (span[0], span[1])
+
+    def check(self, name: str, actual: torch.Tensor | None) -> None:
+        """`actual` equals the published tensor, which may be absent."""
+        expected = self.published.get(name)
+        if expected is None or expected.numel() == 0:
+            assert actual is None or actual.numel() == 0, f"{name} exists, the published code has none"
+            return
+        assert actual is not None, f"{name} is missing"
+        torch.testing.assert_close(
+            actual.reshape(expected.shape), expected, atol=TOLERANCE, rtol=0, msg=lambda m: f"{name}: {m}"
+        )
+
+
+def settings(case: dict[str, Any], folder: Path) -> MemoryConfig:
+    """The case's configuration, by way of a published configuration file."""
+    file = folder / "published.yaml"
+    file.write_text(yaml.safe_dump({"model": {"type": case["attn_type"], **case["attn_kwargs"]}}))
+    overrides = {"chunk_size": case["chunk_size"] or len(case["input_ids"])}
+    if "exc_block_size" not in case["attn_kwargs"]:
+        overrides["exec_block_size"] = case["attn_kwargs"]["n_local"]
+    return MemoryConfig.from_yaml(file, faithful=True, **overrides)
+
+
+def drive(run: Run, facts: ModelFacts) -> None:
+    """Prompt in calls of chunk_size, its last token alone, then greedy decoding."""
+
+    def memory(layer: int, row: int) -> LayerMemory:
+        kind = PublishedMemory if run.config.uses_blocks else PublishedWindow
+        made = kind(run.config, facts.rotation(layer, torch.device("cpu")), run.question)
+        if isinstance(made, PublishedMemory):
+            made.on_lookup = run.lookups[layer].append
+        return made
+
+    cache = MemoryCache(len(facts.layers), memory)
+
+    def step(ids: list[int]) -> torch.Tensor:
+        output = run.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    ids = run.case["input_ids"]
+    for start in range(0, len(ids) - 1, run.config.chunk_size):
+        step(ids[start : min(start + run.config.chunk_size, len(ids) - 1)])
+    run.logits.append(step(ids[-1:]))
+    run.memories = cache.memories()
+    run.at_prompt_end = [state_of(each) for each in run.memories]
+    for index, record in enumerate(run.lookups):
+        run.at_prompt_end[index]["block_scores"] = record[-1].scores if record else None
+    for _ in run.case["greedy_tokens"]:
+        run.tokens.append(int(run.logits[-1].argmax()))
+        run.logits.append(step(run.tokens[-1:]))
+
+
+def state_of(memory: LayerMemory) -> dict[str, torch.Tensor | None]:
+    if not isinstance(memory, PublishedMemory):
+        return {}
+    return {"block_k": memory.summaries, "question": memory.query_vector, "rem_score": memory.remainder_scores}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    case = json.loads((FOLDER / f"{request.param}.json").read_text())
+    model = load_model(case["model"], case["attn_kwargs"].get("base"))
+    config = settings(case, tmp_path_factory.mktemp("config"))
+    run = Run(case, load_file(FOLDER / f"{request.param}.safetensors"), config, model)
+    decoder = model.get_decoder()
+    run.lookups, run.attention = [[] for _ in decoder.layers], [[] for _ in decoder.layers]
+    with torch.no_grad(), installed(model) as facts:
+        hooks = [decoder.norm.register_forward_hook(lambda _, __, out: run.hidden.append(out[0]))]
+        for layer, seen in zip(decoder.layers, run.attention, strict=True):
+            hooks.append(
+                layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+            )
+        try:
+            drive(run, facts)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return run
+
+
+def test_there_are_cases() -> None:
+    assert CASES, f"no case_*.json in {FOLDER}"
+
+
+def test_greedy_tokens(run: Run) -> None:
+    assert run.tokens == run.case["greedy_tokens"]
+
+
+def test_choice_of_blocks(run: Run) -> None:
+    keys = ("q_start", "len_q", "n_blocks", "ids")
+    for layer, expected in enumerate(run.case["selections"] or []):
+        actual = [(each.start, each.length, each.n_blocks, each.ids.tolist()) for each in run.lookups[layer]]
+        assert actual == [tuple(each[key] for key in keys) for each in expected], f"layer {layer}"
+
+
+def test_logits(run: Run) -> None:
+    run.check("logits_prompt", run.logits[0])
+    run.check("logits_decode", torch.stack(run.logits[1:]))
+
+
+def test_activations(run: Run) -> None:
+    positions = run.case["sample_positions"]
+    run.check("attn_out", torch.stack([torch.cat(each)[positions] for each in run.attention]))
+    run.check("hidden", torch.cat(run.hidden)[positions])
+
+
+def test_memory_at_the_end_of_the_prompt(run: Run) -> None:
+    for layer, state in enumerate(run.at_prompt_end):
+        for name, tensor in state.items():
+            run.check(f"{name}.{layer}", tensor)
