@@ -1,0 +1,225 @@
+"""Content blocks of messages, in every shape LangChain knows, as documents, text, memories and tool results."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qllm_runtime.documents import document_from_bytes
+from qllm_runtime.errors import DocumentError, InvalidRequestError
+from qllm_runtime.types import Document
+
+_UNREADABLE = {
+    "image": "images",
+    "image_url": "images",
+    "input_image": "images",
+    "audio": "audio",
+    "input_audio": "audio",
+    "video": "video",
+}
+# Blocks that say nothing a model reads: reasoning of earlier turns and marks for a provider's prompt cache.
+_SILENT = frozenset({"reasoning", "thinking", "redacted_thinking", "cachePoint", "cache_point"})
+
+
+@dataclass(frozen=True)
+class Text:
+    """Ordinary text; `is_query` when the block is marked as the question."""
+
+    text: str
+    is_query: bool = False
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """A document; `cache` when it is to be kept for the next requests."""
+
+    document: Document
+    cache: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """A document memory named by its id."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class ToolResultPart:
+    """The result of a tool call inside a human message, as Anthropic writes it."""
+
+    call_id: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class ToolCallPart:
+    """A tool call inside the content of an AI message."""
+
+    id: str | None
+    name: str
+    arguments: Mapping[str, Any]
+
+
+Part = Text | DocumentPart | MemoryPart | ToolResultPart | ToolCallPart
+
+
+def parse_content(content: str | list[Any], where: str) -> list[Part]:
+    """The parts of a message's content.
+
+    Args:
+        content: `BaseMessage.content`.
+        where: What to call the message in errors, e.g. "message 2 (human)".
+
+    Raises:
+        InvalidRequestError: A block that cannot be read (an image, a URL, ...).
+        DocumentError: A document that is empty, binary or badly encoded.
+    """
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    parts: list[Part] = []
+    for number, block in enumerate(content, start=1):
+        place = f"{where}, block {number}"
+        try:
+            parts += [Text(block)] if isinstance(block, str) else _parse_block(block, place)
+        except DocumentError as error:
+            raise DocumentError(f"{place}: {error}") from None
+    return parts
+
+
+def _parse_block(block: Mapping[str, Any], where: str) -> list[Part]:
+    kind = block.get("type")
+    if kind is None and "document" in block:
+        return [_bedrock(block["document"], where)]
+    if kind == "non_standard" and isinstance(block.get("value"), Mapping):
+        return _parse_block(block["value"], where)
+    if kind in _SILENT or (kind is None and set(block) <= _SILENT):
+        return []
+    if kind in ("text", "input_text", "output_text"):
+        role = (block.get("extras") or {}).get("qllm_role")
+        if role not in (None, "query"):
+            raise InvalidRequestError(f"{where}: extras['qllm_role'] is {role!r}; the only role is 'query'.")
+        return [Text(str(block.get("text", "")), is_query=role == "query")]
+    if kind in ("text-plain", "file"):
+        return [_file(block, where)]
+    if kind == "document":
+        return [_anthropic(block, where)]
+    if kind == "search_result":
+        return [_search_result(block, where)]
+    if kind == "tool_result":
+        content = block.get("content") or ""
+        return [ToolResultPart(str(block.get("tool_use_id", "")), tuple(parse_content(content, where)))]
+    if kind in ("tool_use", "tool_call", "function_call"):
+        arguments = block.get("input", block.get("args", block.get("arguments"))) or {}
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        return [ToolCallPart(block.get("id"), str(block.get("name", "")), arguments)]
+    if kind == "refusal":
+        return [Text(str(block.get("refusal", "")))]
+    if kind in _UNREADABLE:
+        raise InvalidRequestError(
+            f"{where}: {_UNREADABLE[kind]} cannot be read (block type {kind!r}); this model takes text and documents."
+        )
+    raise InvalidRequestError(
+        f"{where}: unknown block type {kind!r}; text comes as 'text', documents as 'text-plain', 'file', 'document' or "
+        "'search_result'."
+    )
+
+
+def _file(block: Mapping[str, Any], where: str) -> Part:
+    """A `text-plain` or `file` block of LangChain."""
+    extras = block.get("extras") or {}
+    title = block.get("title") or extras.get("title") or extras.get("filename") or block.get("filename")
+    if block.get("text") is not None:
+        document = _document(block["text"], title, block)
+    elif block.get("base64") is not None or block.get("data") is not None:
+        data = _decode(block.get("base64") or block.get("data") or "", where)
+        document = document_from_bytes(data, block.get("mime_type"), title)
+        document = _document(document.text, title, block, document.metadata)
+    elif block.get("file_id"):
+        return MemoryPart(str(block["file_id"]))
+    elif block.get("url"):
+        raise InvalidRequestError(
+            f"{where}: documents are not fetched from URLs; download it and pass its text or base64 data."
+        )
+    else:
+        raise InvalidRequestError(f"{where}: a {block['type']!r} block needs one of 'text', 'base64' or 'file_id'.")
+    return DocumentPart(document, _wants_cache(block))
+
+
+def _anthropic(block: Mapping[str, Any], where: str) -> Part:
+    """A `document` block: source of type text, base64, content, file or url."""
+    source = block.get("source")
+    if not isinstance(source, Mapping):
+        raise InvalidRequestError(f"{where}: a 'document' block needs a 'source'.")
+    kind, title = source.get("type"), block.get("title")
+    if kind == "text":
+        document = _document(source.get("data", ""), title, block)
+    elif kind == "base64":
+        read = document_from_bytes(_decode(source.get("data", ""), where), source.get("media_type"), title)
+        document = _document(read.text, title, block, read.metadata)
+    elif kind == "content":
+        document = _document(_texts(source.get("content", ""), where), title, block)
+    elif kind == "file":
+        return MemoryPart(str(source.get("file_id", "")))
+    else:
+        raise InvalidRequestError(
+            f"{where}: a document source of type {kind!r} cannot be read; use 'text', 'base64', 'content' or 'file'."
+        )
+    return DocumentPart(document, _wants_cache(block))
+
+
+def _search_result(block: Mapping[str, Any], where: str) -> Part:
+    text = _texts(block.get("content", ""), where)
+    title = block.get("title") or block.get("source")
+    return DocumentPart(_document(text, title, block, {"source": block.get("source")}), _wants_cache(block))
+
+
+def _bedrock(body: Mapping[str, Any], where: str) -> Part:
+    """`{"document": {"name", "format", "source": {"text" | "bytes"}}}` of Bedrock Converse."""
+    source, title = body.get("source") or {}, body.get("name")
+    if "text" in source:
+        return DocumentPart(_document(source["text"], title, body))
+    if "bytes" in source:
+        data = source["bytes"]
+        kinds = {"pdf": "application/pdf", "html": "text/html"}
+        raw = data if isinstance(data, bytes) else _decode(data, where)
+        read = document_from_bytes(raw, kinds.get(body.get("format", "")), title)
+        return DocumentPart(_document(read.text, title, body, read.metadata))
+    raise InvalidRequestError(f"{where}: a document block needs 'text' or 'bytes' in its source.")
+
+
+def _document(text: Any, title: Any, block: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> Document:
+    if not isinstance(text, str) or not text.strip():
+        raise DocumentError(f"The document {title!r} has no text." if title else "The document has no text.")
+    known = {**(metadata or {}), **((block.get("extras") or {}).get("metadata") or {})}
+    context = block.get("context")
+    if context:  # shown to the model with the title, as Anthropic does; citations carry the bare title
+        known["title"] = title
+        title = f"{title} ({context})" if title else str(context)
+    return Document(text, str(title) if title else None, known)
+
+
+def _texts(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(part.text for part in parse_content(content, where) if isinstance(part, Text))
+
+
+def _wants_cache(block: Mapping[str, Any]) -> bool:
+    return bool(block.get("cache_control") or (block.get("extras") or {}).get("cache_control"))
+
+
+def _decode(data: str | bytes, where: str) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    if data.startswith("data:"):
+        data = data.partition(",")[2]
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError(f"{where}: the base64 data cannot be decoded ({error}).") from None

@@ -1,0 +1,219 @@
+"""One request: everything the engine is asked for, prepared from messages and options."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+
+from qllm_integrations.langchain import outputs
+from qllm_integrations.langchain.messages import Request
+from qllm_integrations.langchain.structured import response_schema
+from qllm_integrations.langchain.tools import forced
+from qllm_runtime import toolcalls
+from qllm_runtime.errors import CancelledError
+from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, Sampling
+
+if TYPE_CHECKING:
+    from qllm_runtime.engine import QLLM, DocumentMemory
+    from transformers import LogitsProcessor
+
+
+@dataclass
+class Call:
+    """A prepared request.
+
+    Attributes:
+        engine: Who answers.
+        model: Its name, as reported in the metadata.
+        request: What is asked.
+        sampling, mode, template_kwargs, progress: Handed to the engine.
+        memory: Document memory the request is asked of.
+        creates_memory: Whether it was made for this very request.
+        tools: Tools the model is shown, or None.
+        processors: Grammar of the answer, if it has one.
+        timeout: Seconds until the request is given up.
+    """
+
+    engine: QLLM
+    model: str
+    request: Request
+    sampling: Sampling
+    mode: Mode | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    memory: DocumentMemory | None = None
+    creates_memory: bool = False
+    tools: Sequence[dict[str, Any]] | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    timeout: float | None = None
+    cancel: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self) -> AIMessage:
+        """The whole answer as a message."""
+        with self._time_limit():
+            answer = self.engine.chat(**self._arguments())
+        return outputs.to_message(answer, self._names(), **self._fields(answer))
+
+    def chunks(self) -> Iterator[AIMessageChunk]:
+        """The answer piece by piece; the last chunk carries usage, citations and metadata.
+
+        Leaving early stops the engine.
+        """
+        splitter = toolcalls.CallSplitter(names) if (names := self._names()) is not None else None
+        n_calls, unsent, answer = 0, [], None
+        with self._time_limit():
+            pieces = self.engine.chat_stream(**self._arguments())
+            try:
+                for piece in pieces:
+                    unsent += piece.logprobs
+                    answer = piece.answer or answer
+                    for part in self._parts(piece, splitter):
+                        n_calls += isinstance(part, toolcalls.ToolCall)
+                        chunk = outputs.to_chunk(part, n_calls)
+                        if unsent:
+                            chunk.response_metadata["logprobs"] = outputs.logprobs(unsent)
+                            unsent = []
+                        yield chunk
+            finally:
+                pieces.close()
+        if answer is None:
+            raise RuntimeError("The engine's stream ended without an answer.")
+        fields = self._fields(answer)
+        fields["response_metadata"].pop("logprobs", None)
+        if unsent:
+            fields["response_metadata"]["logprobs"] = outputs.logprobs(unsent)
+        yield AIMessageChunk(content="", chunk_position="last", **fields)
+
+    def documents(self) -> tuple[Document, ...]:
+        """All documents of the request: those of the memory first."""
+        return (*(self.memory.documents if self.memory else ()), *self.request.documents)
+
+    def _parts(self, piece: Piece, splitter: toolcalls.CallSplitter | None) -> Iterator[str | toolcalls.ToolCall]:
+        if splitter is None:
+            if piece.text:
+                yield piece.text
+            return
+        yield from splitter.feed(piece.text)
+        if piece.answer is not None:
+            yield from splitter.finish()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "turns": self.request.turns,
+            "query": self.request.query or None,
+            "query_source": self.request.query_source,
+            "memory": self.memory,
+            "mode": self.mode,
+            "sampling": self.sampling,
+            "tools": self.tools,
+            "logits_processors": self.processors,
+            "template_kwargs": dict(self.template_kwargs) if self.template_kwargs else None,
+            "progress": self.progress,
+            "cancel": self.cancel,
+        }
+
+    def _names(self) -> list[str] | None:
+        return None if self.tools is None else [tool["function"]["name"] for tool in self.tools]
+
+    def _fields(self, answer: Answer) -> dict[str, Any]:
+        documents = self.documents()
+        if answer.query_source == "none" and documents:
+            warnings.warn(
+                "There is no question in the messages: lookups are unguided. Pass query= or a message with text.",
+                stacklevel=2,
+            )
+        n_query = self.engine.count_tokens(answer.query) if answer.query else 0
+        metadata = outputs.metadata(answer, self.model, query_tokens=n_query, documents=len(documents))
+        if answer.logprobs is not None:
+            metadata["logprobs"] = outputs.logprobs(answer.logprobs)
+        cited = outputs.citations(answer.sources, documents) if answer.text else []
+        return {
+            "response_metadata": metadata,
+            "usage_metadata": outputs.usage(answer, creates_memory=self.creates_memory),
+            "additional_kwargs": {"citations": cited} if cited else {},
+        }
+
+    @contextmanager
+    def _time_limit(self) -> Iterator[None]:
+        if self.timeout is None:
+            yield
+            return
+        timer = threading.Timer(self.timeout, self.cancel.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except CancelledError:
+            if timer.is_alive():
+                raise
+            raise TimeoutError(
+                f"There was no whole answer within timeout={self.timeout} seconds; raise timeout."
+            ) from None
+        finally:
+            timer.cancel()
+
+
+def grammar(
+    engine: QLLM,
+    tools: Sequence[dict[str, Any]] | None,
+    tool_choice: Any,
+    parallel: bool,
+    response_format: Mapping[str, Any] | None,
+) -> tuple[Sequence[LogitsProcessor], bool]:
+    """The processors that make the answer a forced tool call or JSON, and whether the tools are shown at all."""
+    choice = forced(tool_choice, tools or ())
+    schema, strict, _ = response_schema(response_format) if response_format else (None, False, False)
+    calls = choice not in ("auto", "none") or (schema is not None and bool(tools) and choice == "auto")
+    if schema is None and not calls:
+        return (), choice != "none"
+    from qllm_runtime.grammar import json_schema_processor, tool_call_processor
+
+    width = engine.model.config.get_text_config().vocab_size
+    ends = _ends(engine)
+    if not calls:
+        assert schema is not None
+        processor = json_schema_processor(
+            engine.tokenizer, schema, n_vocab=width, eos_token_ids=ends, open_objects=not strict
+        )
+        return (processor,), choice != "none"
+    return (
+        tool_call_processor(
+            engine.tokenizer,
+            tools or (),
+            n_vocab=width,
+            names=[choice.removeprefix("tool:")] if choice.startswith("tool:") else None,
+            call_format=toolcalls.call_format(engine.tokenizer.chat_template),
+            parallel=parallel,
+            answer_schema=schema if choice == "auto" else None,
+            eos_token_ids=ends,
+        ),
+    ), True
+
+
+def _ends(engine: QLLM) -> list[int] | None:
+    config = getattr(engine.model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    return [ends] if isinstance(ends, int) else ends
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    """A bar in tokens on stderr that shows how far the reading is."""
+    from tqdm.auto import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit=" tokens", desc="reading", leave=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show

@@ -1,0 +1,104 @@
+"""From messages and options to a prepared request: engines on demand, tools, grammar, memories."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import BaseMessage
+
+from qllm_integrations.langchain import tools as tool_forms
+from qllm_integrations.langchain.call import Call, grammar, progress_bar
+from qllm_integrations.langchain.memory import DocumentHandle, find_handle
+from qllm_integrations.langchain.messages import schema_instruction, translate
+from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, warn_unknown
+from qllm_integrations.langchain.structured import response_schema
+
+if TYPE_CHECKING:
+    from qllm_runtime.engine import QLLM
+
+
+class ChatRequests(ChatSettings):
+    """The part of `QLLMChat` that prepares requests."""
+
+    def _prepare(
+        self,
+        messages: Sequence[BaseMessage],
+        stop: list[str] | None,
+        options: Mapping[str, Any],
+        cancel: threading.Event | None = None,
+    ) -> Call:
+        """Everything of a request but the answer. Blocks while a model loads or documents are read for the cache."""
+        for name in sorted(options.keys() - CALL_OPTIONS):
+            warn_unknown("A call takes no argument", name, CALL_OPTIONS)
+        options = {name: value for name, value in options.items() if value is not None}
+        self._state.check_open()
+        response_format = options.get("response_format")
+        if response_format and response_format.get("type") == "text":
+            response_format = None
+        shown, instruction = response_schema(response_format) if response_format else None, None
+        if shown and shown[2]:
+            instruction = schema_instruction(shown[0])
+        request = translate(
+            messages,
+            query=options.get("query"),
+            memory_id=options.get("file_id", self.file_id),
+            instruction=instruction,
+        )
+        tools = tool_forms.to_openai(options.get("tools", ())) or None
+        tool_forms.forced(options.get("tool_choice"), tools or ())
+        model = options.get("model", self.model)
+        call = Call(
+            engine=self._engine(model),
+            model=model,
+            request=request,
+            sampling=self._sampling(stop, options),
+            mode=options.get("mode", self.mode),
+            template_kwargs={**self.template_kwargs, **options.get("template_kwargs", {})},
+            progress=progress_bar() if options.get("show_progress", self.show_progress) else None,
+            timeout=options.get("timeout", self.timeout),
+            cancel=cancel or threading.Event(),
+        )
+        call.processors, show_tools = grammar(
+            call.engine, tools, options.get("tool_choice"), options.get("parallel_tool_calls", False), response_format
+        )
+        call.tools = tools if show_tools else None
+        self._attach_memory(call)
+        return call
+
+    def _attach_memory(self, call: Call) -> None:
+        key = self._engine_key(call.model)
+        if call.request.memory_id is not None:
+            handle = find_handle(call.request.memory_id, key)
+            call.engine, call.memory = handle.engine, handle.memory
+        elif call.request.cache:
+            documents, system = call.request.documents, call.request.system
+
+            def read() -> DocumentHandle:
+                memory = call.engine.read(documents, system=system, progress=call.progress, cancel=call.cancel)
+                return DocumentHandle(call.engine, key, memory)
+
+            handle, call.creates_memory = self._state.cached(key, documents, system, read)
+            call.engine, call.memory = handle.engine, handle.memory
+            call.request = call.request.without_documents()
+
+    def _engine_key(self, model: str) -> str:
+        memory = self.memory.model_dump_json() if self.memory else None
+        return repr((model, self.revision, self.device, self.dtype, self.trust_remote_code, memory, self._state.token))
+
+    def _engine(self, model: str) -> QLLM:
+        def load() -> QLLM:
+            from qllm_runtime.engine import QLLM
+
+            return QLLM.from_pretrained(
+                model,
+                revision=self.revision,
+                memory=self.memory,
+                device=self.device,
+                dtype=self.dtype,
+                token=self.hf_token.get_secret_value() if self.hf_token else None,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+        return self._state.engine(self._engine_key(model), load)

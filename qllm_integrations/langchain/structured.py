@@ -1,0 +1,185 @@
+"""`with_structured_output`: schemas of every kind, enforced while decoding, and the parser behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from operator import itemgetter
+from typing import Any, Literal
+
+from langchain_core.exceptions import OutputParserException
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage, BaseMessageChunk
+from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, Generation
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_json_schema
+from langchain_core.utils.json import parse_partial_json
+from langchain_core.utils.pydantic import is_basemodel_subclass
+
+from qllm_runtime.errors import InvalidRequestError
+
+Method = Literal["json_schema", "function_calling", "json_mode"]
+Schema = Mapping[str, Any] | type
+
+
+class SchemaOutputParser(BaseCumulativeTransformOutputParser[Any]):
+    """Reads a structured answer: an instance for pydantic classes (1 and 2), a dictionary for everything else.
+
+    While streaming, dictionaries grow; an instance appears once, when it is complete. An answer that is not complete
+    JSON, usually because `max_tokens` cut it off, raises `OutputParserException`; it is never completed silently.
+
+    Attributes:
+        schema_class: Pydantic class to validate with, or None.
+        from_tool: Read the arguments of the first tool call instead of the text.
+    """
+
+    schema_class: Any = None
+    from_tool: bool = False
+
+    @property
+    def _type(self) -> str:
+        return "qllm-schema"
+
+    def parse(self, text: str) -> Any:
+        """The value of a whole answer."""
+        return self.parse_result([Generation(text=text)])
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        """The value of an answer; with `partial`, of as much of it as there is (None: nothing yet)."""
+        generation = result[0]
+        message = generation.message if isinstance(generation, ChatGeneration) else None
+        if partial:
+            return None if self.schema_class or self.from_tool else _grow(generation.text)
+        if self.from_tool:
+            calls = message.tool_calls if isinstance(message, AIMessage) else []
+            if not calls:
+                raise self._failure(generation.text, message, "it holds no complete tool call")
+            value: Any = calls[0]["args"]
+        else:
+            try:
+                value = json.loads(generation.text)
+            except ValueError as error:
+                raise self._failure(generation.text, message, f"it is not valid JSON ({error})") from None
+        if self.schema_class is None:
+            return value
+        try:
+            validate = getattr(self.schema_class, "model_validate", None) or self.schema_class.parse_obj
+            return validate(value)
+        except ValueError as error:
+            raise OutputParserException(
+                f"The answer does not fit {self.schema_class.__name__}: {error}", llm_output=json.dumps(value)
+            ) from error
+
+    def _failure(self, text: str, message: BaseMessage | None, reason: str) -> OutputParserException:
+        cut = message is not None and message.response_metadata.get("finish_reason") == "length"
+        remedy = " It was cut off at max_tokens: raise max_tokens." if cut else ""
+        return OutputParserException(f"The answer cannot be read: {reason}.{remedy}", llm_output=text)
+
+    def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[Any]:
+        whole, last = None, None
+        for chunk in input:
+            whole = _add(whole, chunk)
+            value = self.parse_result([whole], partial=True)
+            if value is not None and value != last:
+                last = value
+                yield value
+        if whole is not None and (value := self.parse_result([whole])) != last:
+            yield value
+
+    async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[Any]:
+        whole, last = None, None
+        async for chunk in input:
+            whole = _add(whole, chunk)
+            value = self.parse_result([whole], partial=True)
+            if value is not None and value != last:
+                last = value
+                yield value
+        if whole is not None and (value := self.parse_result([whole])) != last:
+            yield value
+
+
+def structured(
+    llm: Any, schema: Schema | None, *, method: Method, include_raw: bool, strict: bool | None
+) -> Runnable[LanguageModelInput, Any]:
+    """The runnable behind `QLLMChat.with_structured_output`."""
+    if method not in ("json_schema", "function_calling", "json_mode"):
+        raise InvalidRequestError(f"Unknown method {method!r}; use 'json_schema', 'function_calling' or 'json_mode'.")
+    if schema is None and method != "json_mode":
+        raise InvalidRequestError(f"method={method!r} needs a schema; only 'json_mode' works without one.")
+    schema_class = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
+    trace = (
+        {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
+        if schema
+        else {}
+    )
+    if schema is None:
+        bound = llm.bind(response_format={"type": "json_object"})
+    elif method == "function_calling":
+        bound = llm.bind_tools([schema], tool_choice="any", strict=strict, **trace)
+    else:
+        body = {"name": "answer", "schema": to_json_schema(schema, strict), "strict": strict is not False}
+        if method == "json_mode":  # the prompt says what is wanted; the schema is enforced all the same
+            body["shown"] = False
+        bound = llm.bind(response_format={"type": "json_schema", "json_schema": body}, **trace)
+    parser = SchemaOutputParser(schema_class=schema_class, from_tool=method == "function_calling")
+    if not include_raw:
+        return bound | parser  # type: ignore[no-any-return]
+    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+    failed = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def to_json_schema(schema: Schema, strict: bool | None = None) -> dict[str, Any]:
+    """JSON schema of a pydantic class (1 or 2), a TypedDict, an OpenAI function or tool, or a JSON schema.
+
+    Raises:
+        InvalidRequestError: None of these.
+    """
+    untitled = isinstance(schema, Mapping) and not {"title", "function"} & schema.keys()
+    if untitled and {"type", "properties", "$ref", "anyOf"} & schema.keys():
+        return dict(schema)  # a plain JSON schema, which LangChain's conversion refuses for want of a name
+    try:
+        return convert_to_json_schema(schema, strict=strict)  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidRequestError(
+            f"{schema!r:.80} is not a schema ({error}); pass a pydantic class, a TypedDict or a JSON schema."
+        ) from None
+
+
+def response_schema(response_format: Mapping[str, Any]) -> tuple[dict[str, Any], bool, bool]:
+    """JSON schema of a `response_format` in OpenAI's form, whether it is strict, and whether it is shown.
+
+    Raises:
+        InvalidRequestError: A form other than `json_schema`, `json_object` or `text`.
+    """
+    kind = response_format.get("type")
+    if kind == "json_object":
+        return {"type": "object"}, False, False
+    body = response_format.get("json_schema")
+    if kind == "json_schema" and isinstance(body, Mapping) and isinstance(body.get("schema"), Mapping):
+        return dict(body["schema"]), body.get("strict") is not False, body.get("shown", True)
+    raise InvalidRequestError(
+        f"response_format of type {kind!r} is not supported; use {{'type': 'json_object'}} or "
+        "{'type': 'json_schema', 'json_schema': {'name', 'schema'}}."
+    )
+
+
+def _grow(text: str) -> Any:
+    try:
+        value = parse_partial_json(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and value else None
+
+
+def _add(whole: Any, chunk: str | BaseMessage) -> Any:
+    if isinstance(chunk, BaseMessageChunk):
+        added: Any = ChatGenerationChunk(message=chunk)
+    elif isinstance(chunk, BaseMessage):
+        return ChatGeneration(message=chunk)
+    else:
+        from langchain_core.outputs import GenerationChunk
+
+        added = GenerationChunk(text=chunk)
+    return added if whole is None else whole + added
