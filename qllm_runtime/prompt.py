@@ -69,9 +69,9 @@ def build_prompt(
     the tokenizer adds one of its own accord and the template has not written it.
 
     A user turn with documents reads QUESTION, documents, text in mode "query_aware" and documents, text in mode
-    "read_once", an empty line between them; a document with a title is preceded by a line `[title]`. What a template cannot
-    express is rewritten without losing text: a system turn goes ahead of the first user turn, turns of one role in a
-    row are merged, tools are described in the system turn (behind the documents in mode "read_once", so that the
+    "read_once", an empty line between them; a document with a title is preceded by a line `[title]`. What a template
+    cannot express is rewritten without losing text: a system turn goes ahead of the first user turn, turns of one role
+    in a row are merged, tools are described in the system turn (behind the documents in mode "read_once", so that the
     reading stays the same), calls and results become text.
 
     Args:

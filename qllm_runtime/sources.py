@@ -37,8 +37,8 @@ def passages(
 ) -> tuple[Source, ...]:
     """The passages that received the most attention.
 
-    Peaks of the mass are grown to the sentences or lines around them and merged where they touch. A passage's score is its
-    share of all mass that fell on documents. Mass spread evenly over a document yields few passages, not many.
+    Peaks of the mass are grown to the sentences or lines around them and merged where they touch. A passage's score is
+    its share of all mass that fell on documents. Mass spread evenly over a document yields few passages, not many.
 
     Args:
         mass: [n] attention mass per prompt token (any scale; n may exceed the prompt: generated tokens are ignored).
@@ -47,8 +47,8 @@ def passages(
         limit: Most passages to return.
 
     Returns:
-        Passages, best first; `text == documents[document].text[start:end]`, never cut inside a character as a reader sees
-        it (emoji sequences, accents, line ends of two characters).
+        Passages, best first; `text == documents[document].text[start:end]`, never cut inside a character as a reader
+        sees it (emoji sequences, accents, line ends of two characters).
     """
     weights = [
         np.maximum(np.nan_to_num(np.asarray(mass[s.start : s.end], np.float64)), 0) for s in prompt.document_spans
@@ -63,7 +63,7 @@ def passages(
     for _ in range(4 * limit):
         which, start, end, peak = _heaviest(left)
         best = max(best, peak)
-        if peak < MIN_SHARE * best or (found and peak < MIN_LIFT * even * (end - start)):
+        if peak <= 0 or peak < MIN_SHARE * best or (found and peak < MIN_LIFT * even * (end - start)):
             break
         left[which][start:end] = 0
         span = prompt.document_spans[which]

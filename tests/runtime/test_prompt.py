@@ -33,15 +33,17 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}"
 )
 TOOLS = (
-    "{{ bos_token }}{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{{ bos_token }}"
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "Who wrote the letter? It was a dark and stormy night; the rain fell in torrents.\r\n\r\nThe captain said: I know.",
-    "system user assistant model System: User: Assistant: [INST] [/INST] Be good. <|im_start|> <s> naïve café 1234567890 \t",
+    "system user assistant model System: User: Assistant: [INST] [/INST] Be good. <|im_start|> <s> naïve café 12345 \t",
 ] * 50
 TOOL = {
     "type": "function",
@@ -77,7 +79,7 @@ def _bpe_vocabulary():
             vocab_size=500, special_tokens=[*SPECIAL, *(f"<0x{b:02X}>" for b in range(256))], show_progress=False
         ),
         pre_tokenizers.Metaspace(prepend_scheme="always"),
-        None or decoders.Metaspace(),
+        decoders.Metaspace(),
     )
     import json
 
@@ -100,7 +102,7 @@ def _llama_like(scheme):
 
 
 def _unigram():
-    tokenizer = _train(
+    return _train(
         models.Unigram(),
         trainers.UnigramTrainer(
             vocab_size=300,
@@ -112,7 +114,6 @@ def _unigram():
         pre_tokenizers.Metaspace(prepend_scheme="first"),
         decoders.Metaspace(prepend_scheme="first"),
     )
-    return tokenizer
 
 
 BUILDERS = {

@@ -1,0 +1,192 @@
+"""Files, bytes and standard input: what is read, exactly, and what is refused, how."""
+
+import codecs
+import io
+import sys
+import types
+
+import pytest
+
+from qllm_runtime.documents import document_from_bytes, load_document
+from qllm_runtime.errors import DocumentError
+from qllm_runtime.html_text import html_to_text
+
+TRICKY = "First line \r\n\tnaïve 👩‍🚀 ‮mixed\u00a0\x0c\rlast line  \n\n"
+
+
+def make_pdf(*pages: str | None) -> bytes:
+    """A PDF with one line of text per page; None is a page without a text layer."""
+    count = len(pages)
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(count))
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {count} >>".encode(),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for index, text in enumerate(pages):
+        page = f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {5 + 2 * index} 0 R"
+        objects.append(f"{page} /Resources << /Font << /F1 3 0 R >> >> >>".encode())
+        stream = b"" if text is None else f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode("latin-1")
+        objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream))
+    out, offsets = io.BytesIO(b""), []
+    out.write(b"%PDF-1.4\n")
+    for number, body in enumerate(objects, 1):
+        offsets.append(out.tell())
+        out.write(b"%d 0 obj\n%s\nendobj\n" % (number, body))
+    start = out.tell()
+    out.write(b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1))
+    for offset in offsets:
+        out.write(b"%010d 00000 n \n" % offset)
+    out.write(b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, start))
+    return out.getvalue()
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(data: bytes, name: str = "a.txt"):
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.md", "c.csv", "d.py", "README", "e.TXT"])
+def test_text_is_kept_exactly(file, name):
+    path = file(TRICKY.encode(), name)
+    document = load_document(path)
+    assert document.text == TRICKY
+    assert document.title == name
+    assert document.metadata["source"] == str(path)
+
+
+def test_encodings(file):
+    assert load_document(file(codecs.BOM_UTF8 + TRICKY.encode())).text == "\ufeff" + TRICKY
+    for encoding in ("utf-16", "utf-32"):
+        assert load_document(file(TRICKY.encode(encoding))).text == TRICKY
+    assert load_document(file(codecs.BOM_UTF16_BE + TRICKY.encode("utf-16-be"))).text == TRICKY
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(TRICKY.encode())))
+    document = load_document("-")
+    assert (document.text, document.title, document.metadata["source"]) == (TRICKY, None, "-")
+    with pytest.raises(DocumentError, match="Standard input is empty"):
+        load_document("-")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b" \r\n\t\n", "nothing but white space"),
+        (codecs.BOM_UTF8 + b"\n", "nothing but white space"),
+        (b"caf\xe9 au lait", "not valid UTF-8: byte 0xe9 at offset 3"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00", "binary"),
+        ("text".encode("utf-16-le"), "UTF-16 without a byte-order mark"),
+        (bytes(range(1, 32)) * 4, "binary"),
+        (b"PK\x03\x04\x14\x00", "zip archive"),
+        (codecs.BOM_UTF16_LE + b"a", "UTF-16"),
+        (codecs.BOM_UTF16_LE + b"\x00\xd8a\x00", "UTF-16"),
+    ],
+)
+def test_bad_content(file, data, message):
+    with pytest.raises(DocumentError, match=message) as caught:
+        load_document(file(data))
+    assert "\n" not in str(caught.value)
+    assert "a.txt" in str(caught.value)
+
+
+def test_bad_paths(tmp_path, monkeypatch):
+    for path, message in [
+        (tmp_path / "none.txt", "no file"),
+        (tmp_path, "directory"),
+        ("a\0b", "NUL"),
+        ("x" * 5000, "Cannot read"),
+    ]:
+        with pytest.raises(DocumentError, match=message):
+            load_document(path)
+    locked = tmp_path / "locked.txt"
+    locked.write_text("x")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(locked), "read_bytes", refuse)
+    with pytest.raises(DocumentError, match="Permission denied"):
+        load_document(locked)
+
+
+class TestHtml:
+    def test_visible_text(self):
+        page = (
+            "<!doctype html><html><head><title>T</title><style>a{}</style><script>'<p>no</p>'</script></head><body>"
+            "<h1>Head</h1><p>One <b>bold</b>,\n two &amp; three<br>four</p><div hidden>no<div>no</div></div>"
+            "<ul><li>a<li>b</ul><table><tr><td>1</td><td> 2</td></tr><tr><td>3</td></tr></table>"
+            "<pre> x\n  y</pre>end<p style='display: none'>no</p><!-- no --></body></html>"
+        )
+        assert html_to_text(page) == "Head\n\nOne bold, two & three\nfour\n\na\nb\n\n1\t2\n3\n\n x\n  y\n\nend"
+
+    def test_words_are_neither_joined_nor_split(self):
+        assert html_to_text("a<b>b</b>c <i> d</i> e<p>f</p>g<script/>h") == "abc d e\n\nf\n\ngh"
+
+    def test_files(self, file):
+        page = b"<p>Gr\xfc\xdfe</p>"
+        declared = b'<meta charset="iso-8859-1">' + page
+        assert load_document(file(declared, "a.html")).text == "Grüße"
+        assert load_document(file(codecs.BOM_UTF8 + "<p>Grüße</p>".encode(), "a.htm")).text == "Grüße"
+        with pytest.raises(DocumentError, match="not valid UTF-8"):
+            load_document(file(page, "a.html"))
+        with pytest.raises(DocumentError, match="no visible text"):
+            load_document(file(b"<script>1</script>", "a.html"))
+        with pytest.raises(DocumentError, match="unknown encoding 'klingon'"):
+            load_document(file(b"<meta charset=klingon>x", "a.html"))
+
+
+class TestPdf:
+    def test_pages(self, file):
+        document = load_document(file(make_pdf("First page.", None, "Third page."), "a.pdf"))
+        assert document.text == "First page.\n\n\n\nThird page."
+        starts = document.metadata["page_starts"]
+        assert [document.text[start : start + 5] for start in (starts[0], starts[2])] == ["First", "Third"]
+
+    def test_refusals(self, file, monkeypatch):
+        with pytest.raises(DocumentError, match="without a text layer"):
+            load_document(file(make_pdf(None), "a.pdf"))
+        with pytest.raises(DocumentError, match="not a PDF"):
+            load_document(file(b"just text", "a.pdf"))
+        with pytest.raises(DocumentError, match="empty"):
+            load_document(file(b"", "a.pdf"))
+        with pytest.raises(DocumentError, match="damaged"):
+            load_document(file(b"%PDF-1.4\ngarbage", "a.pdf"))
+        monkeypatch.setitem(sys.modules, "pypdf", None)
+        with pytest.raises(DocumentError, match=r"pip install 'qllm-integrations\[pdf\]'"):
+            load_document(file(make_pdf("x"), "a.pdf"))
+
+    def test_protected(self, file):
+        pypdf = pytest.importorskip("pypdf")
+        writer = pypdf.PdfWriter(clone_from=io.BytesIO(make_pdf("Secret.")))
+        writer.encrypt("password", algorithm="RC4-128")
+        out = io.BytesIO()
+        writer.write(out)
+        with pytest.raises(DocumentError, match="password"):
+            load_document(file(out.getvalue(), "a.pdf"))
+
+
+class TestBytes:
+    def test_content_decides(self):
+        assert document_from_bytes(make_pdf("Hello."), "text/plain").text == "Hello."
+        assert document_from_bytes(b"Hello.", "application/pdf", "t").text == "Hello."
+        assert document_from_bytes(b"<p>Hi</p>", "text/html; charset=utf-8").text == "Hi"
+        assert document_from_bytes(b"<p>Hi</p>", "text/plain").text == "<p>Hi</p>"
+        assert document_from_bytes("é".encode("latin-1"), "text/plain; charset=iso-8859-1").text == "é"
+        assert document_from_bytes(b"{}", "application/json", "t").title == "t"
+        assert document_from_bytes(b"x").text == "x"
+
+    def test_refusals(self):
+        with pytest.raises(DocumentError, match="image/png"):
+            document_from_bytes(b"x", "image/png")
+        with pytest.raises(DocumentError, match="Document 't' is empty"):
+            document_from_bytes(b"", None, "t")
+        with pytest.raises(DocumentError, match="unknown encoding"):
+            document_from_bytes(b"x", "text/plain; charset=klingon")

@@ -1,0 +1,162 @@
+"""From attention mass to passages."""
+
+import time
+
+import numpy as np
+import pytest
+
+from qllm_runtime.prompt import DocumentSpan, Prompt
+from qllm_runtime.sources import passages
+from qllm_runtime.types import Document
+
+PROSE = "The rain fell in torrents over the town. Nobody was abroad, and the lamps burned low in the square.\r\n" * 60
+
+
+def prompt_of(*documents: Document, width: int = 4):
+    """A prompt whose tokens are runs of `width` characters, with five template tokens around every document."""
+    spans, position = [], 5
+    for index, document in enumerate(documents):
+        starts = np.arange(0, len(document.text), width)
+        offsets = np.stack([starts, np.minimum(starts + width, len(document.text))], axis=1)
+        spans.append(DocumentSpan(index, position, position + len(starts), offsets))
+        position += len(starts) + 5
+    return Prompt(np.zeros(position, np.int64), (), tuple(spans), spans[-1].end)
+
+
+def mass_on(prompt, document, *needles, weight=1.0, noise=0.0, index=0):
+    rng = np.random.default_rng(0)
+    mass = rng.random(len(prompt.ids)) * noise
+    mass[:5] = 50.0  # the sink of the prompt's first tokens
+    span = prompt.document_spans[index]
+    for needle in needles:
+        start = document.text.index(needle)
+        inside = (span.offsets[:, 1] > start) & (span.offsets[:, 0] < start + len(needle))
+        mass[span.start : span.end][inside] += weight
+    return mass
+
+
+def check(sources, documents):
+    assert all(s.text == documents[s.document].text[s.start : s.end] and s.text.strip() == s.text for s in sources)
+    scores = [source.score for source in sources]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < sum(scores) <= 1 + 1e-9
+    for a in sources:
+        for b in sources:
+            assert a is b or a.document != b.document or a.end <= b.start or b.end <= a.start
+
+
+def test_the_sentence_around_the_peak():
+    fact = "The pass key of Mr. Vane is 71432."
+    document = Document(PROSE + fact + " " + PROSE, "a.txt")
+    prompt = prompt_of(document, width=2)
+    sources = passages(mass_on(prompt, document, "71432", noise=0.001), prompt, [document])
+    assert sources[0].text == fact
+    assert (sources[0].document, sources[0].title) == (0, "a.txt")
+    assert sources[0].score > 0.7
+    check(sources, [document])
+
+
+def test_several_documents_best_first():
+    documents = [Document(PROSE + f"Fact {i} is here." + " " + PROSE) for i in range(3)]
+    prompt = prompt_of(*documents)
+    mass = sum(
+        mass_on(prompt, documents[i], f"Fact {i} is", weight=weight, index=i) for i, weight in enumerate([1, 4, 2])
+    )
+    sources = passages(mass, prompt, documents)
+    assert [(s.document, s.text) for s in sources] == [
+        (1, "Fact 1 is here."),
+        (2, "Fact 2 is here."),
+        (0, "Fact 0 is here."),
+    ]
+    assert sources[0].score == pytest.approx(4 / 7, abs=0.05)
+    check(sources, documents)
+
+
+def test_neighbours_are_merged():
+    document = Document(PROSE + "One fact is here. Another fact is there. " + PROSE)
+    prompt = prompt_of(document)
+    sources = passages(mass_on(prompt, document, "One fact", "Another fact"), prompt, [document])
+    assert [s.text for s in sources] == ["One fact is here. Another fact is there."]
+    assert sources[0].score == pytest.approx(1)
+
+
+def test_lines_where_there_are_no_sentences():
+    lines = [f'{{"key-{i}": "value-{i * 7919 % 1000}"}}' for i in range(400)]
+    document = Document("\n".join(lines))
+    prompt = prompt_of(document)
+    sources = passages(mass_on(prompt, document, '"key-200": "value'), prompt, [document])
+    assert sources[0].text == lines[200]
+
+
+def test_text_without_any_boundary():
+    document = Document("x" * 5000)
+    prompt = prompt_of(document)
+    mass = np.zeros(len(prompt.ids))
+    mass[500] = 1
+    (source,) = passages(mass, prompt, [document])
+    assert source.start <= (500 - 5) * 4 < source.end
+
+
+def test_diffuse_mass_gives_few_passages():
+    document = Document(PROSE)
+    prompt = prompt_of(document)
+    for noise in (0.0, 0.01):
+        mass = np.full(len(prompt.ids), 1.0) + mass_on(prompt, document, noise=noise)
+        sources = passages(mass, prompt, [document])
+        assert 1 <= len(sources) <= 2
+        check(sources, [document])
+
+
+def test_block_wise_mass():
+    document = Document(PROSE + "The pass key is 71432. " + PROSE)
+    prompt = prompt_of(document)
+    token = prompt.document_spans[0].start + document.text.index("71432") // 4
+    mass = np.zeros(len(prompt.ids))
+    start = token // 64 * 64
+    mass[start : start + 64] = 1
+    sources = passages(mass, prompt, [document])
+    assert sum(s.score for s in sources) > 0.9
+    assert any("71432" in s.text for s in sources)
+
+
+def test_at_most_limit():
+    facts = [f"Fact {i} is here." for i in range(9)]
+    document = Document("".join(fact + " " + PROSE for fact in facts))
+    prompt = prompt_of(document)
+    mass = mass_on(prompt, document, *facts)
+    assert len(passages(mass, prompt, [document])) == 5
+    assert {s.text for s in passages(mass, prompt, [document], limit=20)} == set(facts)
+    assert passages(mass, prompt, [document], limit=0) == ()
+
+
+def test_no_mass_no_passages():
+    document = Document(PROSE)
+    prompt = prompt_of(document)
+    mass = np.zeros(len(prompt.ids))
+    mass[:5] = 1
+    assert passages(mass, prompt, [document]) == ()
+    assert passages(np.full(len(prompt.ids), np.nan), prompt, [document]) == ()
+
+
+@pytest.mark.parametrize("glyph", ["👩‍🚀", "🇩🇪", "é", "👍🏽", "❤️", "\r\n", "🏴\U000e0067\U000e0062\U000e007f"])
+def test_no_glyph_is_cut(glyph):
+    document = Document(glyph * 400)
+    for width in (1, 2, 3, 5):
+        prompt = prompt_of(document, width=width)
+        for place in range(40, 48):
+            mass = np.zeros(len(prompt.ids))
+            mass[prompt.document_spans[0].start + place] = 1
+            for source in passages(mass, prompt, [document]):
+                assert source.start % len(glyph) == 0
+                assert source.end % len(glyph) == 0
+                assert source.text == document.text[source.start : source.end]
+
+
+def test_a_million_tokens_take_no_time():
+    document = Document(PROSE * 700)
+    prompt = prompt_of(document)
+    assert len(prompt.ids) > 1_000_000
+    mass = np.random.default_rng(0).random(len(prompt.ids))
+    start = time.perf_counter()
+    passages(mass, prompt, [document])
+    assert time.perf_counter() - start < 3
