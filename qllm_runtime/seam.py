@@ -86,6 +86,11 @@ class MemoryLayer(CacheLayerMixin):
         self._key = key_states
         return self, value_states
 
+    def prepare(self, rows: int) -> None:
+        """Make the memories of the first `rows` rows."""
+        while len(self.rows) < rows:
+            self.rows.append(self._cache.factory(self._layer_idx, len(self.rows)))
+
     def attend(self, query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Hand one call's tokens to the rows' memories.
 
@@ -100,8 +105,7 @@ class MemoryLayer(CacheLayerMixin):
         key, self._key = self._key, None
         batch, heads, n, _ = query.shape
         lengths = self._cache.lengths or [n] * batch
-        while len(self.rows) < batch:
-            self.rows.append(self._cache.factory(self._layer_idx, len(self.rows)))
+        self.prepare(batch)
         if batch == 1 and lengths[0] == n:
             return self.rows[0].append(query[0], key[0], value[0], scoring)[None]
         out = query.new_zeros(batch, n, heads, value.shape[-1])
@@ -135,9 +139,18 @@ class MemoryCache(Cache):
         self.lengths: list[int] | None = None
         super().__init__(layers=[MemoryLayer(self, index) for index in range(n_layers)])
 
+    def prepare(self, rows: int) -> None:
+        """Make the memories of `rows` sequences ahead of the first call."""
+        for layer in self.layers:
+            layer.prepare(rows)
+
     def memories(self, row: int = 0) -> list[LayerMemory]:
-        """The layers' memories of one row; empty before the first call."""
-        return [layer.rows[row] for layer in self.layers if len(layer.rows) > row]
+        """The layers' memories of one row, first layer first."""
+        return [layer.rows[row] for layer in self.layers]
+
+    def nbytes(self) -> int:
+        """Bytes held by all layers and rows."""
+        return sum(memory.nbytes() for layer in self.layers for memory in layer.rows)
 
     def fork(self) -> MemoryCache:
         """A cache that continues from here and shares what has been read."""

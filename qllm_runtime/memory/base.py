@@ -83,7 +83,10 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def set_query(self, start: int, end: int) -> None:
-        """Route tokens [start, end) (absolute indices, not yet appended) to the lookup; replaces an earlier span."""
+        """Route tokens [start, end) (absolute indices, not yet appended) to the lookup.
+
+        A question takes effect once its last token was read and replaces the one before; several may be announced in order.
+        """
 
     @abstractmethod
     def fork(self) -> Self:

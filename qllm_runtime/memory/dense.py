@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from qllm_kernels.attention import apply_sinks, attend, merge
+from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
 
 _TILE = 512
@@ -51,10 +51,28 @@ class DenseMemory(LayerMemory):
         if self._window is not None:
             self._key_raw[:, start : start + n] = key
         self.n_seen += n
+        if n == 1 and self.on_weights is not None:
+            return self._step(query, start, scoring)
         outs = [
             self._tile(query[:, i : i + _TILE], start + i, scoring) for i in range(0, n, _TILE)
         ]
         return torch.cat(outs, dim=1).transpose(0, 1)
+
+    def _step(self, query: torch.Tensor, slot: int, scoring: Scoring) -> torch.Tensor:
+        """Attention of the token at `slot` with its weights at hand: [1, heads, value_dim]."""
+        assert self._key is not None and self._value is not None and self.on_weights is not None
+        heads, _, dim = query.shape
+        kv_heads = self._key.shape[0]
+        rows = slice(0 if self._window is None else max(0, slot - self._window + 1), slot + 1)
+        logits = segment_logits(
+            query.reshape(kv_heads, -1, dim), self._key[:, rows], scale=scoring.scale, softcap=scoring.softcap
+        )
+        if scoring.sinks is not None:
+            logits = torch.cat((logits, scoring.sinks.float().view(kv_heads, -1, 1)), -1)
+        weights = torch.softmax(logits, -1)[..., : rows.stop - rows.start]
+        positions = torch.arange(self._base + rows.start, self._base + rows.stop, device=query.device)
+        self.on_weights(weights.sum(1), positions.expand(kv_heads, -1))
+        return (weights.to(self._value.dtype) @ self._value[:, rows]).reshape(1, heads, -1)
 
     def _tile(self, query: torch.Tensor, start: int, scoring: Scoring) -> torch.Tensor:
         """Attention of queries at slots start .. start + n: [heads, n, value_dim]."""
@@ -120,6 +138,7 @@ class DenseMemory(LayerMemory):
         for name in ("_key", "_key_raw", "_value"):
             buffer = getattr(self, name)
             setattr(child, name, None if buffer is None else buffer.clone())
+        child.on_weights = None
         return child
 
     def nbytes(self) -> int:

@@ -20,21 +20,21 @@ class PinnedQuery:
     def __init__(self) -> None:
         self.vector: torch.Tensor | None = None
         self.key = self.value = self.positions = torch.empty(0)
-        self._span: tuple[int, int] | None = None
+        self._spans: list[tuple[int, int]] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def announce(self, start: int, end: int) -> None:
-        """The tokens [start, end) to come are the next question."""
-        self._span, self._parts = (start, end), []
+        """The tokens [start, end) to come are a question, after those announced before."""
+        self._spans = [*self._spans, (start, end)]
 
     def completes_at(self, first: int, n: int) -> int | None:
-        """Offset behind the question's last token when it lies within the next n tokens."""
-        if self._span is None or not first < self._span[1] <= first + n:
+        """Offset behind the next question's last token when it lies within the next n tokens."""
+        if not self._spans or self._spans[0][1] > first + n:
             return None
-        return self._span[1] - first
+        return self._spans[0][1] - first
 
     def capture(self, first: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n_init: int) -> None:
-        """Keep what belongs to the announced span; with its last token the question takes effect.
+        """Keep what belongs to an announced span; with its last token the question takes effect.
 
         Args:
             first: Absolute index of the first of the n tokens.
@@ -42,21 +42,18 @@ class PinnedQuery:
             key, value: [kv_heads, n, head_dim], un-rotated.
             n_init: Tokens before this index are initial tokens and pinned already.
         """
-        if self._span is None:
-            return
-        start, end = self._span
-        lo, hi = max(start - first, 0), min(end - first, query.shape[1])
-        if lo >= hi:
-            return
-        self._parts.append((query[:, lo:hi].float().sum(1), key[:, lo:hi].clone(), value[:, lo:hi].clone()))
-        if first + hi < end:
-            return
-        self.vector = torch.stack([part[0] for part in self._parts]).sum(0) / (end - start)
-        skip = max(0, n_init - start)
-        self.key = torch.cat([part[1] for part in self._parts], dim=1)[:, skip:]
-        self.value = torch.cat([part[2] for part in self._parts], dim=1)[:, skip:]
-        self.positions = torch.arange(start, end, device=key.device)[skip:]
-        self._span, self._parts = None, []
+        while self._spans and self._spans[0][0] < first + query.shape[1]:
+            start, end = self._spans[0]
+            rows = slice(max(start - first, 0), min(end - first, query.shape[1]))
+            self._parts.append((query[:, rows].float().sum(1), key[:, rows].clone(), value[:, rows].clone()))
+            if first + rows.stop < end:
+                return
+            self.vector = torch.stack([part[0] for part in self._parts]).sum(0) / (end - start)
+            skip = max(0, n_init - start)
+            self.key = torch.cat([part[1] for part in self._parts], dim=1)[:, skip:]
+            self.value = torch.cat([part[2] for part in self._parts], dim=1)[:, skip:]
+            self.positions = torch.arange(start, end, device=key.device)[skip:]
+            self._spans, self._parts = self._spans[1:], []
 
     def fork(self) -> Self:
         """An independent copy."""

@@ -1,0 +1,370 @@
+"""One request from turns to answer: layout, reading, writing, sources."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.decoding import Sampler, TextStream
+from qllm_runtime.document_memory import DocumentMemory
+from qllm_runtime.errors import CancelledError, ContextOverflowError, InvalidRequestError
+from qllm_runtime.inference import Cancelled, Inference
+from qllm_runtime.prompt import Prompt, build_prompt
+from qllm_runtime.seam import MemoryCache
+from qllm_runtime.sources import passages
+from qllm_runtime.types import (
+    Answer,
+    FinishReason,
+    Mode,
+    Piece,
+    Progress,
+    QuerySource,
+    Sampling,
+    Timings,
+    TokenLogprob,
+    Turn,
+    Usage,
+)
+
+#: How documents are read when the caller does not say; chosen by measurement (docs/results.md).
+DEFAULT_MODE: Mode = "query_aware"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything one answer needs; see `QLLM.chat` for the fields."""
+
+    inference: Inference
+    tokenizer: Any
+    config: MemoryConfig
+    turns: tuple[Turn, ...]
+    query: str | None
+    query_source: QuerySource
+    memory: DocumentMemory | None
+    mode: Mode | None
+    sampling: Sampling
+    sampler: Sampler
+    tools: Sequence[Mapping[str, Any]] | None
+    template_kwargs: Mapping[str, Any] | None
+    progress: Progress | None
+
+
+def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[Turn, ...]:
+    """The whole conversation, with the documents of `memory` in its first user turn and its system text ahead.
+
+    A system turn that the memory was not read with follows its documents, ahead of the first question.
+
+    Raises:
+        InvalidRequestError: The memory was read with another system text.
+    """
+    turns = tuple(turns)
+    if memory is None:
+        return turns
+    opening: tuple[Turn, ...] = ()
+    late: tuple[str, ...] = ()
+    if turns and turns[0].role == "system":
+        text, turns = turns[0].text, turns[1:]
+        if memory.system is None:
+            late = (text,)
+        elif memory.system != text:
+            raise InvalidRequestError(
+                "The documents were read with another system text; read them with this one, or leave the system turn out."
+            )
+    if memory.system is not None:
+        opening = (Turn("system", (memory.system,)),)
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        raise InvalidRequestError("The conversation has no user turn.")
+    user = turns[first]
+    user = replace(user, content=(*memory.documents, *late, *user.content))
+    return (*opening, *turns[:first], user, *turns[first + 1 :])
+
+
+def check_prefix(before: Prompt, prompt: Prompt, memory: DocumentMemory) -> int:
+    """Number of tokens of `prompt` that `memory` holds already.
+
+    Raises:
+        InvalidRequestError: The conversation does not begin as the memory was read.
+    """
+    n = len(before.ids)
+    if len(prompt.ids) < n or not np.array_equal(prompt.ids[:n], before.ids):
+        raise InvalidRequestError(
+            f"The conversation does not begin with the documents of {memory.id} as they were read; ask with the memory's own "
+            "documents first in the first user turn, without other turns ahead of them."
+        )
+    return n
+
+
+def feed(
+    inference: Inference,
+    cache: MemoryCache,
+    ids: NDArray[np.int64],
+    config: MemoryConfig,
+    total: int,
+    done: int,
+    progress: Progress | None,
+    cancelled: Cancelled,
+) -> None:
+    """Read `ids` [n] into a single-row cache; progress counts on from `done` of `total` tokens."""
+    count = done
+
+    def advance(n: int) -> None:
+        nonlocal count
+        count += n
+        if progress is not None:
+            progress(count, total)
+
+    if len(ids):
+        inference.read(cache, [torch.from_numpy(ids)], config, progress=advance, cancelled=cancelled)
+
+
+def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
+    """Answer a request piece by piece; the last piece carries the whole answer."""
+    began = time.perf_counter()
+    inference, config = request.inference, request.config
+    turns = with_memory(request.turns, request.memory)
+    documents = tuple(document for turn in turns for document in turn.documents)
+    query, source = _query(request)
+    mode: Mode = "read_once" if request.memory is not None else request.mode or DEFAULT_MODE
+    prompt = build_prompt(
+        request.tokenizer, turns, query=query, mode=mode, tools=request.tools, template_kwargs=request.template_kwargs
+    )
+    _check_fits(prompt, config, inference)
+    tokenized = time.perf_counter()
+    n = len(prompt.ids)
+    with inference.request(cancelled):
+        known = 0
+        if request.memory is not None:
+            before, cache = request.memory.contents(inference)
+            known = check_prefix(before, prompt, request.memory)
+            cache = cache.fork()
+        else:
+            cache = inference.cache(config, reserve=n + request.sampling.max_tokens)
+        announce(cache, 0, [span for span in prompt.query_spans if span[0] >= known], config)
+        for lo, hi in ((known, max(known, prompt.read_end)), (max(known, prompt.read_end), n - 1)):
+            feed(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
+        mass = _record(cache, inference, n + request.sampling.max_tokens)
+        logits = inference.step(cache, [int(prompt.ids[-1])])
+        if request.progress is not None:
+            request.progress(n, n)
+        read = time.perf_counter()
+        pieces: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        finish: FinishReason = "length"
+        for piece in _write(request, cache, logits, cancelled):
+            if piece.text:
+                pieces.append(piece.text)
+            logprobs.extend(piece.logprobs)
+            finish = piece.finish or finish
+            if piece.text or piece.logprobs:
+                yield Piece(piece.text, logprobs=piece.logprobs)
+        weights = mass.cpu().numpy()
+    ended = time.perf_counter()
+    written = len(request.sampler.ids)
+    answer = Answer(
+        text="".join(pieces),
+        sources=passages(weights, prompt, documents) if documents else (),
+        usage=Usage(n, written, cache_read_tokens=known),
+        timings=Timings(
+            tokenize_s=tokenized - began,
+            read_s=read - tokenized,
+            decode_s=ended - read,
+            total_s=time.perf_counter() - began,
+            read_tokens_per_s=(n - known) / max(read - tokenized, 1e-9),
+            decode_tokens_per_s=written / max(ended - read, 1e-9) if written else 0.0,
+            peak_memory_bytes=_peak_memory(inference),
+        ),
+        finish_reason=finish,
+        query=query or "",
+        query_source=source,
+        mode=mode,
+        token_ids=tuple(request.sampler.ids),
+        logprobs=tuple(logprobs) if request.sampling.logprobs is not None else None,
+    )
+    yield Piece("", answer)
+
+
+def _query(request: Request) -> tuple[str | None, QuerySource]:
+    if request.query is not None:
+        return (request.query, request.query_source) if request.query.strip() else (None, "none")
+    last = next((turn for turn in reversed(request.turns) if turn.role == "user"), None)
+    if last is None or not last.text.strip():
+        return None, "none"
+    return last.text, "message"
+
+
+def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> None:
+    vocabulary = inference.model.get_input_embeddings().weight.shape[0]
+    if len(prompt.ids) and int(prompt.ids.max()) >= vocabulary:
+        raise InvalidRequestError(f"The tokenizer gives token {int(prompt.ids.max())}, the model knows {vocabulary}; they do not match.")
+    if config.policy == "full":
+        return
+    longest = max((end - start for start, end in prompt.query_spans), default=0)
+    if longest > config.n_local:
+        raise ContextOverflowError(
+            f"The question has {longest} tokens, the local window n_local={config.n_local}: raise n_local, ask a shorter "
+            "question, or pass the long part as a document."
+        )
+
+
+def announce(cache: MemoryCache, row: int, spans: Sequence[tuple[int, int]], config: MemoryConfig) -> None:
+    """Tell every layer of a row where its questions will stand; the published code knows only the first."""
+    for memory in cache.memories(row):
+        for span in spans[:1] if config.faithful else spans:
+            memory.set_query(*span)
+
+
+def _record(cache: MemoryCache, inference: Inference, length: int) -> torch.Tensor:
+    """[length] attention mass per token, filled while single tokens are fed."""
+    mass = torch.zeros(length, device=inference.model.device)
+
+    def add(weights: torch.Tensor, positions: torch.Tensor) -> None:
+        mass.index_add_(0, positions.reshape(-1).to(mass.device), weights.reshape(-1).to(mass))
+
+    for index, memory in enumerate(cache.memories()):
+        if inference.facts.layers[index].sliding_window is None:
+            memory.on_weights = add
+    return mass
+
+
+@dataclass(frozen=True)
+class _Written:
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+
+
+def _write(request: Request, cache: MemoryCache, logits: torch.Tensor, cancelled: Cancelled) -> Iterator[_Written]:
+    sampler = request.sampler
+    text = TextStream(request.tokenizer, request.sampling.stop)
+    ends = end_tokens(request.inference, request.tokenizer)
+    while True:
+        token = sampler.choose(logits[0])
+        if token in ends:
+            sampler.ids.pop()
+            yield _Written(text.finish(), finish="stop")
+            return
+        logprob = sampler.logprob(request.tokenizer)
+        piece = _Written(text.push(token), () if logprob is None else (logprob,), "stop" if text.stopped else None)
+        yield piece
+        if text.stopped:
+            return
+        if len(sampler.ids) >= request.sampling.max_tokens:
+            yield _Written(text.finish(), finish="stop" if text.stopped else "length")
+            return
+        if cancelled():
+            raise CancelledError("Cancelled while writing.")
+        logits = request.inference.step(cache, [token])
+
+
+def end_tokens(inference: Inference, tokenizer: Any = None) -> frozenset[int]:
+    """Tokens that end an answer, from the generation config and the tokenizer."""
+    found: set[int] = set()
+    for holder in (inference.model.generation_config, inference.model.config.get_text_config(), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return frozenset(found)
+
+
+def _peak_memory(inference: Inference) -> int:
+    device = inference.model.device
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+# ---------------------------------------------------------------------- token ids
+
+
+def as_rows(
+    input_ids: Any, query_span: Any, attention_mask: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[tuple[int, int] | None]]:
+    """Rows without padding, and each row's query span counted without it.
+
+    Raises:
+        InvalidRequestError: Shapes do not fit, a row is empty, padding is not on the left, or a span lies outside its row.
+    """
+    if isinstance(input_ids, torch.Tensor):
+        rows = list(input_ids[None] if input_ids.ndim == 1 else input_ids)
+        single = input_ids.ndim == 1
+    else:
+        single = bool(len(input_ids)) and isinstance(input_ids[0], int | np.integer)
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in ([input_ids] if single else input_ids)]
+    if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
+        raise InvalidRequestError("input_ids must be [n] or [batch, n] token ids with at least one token per row.")
+    rows = [row.long().cpu() for row in rows]
+    spans = [query_span] if query_span is None or isinstance(query_span[0], int) else list(query_span)
+    if len(spans) == 1 and len(rows) > 1:
+        spans = spans * len(rows)
+    if len(spans) != len(rows):
+        raise InvalidRequestError(f"{len(spans)} query spans for {len(rows)} rows; pass one per row.")
+    if attention_mask is not None:
+        masks = list((attention_mask[None] if attention_mask.ndim == 1 else attention_mask).bool().cpu())
+        if [len(m) for m in masks] != [len(r) for r in rows]:
+            raise InvalidRequestError("attention_mask must have the shape of input_ids.")
+        for number, mask in enumerate(masks):
+            pad = int((~mask).sum())
+            if pad == len(mask) or bool((~mask[pad:]).any()):
+                raise InvalidRequestError(f"Row {number}: padding must stand on the left and leave at least one token.")
+            rows[number] = rows[number][pad:]
+            if spans[number] is not None:
+                spans[number] = (spans[number][0] - pad, spans[number][1] - pad)
+    for number, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        if span is not None and not 0 <= span[0] < span[1] <= len(row):
+            raise InvalidRequestError(f"Row {number}: query span {tuple(span)} lies outside its {len(row)} tokens.")
+    return rows, spans
+
+
+def generate(
+    inference: Inference,
+    rows: Sequence[torch.Tensor],
+    spans: Sequence[tuple[int, int] | None],
+    config: MemoryConfig,
+    sampling: Sampling,
+    progress: Progress | None,
+    cancelled: Cancelled,
+) -> list[list[int]]:
+    """Continue rows of token ids; rows share forward passes and nothing else."""
+    samplers = [Sampler(sampling) for _ in rows]
+    ends = end_tokens(inference)
+    total = sum(len(row) for row in rows)
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress(done, total)
+
+    with inference.request(cancelled):
+        cache = inference.cache(config, rows=len(rows), reserve=max(len(row) for row in rows) + sampling.max_tokens)
+        for number, span in enumerate(spans):
+            announce(cache, number, [] if span is None else [span], config)
+        if any(len(row) > 1 for row in rows):
+            inference.read(cache, [row[:-1] for row in rows], config, progress=advance, cancelled=cancelled)
+        tokens: list[int | None] = [int(row[-1]) for row in rows]
+        while any(token is not None for token in tokens):
+            if cancelled():
+                raise CancelledError("Cancelled while writing.")
+            logits = inference.step(cache, tokens)
+            for number, sampler in enumerate(samplers):
+                if tokens[number] is None:
+                    continue
+                token = sampler.choose(logits[number])
+                if token in ends:
+                    sampler.ids.pop()
+                    tokens[number] = None
+                else:
+                    tokens[number] = None if len(sampler.ids) >= sampling.max_tokens else token
+    return [sampler.ids for sampler in samplers]
+

@@ -1,0 +1,127 @@
+"""What the command line shows: progress on stderr, answers and passages on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qllm_runtime.types import Answer, Document, Piece, Progress, Source
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+_SHOWN = 320  # characters of a passage that are printed; --json and /sources have all of it
+
+
+@contextmanager
+def reading() -> Iterator[Progress]:
+    """A bar in tokens on stderr, or a line every tenth of the way where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("Reading"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.speed:,.0f} tokens/s", style="cyan"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Bar(bars)
+
+
+class _Bar:
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._bars.columns[3].visible = False if False else True  # type: ignore[attr-defined]
+            self._task = self._bars.add_task("reading", total=total)
+        self._bars.update(self._task, completed=done, total=total)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if total and done / total >= self._next:
+            print(f"reading: {done:,} of {total:,} tokens", file=sys.stderr, flush=True)
+            self._next = done / total + 0.1 if done < total else 2.0
+
+
+def write_stream(pieces: Iterator[Piece]) -> Answer:
+    """Print an answer as it comes; returns the whole of it."""
+    answer: Answer | None = None
+    with reading() as progress:
+        del progress
+    for piece in pieces:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        answer = piece.answer or answer
+    print(flush=True)
+    assert answer is not None, "the last piece carries the answer"
+    return answer
+
+
+def print_sources(sources: Sequence[Source], documents: Sequence[Document], names: Sequence[str], *, whole: bool) -> None:
+    """Passages with their character positions; `names[i]` is what document i is called."""
+    if not sources:
+        print("No passage stood out.")
+    for number, source in enumerate(sources, 1):
+        page = _page(documents[source.document], source.start)
+        place = f"{names[source.document]}[{source.start}:{source.end}]"
+        print(f"{number:3}. {place}{page}  {100 * source.score:.0f} % of the attention")
+        text = source.text if whole else " ".join(source.text.split())
+        if not whole and len(text) > _SHOWN:
+            text = text[:_SHOWN].rsplit(" ", 1)[0] + " ..."
+        for line in text.splitlines():
+            print(f"     {line}")
+    sys.stdout.flush()
+
+
+def _page(document: Document, start: int) -> str:
+    starts = document.metadata.get("page_starts")
+    return f" page {sum(first <= start for first in starts)}" if starts else ""
+
+
+def summary(answer: Answer) -> str:
+    """Tokens, speeds and peak memory in a line."""
+    usage, timings = answer.usage, answer.timings
+    read = usage.prompt_tokens - usage.cache_read_tokens
+    parts = [f"read {read:,} tokens in {timings.read_s:.1f} s ({timings.read_tokens_per_s:,.0f} tokens/s)"]
+    if usage.cache_read_tokens:
+        parts.append(f"{usage.cache_read_tokens:,} tokens read before")
+    parts.append(f"wrote {usage.completion_tokens:,} ({timings.decode_tokens_per_s:,.0f} tokens/s)")
+    parts.append(f"peak memory {timings.peak_memory_bytes / 2**20:,.0f} MiB")
+    if answer.finish_reason == "length":
+        parts.append("stopped at --max-tokens")
+    return " | ".join(parts)
+
+
+def as_json(answer: Answer, names: Sequence[str], model: str, policy: str) -> dict[str, Any]:
+    """The object that `qllm ask --json` prints."""
+    sources = [
+        {"document": names[s.document], "start": s.start, "end": s.end, "score": s.score, "text": s.text}
+        for s in answer.sources
+    ]
+    usage = {**asdict(answer.usage), "total_tokens": answer.usage.total_tokens}
+    return {
+        "answer": answer.text,
+        "sources": sources,
+        "query_source": answer.query_source,
+        "usage": usage,
+        "timings": asdict(answer.timings),
+        "finish_reason": answer.finish_reason,
+        "mode": answer.mode,
+        "model": model,
+        "policy": policy,
+    }

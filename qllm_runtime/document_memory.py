@@ -1,0 +1,76 @@
+"""Documents that were read once and can be asked many times."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Self
+
+from qllm_runtime.errors import ClosedError
+from qllm_runtime.types import Document
+
+if TYPE_CHECKING:
+    from qllm_runtime.inference import Inference
+    from qllm_runtime.prompt import Prompt
+    from qllm_runtime.seam import MemoryCache
+
+
+class DocumentMemory:
+    """Key/value memory of documents, made by `QLLM.read`.
+
+    Any number of questions may be asked of it, from any number of threads; each one continues on a fork that shares the
+    blocks and leaves this memory as it was. Its blocks are freed by `close()`, at the end of a `with` block, or with the object.
+
+    Attributes:
+        id: Unique name.
+        documents: What was read.
+        system: System text that was read ahead of the documents.
+        n_tokens: Tokens read.
+    """
+
+    def __init__(
+        self, documents: tuple[Document, ...], system: str | None, prompt: Prompt, cache: MemoryCache, inference: Inference
+    ) -> None:
+        self.id = f"mem-{uuid.uuid4().hex[:16]}"
+        self.documents = documents
+        self.system = system
+        self.n_tokens = len(prompt.ids)
+        self._prompt = prompt
+        self._cache: MemoryCache | None = cache
+        self._inference = inference
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"DocumentMemory(id={self.id!r}, documents={len(self.documents)}, n_tokens={self.n_tokens}{state})"
+
+    @property
+    def closed(self) -> bool:
+        """Whether its blocks were freed."""
+        return self._cache is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and summaries held."""
+        return 0 if self._cache is None else self._cache.nbytes()
+
+    def contents(self, inference: Inference) -> tuple[Prompt, MemoryCache]:
+        """The prompt that was read and its memories, for a request to the model behind `inference`.
+
+        Raises:
+            ClosedError: The memory was closed.
+            ValueError: It was read by another model.
+        """
+        if self._cache is None:
+            raise ClosedError(f"Document memory {self.id} was closed; read the documents again.")
+        if inference is not self._inference:
+            raise ValueError(f"Document memory {self.id} was read by another model; read the documents with this one.")
+        return self._prompt, self._cache
+
+    def close(self) -> None:
+        """Free the blocks. Answers under way still finish."""
+        self._cache = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

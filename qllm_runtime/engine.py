@@ -1,0 +1,426 @@
+"""`QLLM`: ask questions of whole documents."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+
+from qllm_runtime import answering
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.decoding import Sampler
+from qllm_runtime.document_memory import DocumentMemory
+from qllm_runtime.errors import ClosedError, DocumentError, InvalidConfigError, InvalidRequestError
+from qllm_runtime.inference import Inference, never
+from qllm_runtime.loading import LoadedModel, load
+from qllm_runtime.prompt import build_prompt, build_reading
+from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, QuerySource, Sampling, Turn
+from qllm_runtime.worker import stream
+
+#: What may be passed as documents.
+Documents = str | Document | Sequence[str | Document] | DocumentMemory
+
+_UNBOUNDED = 4 * 1024 * 1024
+
+
+class QLLM:
+    """A language model that reads whole documents through a query-aware block memory (Q-LLM, arXiv 2406.07528).
+
+    Two ways of working with documents:
+
+    * `query_aware`: the question is put ahead of the documents as well, and they are read for it (the paper).
+    * `read_once`: the documents are read without knowing the question (`read`), and any number of questions follow; the
+      lookup is routed anew for each.
+
+    Args:
+        model: A decoder-only model of transformers that is loaded already.
+        tokenizer: Its fast tokenizer; without one only `generate` works.
+        memory: Layout and lookup; by default fitted to the model's own context window.
+        name: Reported as the model's name.
+
+    Raises:
+        UnsupportedModelError: On first use, when the architecture cannot be served.
+
+    Example:
+        ```python
+        from qllm_runtime import QLLM
+
+        llm = QLLM.from_pretrained("reader")
+        answer = llm.ask("What is the pass key?", documents="It rained. The pass key is 71432. It rained again.")
+        print(answer.text)
+        ```
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any = None, memory: MemoryConfig | None = None, *, name: str | None = None
+    ) -> None:
+        label = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self._init(LoadedModel(label, tokenizer, Inference(model)), memory)
+
+    def _init(self, loaded: LoadedModel, memory: MemoryConfig | None) -> None:
+        self._loaded: LoadedModel | None = loaded
+        self.name = loaded.name
+        config = loaded.inference.model.config.get_text_config()
+        self._trained_length = int(getattr(config, "max_position_embeddings", None) or 4096)
+        self.memory = memory or MemoryConfig.for_model(self._trained_length)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "reader",
+        *,
+        revision: str | None = None,
+        memory: MemoryConfig | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load a model by name, path or hub id; weights that are loaded already are shared (see `loading.load`)."""
+        loaded = load(
+            model, revision=revision, device=device, dtype=dtype, token=token, trust_remote_code=trust_remote_code
+        )
+        llm = cls.__new__(cls)
+        llm._init(loaded, memory)
+        llm.name = os.fspath(model)
+        return llm
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def _inference(self) -> Inference:
+        if self._loaded is None:
+            raise ClosedError(f"The model {self.name!r} was closed; create it again.")
+        return self._loaded.inference
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model; outside a request it is exactly as it was loaded."""
+        return self._inference.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return None if self._loaded is None else self._loaded.tokenizer
+
+    @property
+    def context_window(self) -> int:
+        """Tokens one may ask of: the trained length for `full` attention, 4 Mi for policies with constant attention cost."""
+        return self._trained_length if self.memory.policy == "full" else _UNBOUNDED
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself, without special tokens."""
+        return len(self._need_tokenizer()(text, add_special_tokens=False).input_ids)
+
+    def count_prompt_tokens(
+        self,
+        turns: Sequence[Turn],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        memory: DocumentMemory | None = None,
+    ) -> int:
+        """Tokens of a whole conversation as the model would read it (read_once layout), documents and tools included."""
+        turns = answering.with_memory(turns, memory)
+        return len(build_prompt(self._need_tokenizer(), turns, query=None, mode="read_once", tools=tools).ids)
+
+    def _need_tokenizer(self) -> Any:
+        if self._loaded is None or self._loaded.tokenizer is None:
+            _ = self._inference
+            raise InvalidConfigError("This QLLM has no tokenizer; pass one, or use generate() with token ids.")
+        return self._loaded.tokenizer
+
+    # ------------------------------------------------------------------ documents
+
+    def read(
+        self,
+        documents: str | Document | Sequence[str | Document],
+        *,
+        system: str | None = None,
+        after: DocumentMemory | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> DocumentMemory:
+        """Read documents once, to ask of them many times.
+
+        Args:
+            documents: One or several.
+            system: System text ahead of them.
+            after: Continue this memory instead of starting anew; its documents come first and it stays as it was.
+            progress: Called with (tokens read, tokens in all).
+            cancel: Set it to stop within one chunk.
+
+        Raises:
+            DocumentError: No document, or one without text.
+            CancelledError: `cancel` was set.
+            OutOfMemoryError: The message names the setting to lower.
+        """
+        inference = self._inference
+        whole = as_documents(documents)
+        if after is not None:
+            whole = (*after.documents, *whole)
+            system = after.system
+        prompt = build_reading(self._need_tokenizer(), whole, system=system)
+        cancelled = never if cancel is None else cancel.is_set
+        with inference.request(cancelled):
+            known = 0
+            if after is not None:
+                before, cache = after.contents(inference)
+                known = answering.check_prefix(before, prompt, after)
+                cache = cache.fork()
+            else:
+                cache = inference.cache(self.memory, reserve=len(prompt.ids))
+            answering.feed(inference, cache, prompt.ids[known:], self.memory, len(prompt.ids), known, progress, cancelled)
+        return DocumentMemory(whole, system, prompt, cache, inference)
+
+    # ------------------------------------------------------------------ questions
+
+    def ask(
+        self,
+        question: str,
+        documents: Documents | None = None,
+        *,
+        system: str | None = None,
+        history: Sequence[Turn] = (),
+        mode: Mode | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        **sampling_fields: Any,
+    ) -> Answer:
+        """Answer a question about documents.
+
+        Args:
+            question: The question; it is what the lookup is routed by.
+            documents: Text, `Document`s, or a `DocumentMemory` that was read before.
+            system: System text.
+            history: Earlier user and assistant turns about the same documents.
+            mode: "query_aware" or "read_once"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
+            sampling: Decoding settings; single fields may be given as keywords instead (`max_tokens=64`).
+            progress: Called with (tokens read, tokens in all).
+            cancel: Set it to stop within one chunk or one token.
+            **sampling_fields: Fields of `Sampling`.
+
+        Raises:
+            InvalidRequestError: Empty question, or no document.
+            DocumentError: A document without text.
+            InvalidConfigError: A sampling setting is out of range.
+            CancelledError: `cancel` was set.
+        """
+        turns, memory = self._conversation(question, documents, system, history)
+        return self.chat(
+            turns, query=question, memory=memory, mode=mode, sampling=_sampling(sampling, sampling_fields),
+            progress=progress, cancel=cancel,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        question: str,
+        documents: Documents | None = None,
+        *,
+        system: str | None = None,
+        history: Sequence[Turn] = (),
+        mode: Mode | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        **sampling_fields: Any,
+    ) -> Iterator[Piece]:
+        """Like `ask`, piece by piece; the last piece carries the whole answer. Closing the iterator stops the model."""
+        turns, memory = self._conversation(question, documents, system, history)
+        return self.chat_stream(
+            turns, query=question, memory=memory, mode=mode, sampling=_sampling(sampling, sampling_fields),
+            progress=progress, cancel=cancel,
+        )  # fmt: skip
+
+    def _conversation(
+        self, question: str, documents: Documents | None, system: str | None, history: Sequence[Turn]
+    ) -> tuple[list[Turn], DocumentMemory | None]:
+        if not question.strip():
+            raise InvalidRequestError("The question is empty.")
+        if documents is None:
+            raise InvalidRequestError("No document to ask of; pass documents=, or use chat() for a conversation without one.")
+        opening = [Turn("system", (system,))] if system else []
+        turns = [*opening, *history, Turn("user", (question,))]
+        if isinstance(documents, DocumentMemory):
+            return turns, documents
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = replace(turns[first], content=(*as_documents(documents), *turns[first].content))
+        return turns, None
+
+    def chat(
+        self,
+        turns: Sequence[Turn],
+        *,
+        query: str | None = None,
+        query_source: QuerySource = "explicit",
+        memory: DocumentMemory | None = None,
+        mode: Mode | None = None,
+        sampling: Sampling | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Answer:
+        """Answer a conversation.
+
+        Args:
+            turns: All turns; documents stand in user or tool turns.
+            query: Text routed to the lookup. None: the last user turn's own text.
+            query_source: Which rule found `query`; reported back.
+            memory: Documents read before; they count as the first ones of the first user turn.
+            mode: As in `ask`.
+            sampling: Decoding settings.
+            tools: Tools in the format of OpenAI functions, for the chat template.
+            logits_processors: Fresh processors for this request, e.g. of a grammar; applied before any truncation.
+            template_kwargs: Further variables for the chat template.
+            progress: Called with (tokens read, tokens in all).
+            cancel: Set it to stop within one chunk or one token.
+        """
+        request = self._request(
+            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress
+        )
+        cancelled = never if cancel is None else cancel.is_set
+        *_, last = answering.run(request, cancelled)
+        assert last.answer is not None
+        return last.answer
+
+    def chat_stream(
+        self,
+        turns: Sequence[Turn],
+        *,
+        query: str | None = None,
+        query_source: QuerySource = "explicit",
+        memory: DocumentMemory | None = None,
+        mode: Mode | None = None,
+        sampling: Sampling | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Piece]:
+        """Like `chat`, piece by piece. Closing the iterator stops the model within one chunk or token."""
+        request = self._request(
+            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress
+        )
+
+        def work(emit: Callable[[Piece], None], cancelled: Callable[[], bool]) -> None:
+            for piece in answering.run(request, cancelled):
+                emit(piece)
+
+        return stream(work, cancel)
+
+    def _request(
+        self,
+        turns: Sequence[Turn],
+        query: str | None,
+        query_source: QuerySource,
+        memory: DocumentMemory | None,
+        mode: Mode | None,
+        sampling: Sampling | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        logits_processors: Sequence[LogitsProcessor],
+        template_kwargs: Mapping[str, Any] | None,
+        progress: Progress | None,
+    ) -> answering.Request:
+        sampling = sampling or Sampling()
+        return answering.Request(
+            inference=self._inference,
+            tokenizer=self._need_tokenizer(),
+            config=self.memory,
+            turns=tuple(turns),
+            query=query,
+            query_source=query_source,
+            memory=memory,
+            mode=mode,
+            sampling=sampling,
+            sampler=Sampler(sampling, logits_processors),
+            tools=tools,
+            template_kwargs=template_kwargs,
+            progress=progress,
+        )
+
+    # ------------------------------------------------------------------ token ids
+
+    def generate(
+        self,
+        input_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]],
+        query_span: tuple[int, int] | Sequence[tuple[int, int] | None] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        **sampling_fields: Any,
+    ) -> list[list[int]]:
+        """Continue token ids; needs no tokenizer.
+
+        Args:
+            input_ids: [n] or [batch, n] token ids, padded on the left where `attention_mask` is 0; or rows of unequal length.
+            query_span: Half-open token span of the question within the row (padding included), or one per row.
+            attention_mask: [batch, n], 0 on padding.
+            sampling: Decoding settings; single fields may be given as keywords instead.
+            progress: Called with (tokens read, tokens in all).
+            cancel: Set it to stop within one chunk or one token.
+            **sampling_fields: Fields of `Sampling`.
+
+        Returns:
+            New token ids of every row, end token excluded.
+        """
+        settings = _sampling(sampling, sampling_fields)
+        rows, spans = answering.as_rows(input_ids, query_span, attention_mask)
+        return answering.generate(
+            self._inference, rows, spans, self.memory, settings, progress, never if cancel is None else cancel.is_set
+        )
+
+    # ------------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Let go of the weights (they are freed when nobody shares them); later calls raise ClosedError."""
+        self._loaded = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"QLLM({self.name!r}, policy={self.memory.policy!r})"
+
+
+def as_documents(documents: str | Document | Sequence[str | Document]) -> tuple[Document, ...]:
+    """Documents from whatever stands for them.
+
+    Raises:
+        DocumentError: There is none, one is empty, or something is no document.
+    """
+    items = [documents] if isinstance(documents, str | Document) else list(documents)
+    if not items:
+        raise DocumentError("No document was given.")
+    whole = []
+    for number, item in enumerate(items):
+        if not isinstance(item, str | Document):
+            raise DocumentError(f"Document {number} is a {type(item).__name__}; pass text or a Document.")
+        document = Document(item) if isinstance(item, str) else item
+        if not document.text.strip():
+            raise DocumentError(f"Document {number} ({document.title or 'untitled'}) has no text.")
+        whole.append(document)
+    return tuple(whole)
+
+
+def _sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
+    unknown = set(fields) - set(Sampling.__dataclass_fields__)
+    if unknown:
+        raise InvalidConfigError(f"Unknown sampling setting {sorted(unknown)}; known: {sorted(Sampling.__dataclass_fields__)}.")
+    if isinstance(fields.get("stop"), str):
+        fields = {**fields, "stop": (fields["stop"],)}
+    return replace(sampling or Sampling(), **{k: tuple(v) if k == "stop" else v for k, v in fields.items()})

@@ -1,0 +1,142 @@
+"""Running one model on memories: reading in chunks, one-token steps, one request at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.errors import CancelledError, OutOfMemoryError
+from qllm_runtime.memory.base import LayerMemory
+from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.memory.dense import DenseMemory
+from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
+from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed
+
+Cancelled = Callable[[], bool]
+
+
+def never() -> bool:
+    """The request is never cancelled."""
+    return False
+
+
+class Inference:
+    """One model, used by one request at a time.
+
+    Args:
+        model: A decoder-only model of transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._lock = threading.Lock()
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the probe found; raises UnsupportedModelError for architectures that cannot be served."""
+        return examine(self.model)
+
+    @contextmanager
+    def request(self, cancelled: Cancelled = never) -> Iterator[None]:
+        """Hold the model for one request; waiting for it can be cancelled too.
+
+        Raises:
+            OutOfMemoryError: Instead of the many kinds of out-of-memory errors of host and device.
+        """
+        while not self._lock.acquire(timeout=0.05):
+            if cancelled():
+                raise CancelledError("Cancelled while waiting for the model.")
+        try:
+            with torch.inference_mode(), installed(self.model):
+                yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory(error) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+                raise self._out_of_memory(error) from error
+            raise
+        finally:
+            self._lock.release()
+
+    def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
+        if isinstance(error, OutOfMemoryError):
+            return error
+        place = self.model.device
+        text = (str(error).splitlines() or [""])[0]
+        if place.type == "cuda":
+            free, total = torch.cuda.mem_get_info(place)
+            torch.cuda.empty_cache()
+            text += f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB were free)"
+        return OutOfMemoryError(
+            f"Out of memory on {place}: {text}. A smaller chunk_size lowers the peak while reading, a smaller n_local or topk "
+            "the window, dtype='bfloat16' or 'float16' halves the key/value memory; close() frees documents read before."
+        )
+
+    def cache(self, config: MemoryConfig, *, rows: int = 1, reserve: int = 0) -> MemoryCache:
+        """Empty memories for `rows` sequences of about `reserve` tokens."""
+        facts = self.facts
+
+        def make(layer: int, row: int) -> LayerMemory:
+            info = facts.layers[layer]
+            rotation = facts.rotation(layer, next(info.module.parameters()).device)
+            if info.sliding_window is not None:
+                return DenseMemory(rotation, info.sliding_window)
+            if config.policy == "full":
+                return DenseMemory(rotation, reserve=reserve)
+            if config.faithful:
+                kind = PublishedMemory if config.uses_blocks else PublishedWindow
+                return kind(config, rotation, None)
+            return BlockMemory(config, rotation, reserve)
+
+        cache = MemoryCache(len(facts.layers), make)
+        cache.prepare(rows)
+        return cache
+
+    def read(
+        self,
+        cache: MemoryCache,
+        rows: Sequence[torch.Tensor],
+        config: MemoryConfig,
+        *,
+        progress: Callable[[int], None] | None = None,
+        cancelled: Cancelled = never,
+    ) -> None:
+        """Run new tokens through the model without computing logits.
+
+        Args:
+            cache: Memories, one row per sequence.
+            rows: [n_row] token ids of each row; lengths may differ.
+            config: Sizes of chunks and pieces.
+            progress: Called after every chunk with the number of tokens read in it.
+            cancelled: Asked before every chunk.
+        """
+        piece = config.exec_block_size
+        chunk = config.chunk_size if config.faithful else max(piece, config.chunk_size // piece * piece)
+        decoder = self.model.get_decoder()
+        for start in range(0, max(len(row) for row in rows), chunk):
+            if cancelled():
+                raise CancelledError("Cancelled while reading.")
+            parts = [row[start : start + chunk] for row in rows]
+            decoder(input_ids=self._batch(cache, parts), past_key_values=cache, use_cache=True)
+            if progress is not None:
+                progress(sum(len(part) for part in parts))
+
+    def step(self, cache: MemoryCache, tokens: Sequence[int | None]) -> torch.Tensor:
+        """Feed one token per row (None: the row is finished) and return logits [rows, vocab]."""
+        parts = [torch.tensor([] if token is None else [token], dtype=torch.long) for token in tokens]
+        ids = self._batch(cache, parts)
+        logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1]
+
+    def _batch(self, cache: MemoryCache, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        lengths = [len(part) for part in parts]
+        cache.lengths = None if min(lengths) == max(lengths) else lengths
+        ids = torch.zeros(len(parts), max(lengths), dtype=torch.long)
+        for row, part in zip(ids, parts, strict=True):
+            row[: len(part)] = part
+        return ids.to(self.model.device)

@@ -1,0 +1,50 @@
+"""Streaming from a worker thread: the consumer may stop, pause or vanish without holding the model."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_DONE = object()
+
+
+class _Failure(Generic[T]):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def stream(work: Callable[[Callable[[T], None], Callable[[], bool]], None], cancel: threading.Event | None) -> Iterator[T]:
+    """Run `work(emit, cancelled)` in a thread and yield what it emits.
+
+    Exceptions of `work` are raised in the consumer with their own type. Closing the iterator cancels the work.
+
+    Args:
+        work: Called with a function to emit an item and one that tells whether to give up.
+        cancel: Set by the caller to cancel from outside.
+    """
+    items: queue.SimpleQueue[object] = queue.SimpleQueue()
+    abandoned = threading.Event()
+
+    def cancelled() -> bool:
+        return abandoned.is_set() or (cancel is not None and cancel.is_set())
+
+    def run() -> None:
+        try:
+            work(items.put, cancelled)
+        except BaseException as error:
+            items.put(_Failure(error))
+        else:
+            items.put(_DONE)
+
+    thread = threading.Thread(target=run, name="qllm-stream", daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not _DONE:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item  # type: ignore[misc]
+    finally:
+        abandoned.set()
