@@ -17,10 +17,11 @@ from qllm_integrations.langchain.structured import response_schema
 from qllm_integrations.langchain.tools import forced
 from qllm_runtime import toolcalls
 from qllm_runtime.errors import CancelledError
-from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, Sampling
+from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, Sampling, TokenLogprob
 
 if TYPE_CHECKING:
-    from qllm_runtime.engine import QLLM, DocumentMemory
+    from qllm_runtime.document_memory import DocumentMemory
+    from qllm_runtime.engine import QLLM
     from transformers import LogitsProcessor
 
 
@@ -66,7 +67,8 @@ class Call:
         Leaving early stops the engine.
         """
         splitter = toolcalls.CallSplitter(names) if (names := self._names()) is not None else None
-        n_calls, unsent, answer = 0, [], None
+        n_calls, answer = 0, None
+        unsent: list[TokenLogprob] = []
         with self._time_limit():
             pieces = self.engine.chat_stream(**self._arguments())
             try:
@@ -81,7 +83,7 @@ class Call:
                             unsent = []
                         yield chunk
             finally:
-                pieces.close()
+                pieces.close()  # type: ignore[attr-defined]
         if answer is None:
             raise RuntimeError("The engine's stream ended without an answer.")
         fields = self._fields(answer)
@@ -106,7 +108,7 @@ class Call:
     def _arguments(self) -> dict[str, Any]:
         return {
             "turns": self.request.turns,
-            "query": self.request.query or None,
+            "query": self.request.query,  # "" means none
             "query_source": self.request.query_source,
             "memory": self.memory,
             "mode": self.mode,
@@ -196,10 +198,13 @@ def grammar(
     ), True
 
 
-def _ends(engine: QLLM) -> list[int] | None:
-    config = getattr(engine.model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    return [ends] if isinstance(ends, int) else ends
+def _ends(engine: QLLM) -> list[int]:
+    """Every token the engine ends an answer at."""
+    ends: set[int] = set()
+    for holder in (engine.model.generation_config, engine.model.config.get_text_config(), engine.tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return sorted(ends)
 
 
 def progress_bar() -> Callable[[int, int], None]:

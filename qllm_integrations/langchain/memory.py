@@ -17,7 +17,8 @@ from qllm_runtime.documents import document_from_bytes, load_document
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from qllm_runtime.engine import QLLM, DocumentMemory
+    from qllm_runtime.document_memory import DocumentMemory
+    from qllm_runtime.engine import QLLM
 
 _PAGE_BREAK = "\n\n"
 _handles: dict[str, DocumentHandle] = {}

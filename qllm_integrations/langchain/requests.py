@@ -47,6 +47,7 @@ class ChatRequests(ChatSettings):
             instruction=instruction,
         )
         tools = tool_forms.to_openai(options.get("tools", ())) or None
+        tool_forms.check_names(tools or ())
         tool_forms.forced(options.get("tool_choice"), tools or ())
         model = options.get("model", self.model)
         call = Call(

@@ -18,22 +18,31 @@ def to_openai(tools: Sequence[AnyTool], strict: bool | None = None) -> list[dict
     """Tools of any kind in OpenAI's form.
 
     Raises:
-        InvalidRequestError: Something that is not a tool, a tool run by a provider's server, or two tools of one name.
+        InvalidRequestError: Something that is not a tool, or a tool run by a provider's server.
     """
     converted: list[dict[str, Any]] = []
     for tool in tools:
         try:
             openai = convert_to_openai_tool(tool, strict=strict)
-            name = openai["function"]["name"]
+            name: Any = openai["function"]["name"]
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidRequestError(
                 f"{_describe(tool)} cannot be used as a tool ({error}); pass a function, a pydantic class, a BaseTool "
                 "or a dictionary with name and parameters."
             ) from None
-        if any(name == other["function"]["name"] for other in converted):
-            raise InvalidRequestError(f"There are two tools named {name!r}; rename one.")
-        converted.append(openai)
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"{_describe(tool)} has a name that is no string: {name!r}.")
+        if openai not in converted:
+            converted.append(openai)
     return converted
+
+
+def check_names(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `InvalidRequestError` if two different tools have one name."""
+    names = [tool["function"]["name"] for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"There are two tools named {name!r}; rename one.")
 
 
 def forced(tool_choice: ToolChoice, tools: Sequence[Mapping[str, Any]]) -> str:
