@@ -5,7 +5,6 @@ Set QLLM_PARITY_DIR to run the cases of another folder (see data/README.md for i
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,10 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qllm_runtime.config import MemoryConfig
+from qllm_runtime.engine import QLLM
+from qllm_runtime.inference import Inference
 from qllm_runtime.memory.base import LayerMemory
-from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
+from qllm_runtime.memory.published import PublishedMemory
 from qllm_runtime.memory.record import Lookup
-from qllm_runtime.seam import MemoryCache, ModelFacts, installed
 
 FOLDER = Path(os.environ.get("QLLM_PARITY_DIR") or Path(__file__).parent / "data")
 CASES = sorted(path.stem for path in FOLDER.glob("case_*.json"))
@@ -45,7 +45,6 @@ class Run:
     published: dict[str, torch.Tensor]
     config: MemoryConfig
     model: PreTrainedModel
-    memories: list[LayerMemory] = field(default_factory=list)
     at_prompt_end: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
     lookups: list[list[Lookup]] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -80,34 +79,22 @@ def settings(case: dict[str, Any], folder: Path) -> MemoryConfig:
     return MemoryConfig.from_yaml(file, faithful=True, **overrides)
 
 
-def drive(run: Run, facts: ModelFacts) -> None:
+def drive(run: Run, inference: Inference) -> None:
     """Prompt in calls of chunk_size, its last token alone, then greedy decoding."""
-
-    def memory(layer: int, row: int) -> LayerMemory:
-        kind = PublishedMemory if run.config.uses_blocks else PublishedWindow
-        made = kind(run.config, facts.rotation(layer, torch.device("cpu")), run.question)
-        if isinstance(made, PublishedMemory):
-            made.on_lookup = run.lookups[layer].append
-        return made
-
-    cache = MemoryCache(len(facts.layers), memory)
-
-    def step(ids: list[int]) -> torch.Tensor:
-        output = run.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
-
+    cache = inference.cache(run.config)
+    for memory, lookups in zip(cache.memories(), run.lookups, strict=True):
+        memory.on_lookup = lookups.append
+        if run.question is not None:
+            memory.set_query(*run.question)
     ids = run.case["input_ids"]
-    for start in range(0, len(ids) - 1, run.config.chunk_size):
-        step(ids[start : min(start + run.config.chunk_size, len(ids) - 1)])
-    run.logits.append(step(ids[-1:]))
-    run.memories = cache.memories()
-    run.at_prompt_end = [state_of(each) for each in run.memories]
-    for index, record in enumerate(run.lookups):
-        run.at_prompt_end[index]["block_scores"] = record[-1].scores if record else None
+    if len(ids) > 1:
+        inference.read(cache, [torch.tensor(ids[:-1])], run.config)
+    run.logits.append(inference.step(cache, ids[-1:])[0])
+    for memory, lookups in zip(cache.memories(), run.lookups, strict=True):
+        run.at_prompt_end.append(state_of(memory) | {"block_scores": lookups[-1].scores if lookups else None})
     for _ in run.case["greedy_tokens"]:
         run.tokens.append(int(run.logits[-1].argmax()))
-        run.logits.append(step(run.tokens[-1:]))
+        run.logits.append(inference.step(cache, run.tokens[-1:])[0])
 
 
 def state_of(memory: LayerMemory) -> dict[str, torch.Tensor | None]:
@@ -117,21 +104,22 @@ def state_of(memory: LayerMemory) -> dict[str, torch.Tensor | None]:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     case = json.loads((FOLDER / f"{request.param}.json").read_text())
     model = load_model(case["model"], case["attn_kwargs"].get("base"))
     config = settings(case, tmp_path_factory.mktemp("config"))
     run = Run(case, load_file(FOLDER / f"{request.param}.safetensors"), config, model)
     decoder = model.get_decoder()
     run.lookups, run.attention = [[] for _ in decoder.layers], [[] for _ in decoder.layers]
-    with torch.no_grad(), installed(model) as facts:
+    inference = Inference(model)
+    with inference.request():
         hooks = [decoder.norm.register_forward_hook(lambda _, __, out: run.hidden.append(out[0]))]
         for layer, seen in zip(decoder.layers, run.attention, strict=True):
             hooks.append(
                 layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
             )
         try:
-            drive(run, facts)
+            drive(run, inference)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -144,6 +132,13 @@ def test_there_are_cases() -> None:
 
 def test_greedy_tokens(run: Run) -> None:
     assert run.tokens == run.case["greedy_tokens"]
+
+
+def test_generate(run: Run) -> None:
+    # the published code writes (-1, -1) for "no question"
+    span = None if run.question == (-1, -1) else run.question
+    tokens = QLLM(run.model, memory=run.config).generate(run.case["input_ids"], span, max_tokens=len(run.tokens))
+    assert tokens == [run.case["greedy_tokens"]]
 
 
 def test_choice_of_blocks(run: Run) -> None:
