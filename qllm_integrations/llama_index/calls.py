@@ -1,0 +1,187 @@
+"""One call of the model: LlamaIndex messages and arguments in, engine request, LlamaIndex responses out."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse
+from llama_index.core.instrumentation import get_dispatcher
+
+from qllm_integrations.llama_index import options
+from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent
+from qllm_integrations.llama_index.messages import Request, split_kept, to_request
+from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response
+from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.types import Answer, Document, Progress, Turn
+
+if TYPE_CHECKING:
+    from qllm_integrations.llama_index.llm import QLLM
+    from qllm_runtime.engine import QLLM as Engine  # noqa: N811
+
+dispatcher = get_dispatcher(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request ready for the engine.
+
+    Attributes:
+        engine: The loaded engine.
+        turns: The conversation.
+        arguments: Keyword arguments of `engine.chat`.
+        context: What the responses say beside the answer.
+    """
+
+    engine: Engine
+    turns: tuple[Turn, ...]
+    arguments: Mapping[str, Any]
+    context: ResponseContext
+
+    def respond(self, cancel: threading.Event | None = None) -> ChatResponse:
+        """The whole answer."""
+        answer = self.engine.chat(self.turns, **self.arguments, cancel=cancel)
+        _report(answer)
+        return chat_response(answer, self.context)
+
+    def stream(self, cancel: threading.Event | None = None) -> Iterator[ChatResponse]:
+        """The answer as it is written; closing the iterator stops the engine."""
+        assembler = StreamAssembler(self.context)
+        with closing(self.engine.chat_stream(self.turns, **self.arguments, cancel=cancel)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                response = assembler.add(piece)
+                if piece.answer is not None:
+                    _report(piece.answer)
+                if response is not None:
+                    yield response
+
+
+def prepare(
+    llm: QLLM, messages: Sequence[ChatMessage], given: Mapping[str, Any], cancel: threading.Event | None = None
+) -> Call:
+    """Translate messages and arguments; loads the engine and reads documents ahead of a cache point if need be.
+
+    Raises:
+        InvalidRequestError: A block, argument, tool or schema that cannot be honoured.
+    """
+    options.warn_unknown(given, (*options.SAMPLING_FIELDS, *options.REQUEST_FIELDS), "QLLM")
+    memory, created = given.get("memory"), False
+    request = to_request(messages, given.get("query"), with_memory=memory is not None)
+    settings = llm.sampling_defaults
+    sampling = options.sampling(settings, given)
+    engine = llm.engine
+    progress = progress_bar(bool(given.get("show_progress") or llm.show_progress))
+    held: tuple[Document, ...] = tuple(memory.documents) if memory is not None else ()
+    if request.keep and memory is None:
+        request, system, held = split_kept(request)
+        started = time.perf_counter()
+        memory, created = llm.shelf.get(engine, held, system, ttl=request.ttl, progress=progress, cancel=cancel)
+        if created:
+            report_reading(memory, time.perf_counter() - started)
+    tools, names, processors = _tools(engine, given)
+    schema = given.get("response_schema")
+    turns = request.turns
+    if schema is not None:
+        turns = _ask_for_json(turns, schema)
+    schema = schema or request.schema
+    if schema is not None and not processors:
+        from qllm_runtime.grammar import json_schema_processor
+
+        processors = [json_schema_processor(engine.tokenizer, schema, **_vocabulary(engine))]
+    rest = request.documents[len(held) :] if held and request.documents[: len(held)] == held else request.documents
+    arguments: dict[str, Any] = {
+        "query": request.query,
+        "query_source": request.query_source,
+        "memory": memory,
+        "mode": None if memory is not None else given.get("mode") or llm.mode,
+        "sampling": sampling,
+        "tools": tools,
+        "logits_processors": processors,
+        "template_kwargs": {**llm.template_kwargs, **(given.get("template_kwargs") or {})} or None,
+        "progress": progress,
+    }
+    return Call(engine, turns, arguments, ResponseContext(llm.model, (*held, *rest), names, created))
+
+
+def progress_bar(show: bool) -> Progress | None:
+    """A bar over the tokens read, on standard error."""
+    if not show:
+        return None
+    from tqdm.auto import tqdm
+
+    bar: Any = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc="Reading", unit="token", unit_scale=True)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            bar = None
+
+    return update
+
+
+def report_reading(memory: Any, seconds: float) -> None:
+    """Emit the event of a finished reading."""
+    dispatcher.event(DocumentsReadEvent(documents=len(memory.documents), tokens=memory.n_tokens, seconds=seconds))
+
+
+def _report(answer: Answer) -> None:
+    passages = [(source.document, source.start, source.end, source.score) for source in answer.sources]
+    dispatcher.event(
+        LookupEvent(query=answer.query, query_source=answer.query_source, mode=answer.mode, passages=passages)
+    )
+
+
+def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, list[str] | None, list[Any]]:
+    """Tools for the template, their names, and the processors that force a call."""
+    tools = list(given.get("tools") or ())
+    names = [tool["function"]["name"] for tool in tools]
+    choice = options.tool_choice(given.get("tool_choice"), names)
+    if not tools or choice == "none":
+        if choice == "required":
+            raise InvalidRequestError(
+                "A tool call is required, but the call has no tools; pass tools or leave tool_choice out."
+            )
+        return None, None, []
+    if choice is None:
+        return tools, names, []
+    from qllm_runtime.grammar import tool_call_processor
+    from qllm_runtime.toolcalls import call_format
+
+    processor = tool_call_processor(
+        engine.tokenizer,
+        tools,
+        names=None if choice == "required" else [choice],
+        call_format=call_format(getattr(engine.tokenizer, "chat_template", None)),
+        parallel=bool(given.get("parallel_tool_calls")),
+        **_vocabulary(engine),
+    )
+    return tools, names, [processor]
+
+
+def _vocabulary(engine: Engine) -> dict[str, Any]:
+    """Width of the scores and end tokens, as the grammar needs them."""
+    ends = engine.model.generation_config.eos_token_id
+    width = engine.model.get_output_embeddings().weight.shape[0]
+    return {"n_vocab": int(width), "eos_token_ids": [ends] if isinstance(ends, int) else ends}
+
+
+def _ask_for_json(turns: tuple[Turn, ...], schema: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """The instruction stands after the last user turn's text: ahead of it would change what a kept memory has read."""
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)
+    text = f"Answer with one JSON object that follows this JSON schema:\n{json.dumps(schema, ensure_ascii=False)}"
+    if last is None:
+        return (*turns, Turn("user", (text,)))
+    asked = replace(turns[last], content=(*turns[last].content, text))
+    return (*turns[:last], asked, *turns[last + 1 :])
+
+
+__all__ = ["Call", "Request", "prepare", "progress_bar", "report_reading"]

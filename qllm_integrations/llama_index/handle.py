@@ -1,0 +1,148 @@
+"""The engine behind one `QLLM`: loaded on first use, with the document memories it keeps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qllm_runtime.errors import ClosedError
+from qllm_runtime.types import Document, Progress
+
+if TYPE_CHECKING:
+    from qllm_runtime.document_memory import DocumentMemory
+    from qllm_runtime.engine import QLLM as Engine  # noqa: N811
+
+
+@dataclass
+class _Kept:
+    engine: Engine
+    memory: DocumentMemory
+    until: float | None
+
+
+class MemoryShelf:
+    """Document memories by what was read, so that the same text is read once.
+
+    A memory that holds the first of the documents asked for is continued: only the others are read.
+
+    Args:
+        limit: How many are kept; the one unused for longest goes first. None keeps all.
+        steps: Read several documents in about this many steps and keep the memory after each, so that a change
+            costs the documents from there on. Each one kept holds a local window of its own and shares the rest.
+    """
+
+    def __init__(self, limit: int | None = None, steps: int = 1) -> None:
+        self._limit = limit
+        self._steps = steps
+        self._kept: list[_Kept] = []  # last used last
+        self._lock = threading.Lock()
+
+    def get(
+        self,
+        engine: Engine,
+        documents: Sequence[Document],
+        system: str | None,
+        *,
+        ttl: float | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> tuple[DocumentMemory, bool]:
+        """The memory of these documents, and whether any of them was read just now. One reading at a time."""
+        wanted = tuple(documents)
+        with self._lock:
+            now = time.monotonic()
+            self._kept = [
+                kept for kept in self._kept if not kept.memory.closed and (kept.until is None or kept.until > now)
+            ]
+            until = None if ttl is None else now + ttl
+            found = self._longest(engine, wanted, system)
+            memory = found.memory if found is not None else None
+            done = len(memory.documents) if memory is not None else 0
+            stride = max(1, -(-len(wanted) // self._steps))
+            created = done < len(wanted)
+            while done < len(wanted):
+                end = min(len(wanted), (done // stride + 1) * stride)
+                memory = engine.read(wanted[done:end], system=system, after=memory, progress=progress, cancel=cancel)
+                self._kept.append(_Kept(engine, memory, until))
+                done = end
+            if found is not None and not created:
+                self._kept.remove(found)
+                self._kept.append(_Kept(engine, found.memory, until))
+            if self._limit is not None:
+                del self._kept[: -self._limit]  # freed with the last user of each
+            assert memory is not None
+            return memory, created
+
+    def retain(self, keep: Callable[[Document], bool]) -> None:
+        """Drop the memories that hold a document `keep` refuses."""
+        with self._lock:
+            self._kept = [kept for kept in self._kept if all(map(keep, kept.memory.documents))]
+
+    def close(self) -> None:
+        """Free all memories now."""
+        with self._lock:
+            for kept in self._kept:
+                kept.memory.close()
+            self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _longest(self, engine: Engine, wanted: tuple[Document, ...], system: str | None) -> _Kept | None:
+        """The memory that holds most of the first of these documents."""
+        fitting = [
+            kept
+            for kept in self._kept
+            if kept.engine is engine
+            and kept.memory.system == system
+            and wanted[: len(kept.memory.documents)] == kept.memory.documents
+        ]
+        return max(fitting, key=lambda kept: len(kept.memory.documents), default=None)
+
+
+class EngineHandle:
+    """An engine that loads on first use. A copy shares it; a pickle carries no weights and loads them again."""
+
+    def __init__(self, engine: Engine | None = None, shelf_limit: int = 2) -> None:
+        self._engine = engine
+        self._closed = False
+        self._lock = threading.Lock()
+        self.shelf = MemoryShelf(shelf_limit)
+
+    @property
+    def loaded(self) -> Engine | None:
+        """The engine if it is there already."""
+        return self._engine
+
+    def get(self, settings: dict[str, Any]) -> Engine:
+        """The engine, loaded with `settings` if need be (weights are shared within the process).
+
+        Raises:
+            ClosedError: After `close`.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError("This QLLM was closed; construct a new one.")
+            if self._engine is None:
+                from qllm_runtime.engine import QLLM as Engine  # noqa: N811
+
+                self._engine = Engine.from_pretrained(**settings)
+            return self._engine
+
+    def close(self) -> None:
+        """Free memories and engine; every later use raises ClosedError."""
+        with self._lock:
+            self._closed = True
+            engine, self._engine = self._engine, None
+        self.shelf.close()
+        if engine is not None:
+            engine.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
+        return EngineHandle(self._engine)
+
+    def __reduce__(self) -> tuple[type[EngineHandle], tuple[()]]:
+        return EngineHandle, ()

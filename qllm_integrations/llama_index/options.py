@@ -1,0 +1,64 @@
+"""Arguments of a single call: which are known, which override the model's own settings, and a warning for the rest."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.types import Sampling
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+#: Arguments of `chat` and its relatives beside the sampling fields.
+REQUEST_FIELDS = (
+    "query",
+    "memory",
+    "mode",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_schema",
+    "template_kwargs",
+    "show_progress",
+)
+
+
+def warn_unknown(given: Collection[str], known: Collection[str], where: str) -> None:
+    """Warn by name about arguments that have no effect."""
+    for name in given:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}."
+        warnings.warn(f"{where} ignores the unknown argument {name!r}{hint}", UserWarning, stacklevel=3)
+
+
+def sampling(defaults: Mapping[str, Any], call: Mapping[str, Any]) -> Sampling:
+    """The sampling of a call: the model's settings, overridden by the arguments of the call that are not None."""
+    values = {name: defaults[name] for name in SAMPLING_FIELDS}
+    values.update({name: call[name] for name in SAMPLING_FIELDS if call.get(name) is not None})
+    stop = values["stop"] or ()
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Sampling(**values)
+
+
+def tool_choice(choice: Any, names: Collection[str]) -> str | None:
+    """A tool choice in any of the usual spellings as "none", "auto" (None), "required" or the name of a tool.
+
+    Raises:
+        InvalidRequestError: It names no tool of this call.
+    """
+    if isinstance(choice, Mapping):  # OpenAI's {"type": "function", "function": {"name": ...}}
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, Mapping) else choice.get("name", choice.get("type"))
+    if choice in (None, False, "auto"):
+        return None
+    if choice in (True, "any", "required"):
+        return "required"
+    if choice == "none" or choice in names:
+        return str(choice)
+    known = ", ".join(sorted(names)) or "none at all"
+    raise InvalidRequestError(f"tool_choice names {choice!r}, but the tools of this call are: {known}.")

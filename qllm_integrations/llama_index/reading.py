@@ -1,0 +1,186 @@
+"""Asking a question of whole nodes: what query engine, retriever, chat engine and synthesizer have in common."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.schema import BaseNode, NodeWithScore
+from llama_index.core.settings import Settings
+
+from qllm_integrations.llama_index.aio import run_in_thread
+from qllm_integrations.llama_index.calls import progress_bar, report_reading
+from qllm_integrations.llama_index.documents import citable_block, engine_document, passage
+from qllm_integrations.llama_index.handle import MemoryShelf
+from qllm_integrations.llama_index.llm import QLLM
+from qllm_integrations.llama_index.prompts import routed_messages
+from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.types import Mode
+
+if TYPE_CHECKING:
+    from qllm_runtime.document_memory import DocumentMemory
+
+#: The documents and the question, and nothing else.
+DEFAULT_TEMPLATE = PromptTemplate("{context_str}\n\n{query_str}")
+#: Tokens of an answer that is written only to see where the model looks.
+LOOKUP_TOKENS = 32
+
+
+@dataclass
+class Sources:
+    """Filled when the answer is complete: passages behind it and what a `Response` tells about them.
+
+    Attributes:
+        nodes: The passages, best first.
+        metadata: Metadata by node id, and under "qllm" how the answer came about.
+    """
+
+    nodes: list[NodeWithScore] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def fill(self, response: ChatResponse, nodes: Sequence[BaseNode], top: int | None = None) -> None:
+        """Take the sources of a finished response to a question about `nodes`."""
+        for source in response.raw["sources"][:top] if response.raw else ():
+            self.nodes.append(passage(nodes[source["document"]], source["start"], source["end"], source["score"]))
+        self.describe(response)
+
+    def describe(self, response: ChatResponse) -> None:
+        """Fill the metadata for the nodes there are."""
+        self.metadata.update({found.node.node_id: found.node.metadata for found in self.nodes})
+        if response.raw:
+            told = ("query", "query_source", "mode", "finish_reason", "usage", "timings")
+            self.metadata["qllm"] = {name: response.raw[name] for name in told}
+
+
+@dataclass
+class Reader:
+    """Puts questions to whole nodes.
+
+    Attributes:
+        llm: The model.
+        mode: "query_aware" reads the nodes under each question, "read_once" keeps their memory on `shelf`.
+        shelf: Where memories are kept.
+        template: Prompt template with `{context_str}` and `{query_str}`.
+        system_prompt: Ahead of the documents.
+        show_progress: Show a bar while reading.
+    """
+
+    llm: QLLM
+    mode: Mode = "query_aware"
+    shelf: MemoryShelf = field(default_factory=lambda: MemoryShelf(2))
+    template: BasePromptTemplate = field(default_factory=lambda: DEFAULT_TEMPLATE)
+    system_prompt: str | None = None
+    show_progress: bool = False
+
+    def ask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
+        """The whole answer."""
+        memory = self.memory(nodes)
+        return self.llm.chat(self.messages(query, nodes, memory), **self.arguments(query, memory, options))
+
+    async def aask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
+        """The whole answer, without blocking the event loop."""
+        memory = await self.amemory(nodes)
+        return await self.llm.achat(self.messages(query, nodes, memory), **self.arguments(query, memory, options))
+
+    def stream(
+        self, query: str, nodes: Sequence[BaseNode], sources: Sources, *, top: int | None = None, **options: Any
+    ) -> Generator[str, None, None]:
+        """The answer piece by piece; `sources` are filled with the last one."""
+        memory = self.memory(nodes)
+        responses = self.llm.stream_chat(self.messages(query, nodes, memory), **self.arguments(query, memory, options))
+        return _texts(responses, lambda last: sources.fill(last, nodes, top))
+
+    async def astream(
+        self, query: str, nodes: Sequence[BaseNode], sources: Sources, *, top: int | None = None, **options: Any
+    ) -> AsyncGenerator[str, None]:
+        """The answer piece by piece, without blocking the event loop."""
+        memory = await self.amemory(nodes)
+        responses = await self.llm.astream_chat(
+            self.messages(query, nodes, memory), **self.arguments(query, memory, options)
+        )
+        return _atexts(responses, lambda last: sources.fill(last, nodes, top))
+
+    def memory(self, nodes: Sequence[BaseNode], cancel: threading.Event | None = None) -> DocumentMemory | None:
+        """The kept memory of the nodes, read now if need be; None when each question reads them anew."""
+        if self.mode == "query_aware" or not nodes:
+            return None
+        started = time.perf_counter()
+        documents = [engine_document(node) for node in nodes]
+        bar = progress_bar(self.show_progress or self.llm.show_progress)
+        system = "\n\n".join(text for text in (self.llm.system_prompt, self.system_prompt) if text) or None
+        memory, created = self.shelf.get(self.llm.engine, documents, system, progress=bar, cancel=cancel)
+        if created:
+            report_reading(memory, time.perf_counter() - started)
+        return memory
+
+    async def amemory(self, nodes: Sequence[BaseNode]) -> DocumentMemory | None:
+        """As `memory`, without blocking the event loop."""
+        if self.mode == "query_aware" or not nodes:
+            return None
+        return await run_in_thread(lambda cancel: self.memory(nodes, cancel))
+
+    def messages(self, query: str, nodes: Sequence[BaseNode], memory: DocumentMemory | None) -> list[ChatMessage]:
+        """The question as messages, with the nodes as document blocks unless they are in a memory."""
+        blocks = [] if memory is not None else [citable_block(node) for node in nodes]
+        return [*self.system_messages(), *routed_messages(self.template, {"query_str": query}, self.llm, blocks)]
+
+    def system_messages(self) -> list[ChatMessage]:
+        """System prompts of model and reader, the model's first."""
+        texts = [text for text in (self.llm.system_prompt, self.system_prompt) if text]
+        return [ChatMessage("\n\n".join(texts), role=MessageRole.SYSTEM)] if texts else []
+
+    def arguments(self, query: str, memory: DocumentMemory | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the call."""
+        given: dict[str, Any] = {"query": query, "mode": self.mode}
+        if memory is not None:
+            given["memory"] = memory
+        if self.show_progress:
+            given["show_progress"] = True
+        return {**given, **options}
+
+
+def reading_llm(llm: Any) -> tuple[QLLM, type[Any] | None]:
+    """The `QLLM` behind `llm` (None: `Settings.llm`) and the class of its structured answers, if it has one.
+
+    Raises:
+        InvalidRequestError: It is another model.
+    """
+    llm = Settings.llm if llm is None else llm
+    output_cls = None
+    if isinstance(llm, StructuredLLM):
+        llm, output_cls = llm.llm, llm.output_cls
+    if not isinstance(llm, QLLM):
+        raise InvalidRequestError(
+            f"Reading whole documents needs a QLLM, got {type(llm).__name__}; pass llm=QLLM(model=...) or set "
+            f"Settings.llm."
+        )
+    return llm, output_cls
+
+
+def _texts(
+    responses: Generator[ChatResponse, None, None], done: Callable[[ChatResponse], None]
+) -> Generator[str, None, None]:
+    for response in responses:
+        if response.raw is not None:
+            done(response)
+        if response.delta:
+            yield response.delta
+
+
+async def _atexts(
+    responses: AsyncGenerator[ChatResponse, None], done: Callable[[ChatResponse], None]
+) -> AsyncGenerator[str, None]:
+    try:
+        async for response in responses:
+            if response.raw is not None:
+                done(response)
+            if response.delta:
+                yield response.delta
+    finally:
+        await responses.aclose()

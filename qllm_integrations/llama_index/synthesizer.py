@@ -1,0 +1,194 @@
+"""`QLLMSynthesizer`: whole retrieved nodes read at once, for any query engine with a retriever."""
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import llama_index.core.instrumentation as instrument
+from llama_index.core.base.response.schema import RESPONSE_TYPE, PydanticResponse, Response
+from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextNode
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+from qllm_integrations.llama_index.query_engine import EMPTY_RESPONSE
+from qllm_integrations.llama_index.reading import DEFAULT_TEMPLATE, Reader, Sources, reading_llm
+from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
+from qllm_integrations.llama_index.structured import parse
+
+dispatcher = instrument.get_dispatcher(__name__)
+
+
+class QLLMSynthesizer(BaseSynthesizer):
+    """Reads all retrieved nodes at once, whole, under the question; nothing is truncated, packed or refined.
+
+    `source_nodes` of the response are the passages that were looked up in the retrieved nodes, with offsets in the
+    original documents; where nothing was looked up, the retrieved nodes themselves.
+
+    Args:
+        llm: A `QLLM` (None: `Settings.llm`).
+        streaming: Return the answer as a stream.
+        output_cls: Return the answer as an instance of this class.
+        text_qa_template: Prompt template with `{context_str}` and `{query_str}`.
+        system_prompt: Ahead of the nodes.
+        options: Further arguments of each call of the model.
+
+    Examples:
+        ```python
+        from llama_index.core import Document, SummaryIndex
+        from qllm_integrations.llama_index import QLLM, QLLMSynthesizer
+
+        text = "The lamp was lit at dusk. The secret number of the harbour is 4711. " * 20
+        llm = QLLM(model="reader", max_tokens=32)
+        index = SummaryIndex.from_documents([Document(text=text)])
+        engine = index.as_query_engine(llm=llm, response_synthesizer=QLLMSynthesizer(llm=llm))
+        print(engine.query("What is the secret number?"))
+        ```
+    """
+
+    def __init__(
+        self,
+        llm: Any = None,
+        *,
+        streaming: bool = False,
+        output_cls: type[BaseModel] | None = None,
+        text_qa_template: BasePromptTemplate | None = None,
+        system_prompt: str | None = None,
+        options: dict[str, Any] | None = None,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        model, structured = reading_llm(llm)
+        self._reader = Reader(
+            model, model.mode, template=text_qa_template or DEFAULT_TEMPLATE, system_prompt=system_prompt
+        )
+        self._options = dict(options or {})
+        output_cls = output_cls or structured
+        if output_cls is not None:
+            self._options["response_schema"] = output_cls.model_json_schema()
+        super().__init__(llm=model, callback_manager=callback_manager, streaming=streaming, output_cls=output_cls)
+
+    def _get_prompts(self) -> PromptDictType:
+        return {"text_qa_template": self._reader.template}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        self._reader.template = prompts.get("text_qa_template", self._reader.template)
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """Answer a question about bare texts."""
+        nodes, options = _nodes(text_chunks), {**self._options, **response_kwargs}
+        if self._streaming:
+            return self._reader.stream(query_str, nodes, Sources(), **options)
+        response = self._reader.ask(query_str, nodes, **options)
+        return parse(response, self._output_cls) if self._output_cls else response.message.content or ""
+
+    async def aget_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """As `get_response`, without blocking the event loop."""
+        nodes, options = _nodes(text_chunks), {**self._options, **response_kwargs}
+        if self._streaming:
+            return await self._reader.astream(query_str, nodes, Sources(), **options)
+        response = await self._reader.aask(query_str, nodes, **options)
+        return parse(response, self._output_cls) if self._output_cls else response.message.content or ""
+
+    # `synthesize` is taken over whole: the base class would put metadata into the texts, which shifts every offset
+
+    @dispatcher.span
+    def synthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Answer a question about retrieved nodes."""
+        dispatcher.event(SynthesizeStartEvent(query=query))
+        text = query.query_str if isinstance(query, QueryBundle) else query
+        wholes, sources, options = [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
+        with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: text}) as event:
+            if not nodes:
+                response = self._empty(LookupStreamingResponse(self._empty_response_generator(), sources))
+            elif self._streaming:
+                stream = self._reader.stream(text, wholes, sources, **options)
+                response = LookupStreamingResponse(_then(stream, sources, nodes, additional_source_nodes), sources)
+            else:
+                answer = self._reader.ask(text, wholes, **options)
+                response = self._whole(answer, wholes, nodes, additional_source_nodes)
+            event.on_end(payload={EventPayload.RESPONSE: response})
+        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+        return response
+
+    @dispatcher.span
+    async def asynthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """As `synthesize`, without blocking the event loop."""
+        dispatcher.event(SynthesizeStartEvent(query=query))
+        text = query.query_str if isinstance(query, QueryBundle) else query
+        wholes, sources, options = [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
+        with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: text}) as event:
+            if not nodes:
+                response = self._empty(async_streaming_response(self._empty_response_agenerator(), sources))
+            elif self._streaming:
+                stream = await self._reader.astream(text, wholes, sources, **options)
+                response = async_streaming_response(_athen(stream, sources, nodes, additional_source_nodes), sources)
+            else:
+                answer = await self._reader.aask(text, wholes, **options)
+                response = self._whole(answer, wholes, nodes, additional_source_nodes)
+            event.on_end(payload={EventPayload.RESPONSE: response})
+        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+        return response
+
+    def _empty(self, stream: RESPONSE_TYPE) -> RESPONSE_TYPE:
+        return stream if self._streaming else Response(EMPTY_RESPONSE)
+
+    def _whole(
+        self, answer: Any, wholes: list[Any], nodes: list[NodeWithScore], additional: Sequence[NodeWithScore] | None
+    ) -> RESPONSE_TYPE:
+        sources = Sources()
+        sources.fill(answer, wholes)
+        _complete(sources, nodes, additional)
+        if self._output_cls is not None:
+            return PydanticResponse(
+                parse(answer, self._output_cls), source_nodes=sources.nodes, metadata=sources.metadata
+            )
+        return Response(answer.message.content or "", source_nodes=sources.nodes, metadata=sources.metadata)
+
+
+def _nodes(texts: Sequence[str]) -> list[TextNode]:
+    return [TextNode(text=text) for text in texts if text.strip()]
+
+
+def _complete(sources: Sources, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] | None) -> None:
+    if not sources.nodes:
+        sources.nodes.extend(nodes)
+    sources.nodes.extend(additional or ())
+    sources.metadata.update({found.node.node_id: found.node.metadata for found in sources.nodes})
+
+
+def _then(
+    stream: Any, sources: Sources, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] | None
+) -> Any:
+    yield from stream
+    _complete(sources, nodes, additional)
+
+
+async def _athen(
+    stream: Any, sources: Sources, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] | None
+) -> Any:
+    try:
+        async for text in stream:
+            yield text
+    finally:
+        await stream.aclose()
+    _complete(sources, nodes, additional)

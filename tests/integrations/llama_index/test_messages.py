@@ -1,0 +1,293 @@
+"""Messages, templates and arguments on their way to the engine."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core.base.llms.types import (
+    AudioBlock,
+    CacheControl,
+    CachePoint,
+    ChatMessage,
+    CitableBlock,
+    CitationBlock,
+    DocumentBlock,
+    ImageBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate, RichPromptTemplate
+from llama_index.core.prompts.default_prompt_selectors import (
+    DEFAULT_REFINE_PROMPT_SEL,
+    DEFAULT_TEXT_QA_PROMPT_SEL,
+    DEFAULT_TREE_SUMMARIZE_PROMPT_SEL,
+)
+
+from qllm_integrations.llama_index import QLLM
+from qllm_integrations.llama_index.messages import to_request
+from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
+from qllm_runtime.types import Document
+from tests.integrations.llama_index.fake_engine import FakeEngine
+
+BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
+QUESTION = "What is the secret number?"
+
+
+def citable(text: str = BOOK, title: str = "log.txt") -> CitableBlock:
+    return CitableBlock(title=title, source=f"/data/{title}", content=text)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine("It is 4711.")
+
+
+@pytest.fixture
+def llm(engine: FakeEngine) -> QLLM:
+    return QLLM.from_engine(engine)
+
+
+# which text is the query
+
+
+def test_query_is_the_text_beside_the_document() -> None:
+    request = to_request([ChatMessage("Be brief.", role="system"), ChatMessage(blocks=[citable(), TextBlock(text=QUESTION)])])
+    assert (request.query, request.query_source) == (QUESTION, "message")
+    assert request.turns[1].content == (Document(BOOK, "log.txt"), QUESTION)
+
+
+def test_query_of_a_later_turn_and_of_no_document() -> None:
+    first = ChatMessage(blocks=[citable(), TextBlock(text="First?")])
+    talk = [first, ChatMessage("Yes.", role="assistant"), ChatMessage("Second?")]
+    assert (to_request(talk).query, to_request(talk).query_source) == ("Second?", "message")
+    assert to_request([ChatMessage("Hi")]).query_source == "fallback"
+    assert to_request([ChatMessage("Hi")], with_memory=True).query_source == "message"
+    apart = to_request([ChatMessage(QUESTION), ChatMessage(blocks=[citable()])])
+    assert (apart.query, apart.query_source) == (QUESTION, "fallback")
+    assert to_request([ChatMessage(blocks=[citable()])]).query_source == "none"
+
+
+def test_tool_results_do_not_become_the_query() -> None:
+    call = ToolCallBlock(tool_call_id="c", tool_name="look", tool_kwargs={"at": "map"})
+    result = ChatMessage("A map.", role="tool", additional_kwargs={"tool_call_id": "c", "name": "look"})
+    request = to_request([ChatMessage(QUESTION), ChatMessage(role="assistant", blocks=[call]), result])
+    assert request.query == QUESTION
+    assert request.turns[1].extras["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "map"}}
+    assert request.turns[2].role == "tool"
+    assert request.turns[2].extras == {"tool_call_id": "c", "name": "look"}
+
+
+def test_explicit_query_and_named_query(llm: QLLM) -> None:
+    message = ChatMessage(blocks=[citable(), TextBlock(text=f"Please! {QUESTION} In English.")])
+    raw = llm.chat([message], query=QUESTION).raw
+    assert (raw["query"], raw["query_source"]) == (QUESTION, "explicit")
+    message.additional_kwargs["query_str"] = QUESTION
+    assert llm.chat([message]).raw["query"] == QUESTION
+
+
+def test_foreign_tool_calls_in_additional_kwargs() -> None:
+    openai = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}}
+    turn = to_request([ChatMessage("Go"), ChatMessage("", role="assistant", additional_kwargs={"tool_calls": [openai]})]).turns[1]
+    assert turn.extras["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "map"}}
+
+
+# blocks
+
+
+def test_document_blocks(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    file.write_text(BOOK)
+    for block in (DocumentBlock(path=file), DocumentBlock(data=BOOK.encode(), title="log.txt")):
+        (document,) = to_request([ChatMessage(blocks=[block, TextBlock(text=QUESTION)])]).documents
+        assert document == Document(BOOK, "log.txt")
+    html = DocumentBlock(data=b"<html><body><p>Hello &amp; bye</p></body></html>", document_mimetype="text/html")
+    assert to_request([ChatMessage(blocks=[html])]).documents[0].text.strip() == "Hello & bye"
+    assert to_request([ChatMessage(blocks=[html])]).documents[0].title is None
+
+
+@pytest.mark.parametrize("block", [DocumentBlock(path="/no/such/file.txt"), DocumentBlock(data=b"\x89PNG\x00\x00\x01")])
+def test_unreadable_document_blocks(block: DocumentBlock) -> None:
+    with pytest.raises(DocumentError):
+        to_request([ChatMessage(blocks=[block, TextBlock(text=QUESTION)])])
+
+
+def test_unsupported_and_misplaced_blocks_are_named() -> None:
+    sound = AudioBlock(audio=base64.b64encode(b"RIFF"), format="wav")
+    nested = CitableBlock(title="t", source="s", content=[ImageBlock(image=b"\x89PNG")])
+    for block in (ImageBlock(image=b"\x89PNG"), sound, nested):
+        with pytest.raises(InvalidRequestError, match="ImageBlock|AudioBlock"):
+            to_request([ChatMessage(blocks=[block])])
+    with pytest.raises(InvalidRequestError, match="system"):
+        to_request([ChatMessage(role="system", blocks=[citable()])])
+    with pytest.raises(InvalidRequestError, match="no messages"):
+        to_request([])
+
+
+def test_citations_and_thoughts_of_earlier_answers_are_left_out() -> None:
+    cited = CitationBlock(cited_content=TextBlock(text="x"), source="s", title="t", additional_location_info={})
+    answer = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="Yes."), cited])
+    assert to_request([ChatMessage("A"), answer, ChatMessage("B")]).turns[1].content == ("Yes.",)
+
+
+def test_citations_come_out_and_slice_the_document(llm: QLLM) -> None:
+    response = llm.chat([ChatMessage(blocks=[citable(title="a"), citable(title="b"), TextBlock(text=QUESTION)])])
+    citations = [block for block in response.message.blocks if isinstance(block, CitationBlock)]
+    assert response.message.content == "It is 4711."
+    assert {block.title for block in citations} == {"a", "b"}
+    for block in citations:
+        place = block.additional_location_info
+        assert BOOK[place["start_char_index"] : place["end_char_index"]] == block.cited_content.text
+        assert block.source == f"/data/{block.title}"
+    assert response.raw["sources"][0]["score"] > 0
+
+
+def test_cache_point_reads_once(llm: QLLM, engine: FakeEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+
+    def ask(question: str, *blocks: Any) -> dict[str, Any]:
+        system = ChatMessage("Be brief.", role="system")
+        return dict(llm.chat([system, ChatMessage(blocks=[*blocks, point, TextBlock(text=question)])]).raw)
+
+    first = ask(QUESTION, citable())
+    second = ask("And who spoke of the secret?", citable())
+    assert len(engine.readings) == 1
+    assert engine.readings[0].system == "Be brief."
+    assert (first["mode"], first["usage"]["cache_read_tokens"]) == ("read_once", 0)
+    assert first["usage"]["cache_creation_tokens"] == second["usage"]["cache_read_tokens"] == len(BOOK)
+    assert second["sources"][0]["text"] in BOOK
+    assert not any(turn.documents for turn in engine.requests[-1]["turns"])
+    ask(QUESTION, citable(), citable("Another secret text."))
+    assert engine.read_texts == [BOOK, "Another secret text."]
+    with pytest.raises(InvalidRequestError, match="ttl"):
+        bad = CachePoint(cache_control=CacheControl(type="ephemeral", ttl="soon"))
+        llm.chat([ChatMessage(blocks=[citable(), bad, TextBlock(text=QUESTION)])])
+
+
+def test_read_and_memory_argument(llm: QLLM, engine: FakeEngine) -> None:
+    memory = llm.read(BOOK, system_prompt="Be brief.")
+    response = llm.chat([ChatMessage(QUESTION)], memory=memory)
+    assert engine.requests[-1]["memory"] is memory
+    assert response.raw["query_source"] == "message"
+    assert any(isinstance(block, CitationBlock) for block in response.message.blocks)
+    assert llm.complete(QUESTION, memory=memory).raw["usage"]["cache_read_tokens"] == len(BOOK)
+
+
+# templates
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        DEFAULT_TEXT_QA_PROMPT_SEL,
+        DEFAULT_TEXT_QA_PROMPT_SEL.partial_format(query_str=QUESTION),
+        DEFAULT_TREE_SUMMARIZE_PROMPT_SEL,
+        PromptTemplate("{context_str}\nQ: {query_str}"),
+        RichPromptTemplate("Read {{ context_str }} and answer {{ query_str }}"),
+        ChatPromptTemplate([ChatMessage("Read: {context_str}", role="system"), ChatMessage("{query_str}")]),
+        ChatPromptTemplate([ChatMessage(blocks=[citable("{context_str}"), TextBlock(text="{query_str}")])]),
+    ],
+)
+def test_templates_route_by_name(llm: QLLM, engine: FakeEngine, prompt: Any) -> None:
+    text = BOOK + " {braces} stay."
+    assert llm.predict(prompt, context_str=text, query_str=QUESTION) == "It is 4711."
+    request = engine.requests[-1]
+    assert (request["query"], request["query_source"]) == (QUESTION, "explicit")
+    assert [document.text for turn in request["turns"] for document in turn.documents] == [text]
+    assert not any("lamp" in turn.text for turn in request["turns"])
+    assert QUESTION in request["turns"][-1].text
+
+
+async def test_templates_route_in_all_forms(llm: QLLM, engine: FakeEngine) -> None:
+    prompt, values = DEFAULT_TEXT_QA_PROMPT_SEL, {"context_str": [BOOK, "More."], "query_str": QUESTION}
+    llm.predict(prompt, **values)
+    list(llm.stream(prompt, **values))
+    await llm.apredict(prompt, **values)
+    [token async for token in await llm.astream(prompt, **values)]
+    for request in engine.requests:
+        assert request["query"] == QUESTION
+        assert [document.text for document in request["turns"][-1].documents] == [BOOK, "More."]
+
+
+def test_refine_template(llm: QLLM, engine: FakeEngine) -> None:
+    llm.predict(DEFAULT_REFINE_PROMPT_SEL, context_msg=BOOK, existing_answer="42", query_str=QUESTION)
+    turns = engine.requests[-1]["turns"]
+    assert [document.text for turn in turns for document in turn.documents] == [BOOK]
+    assert engine.requests[-1]["query"] == QUESTION
+
+
+def test_schema_instruction_stays_out_of_the_query(llm: QLLM, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+    llm.chat([ChatMessage(blocks=[citable(), TextBlock(text=QUESTION)])], response_schema=schema)
+    assert engine.requests[-1]["query"] == QUESTION
+    assert "JSON schema" in engine.requests[-1]["turns"][-1].text
+
+
+# arguments and life
+
+
+def test_call_arguments_reach_the_engine(llm: QLLM, engine: FakeEngine) -> None:
+    llm.complete("Hi", temperature=0.5, top_p=0.9, seed=3, stop="x", logprobs=1, mode="read_once", template_kwargs={"think": False})
+    request = engine.requests[-1]
+    sampling = request["sampling"]
+    assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (0.5, 0.9, 3, ("x",))
+    assert (sampling.logprobs, sampling.max_tokens) == (1, 256)
+    assert (request["mode"], request["template_kwargs"]) == ("read_once", {"think": False})
+    llm.complete("Hi")
+    assert engine.requests[-1]["sampling"].temperature == 0.0
+
+
+def test_typos_are_named() -> None:
+    with pytest.warns(UserWarning, match="did you mean 'temperature'"):
+        QLLM(temprature=0.5)
+    with pytest.raises(ValueError, match="temperature"):
+        QLLM(temperature=-1)
+    with pytest.raises(ValueError, match="n_lokal"):
+        QLLM(memory={"n_lokal": 3})
+    with pytest.raises(ValueError, match="chat template"):
+        QLLM(messages_to_prompt=lambda messages: "")
+
+
+async def test_closed_model(llm: QLLM, engine: FakeEngine) -> None:
+    with llm:
+        llm.complete("Hi")
+    assert engine.closed
+    with pytest.raises(ClosedError):
+        llm.complete("Hi")
+    with pytest.raises(ClosedError):
+        await llm.acomplete("Hi")
+    with pytest.raises(ClosedError):
+        list(llm.stream_complete("Hi"))
+    with pytest.raises(ClosedError):
+        [chunk async for chunk in await llm.astream_complete("Hi")]
+
+
+def test_secrets_and_documents_stay_out_of_sight(llm: QLLM) -> None:
+    secret = QLLM(token="hf_secret")
+    assert "hf_secret" not in repr(secret) + str(secret.to_dict()) + str(secret.to_payload())
+    memory = llm.read(BOOK)
+    assert "lamp" not in repr(llm) + str(llm.to_payload())
+    assert memory.n_tokens
+
+
+def test_tools_without_choice_and_with_none(llm: QLLM, engine: FakeEngine) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]
+    llm.chat([ChatMessage("Hi")], tools=tools)
+    assert engine.requests[-1]["tools"] == tools
+    llm.chat([ChatMessage("Hi")], tools=tools, tool_choice="none")
+    assert engine.requests[-1]["tools"] is None
+    with pytest.raises(InvalidRequestError, match="no tools"):
+        llm.chat([ChatMessage("Hi")], tool_choice="required")
+
+
+def test_unforced_call_is_parsed(engine: FakeEngine, llm: QLLM) -> None:
+    engine.script = lambda query, documents: 'Let me see. <tool_call>\n{"name": "look", "arguments": {"at": "map"}}\n</tool_call>'
+    tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]
+    chunks = list(llm.stream_chat([ChatMessage("Hi")], tools=tools))
+    assert "".join(chunk.delta or "" for chunk in chunks) == "Let me see."
+    (selected,) = llm.get_tool_calls_from_response(chunks[-1])
+    assert (selected.tool_name, selected.tool_kwargs) == ("look", {"at": "map"})
+    assert chunks[-1].raw["finish_reason"] == "tool_calls"
