@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qllm_runtime.types import Answer, Document, Piece, Progress, Source
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
 
 _SHOWN = 320  # characters of a passage that are printed; --json and /sources have all of it
 
@@ -23,29 +20,26 @@ def reading() -> Iterator[Progress]:
         yield _Lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("Reading"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TextColumn("{task.speed:,.0f} tokens/s", style="cyan"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens {task.fields[speed]}"),
+        TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _Bar(bars)
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        task: Any = None
 
+        def show(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bars.add_task("", total=total, speed="")
+            speed = bars.tasks[0].finished_speed or bars.tasks[0].speed
+            bars.update(task, completed=done, total=total, speed=f"{speed:,.0f}/s" if speed else "")
 
-class _Bar:
-    def __init__(self, bars: Bars) -> None:
-        self._bars = bars
-        self._task: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._bars.columns[3].visible = False if False else True  # type: ignore[attr-defined]
-            self._task = self._bars.add_task("reading", total=total)
-        self._bars.update(self._task, completed=done, total=total)
+        yield show
 
 
 class _Lines:
@@ -53,26 +47,30 @@ class _Lines:
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        if total and done / total >= self._next:
-            print(f"reading: {done:,} of {total:,} tokens", file=sys.stderr, flush=True)
+        if total and done >= self._next * total:
+            print(f"Reading: {done:,}/{total:,} tokens", file=sys.stderr, flush=True)
             self._next = done / total + 0.1 if done < total else 2.0
 
 
-def write_stream(pieces: Iterator[Piece]) -> Answer:
-    """Print an answer as it comes; returns the whole of it."""
+def write_stream(start: Callable[[Progress], Iterator[Piece]]) -> Answer:
+    """Print an answer as it comes, the bar until its first piece; returns the whole of it."""
     answer: Answer | None = None
     with reading() as progress:
-        del progress
-    for piece in pieces:
+        pieces = start(progress)
+        piece = next(pieces, None)
+    while piece is not None:
         sys.stdout.write(piece.text)
         sys.stdout.flush()
         answer = piece.answer or answer
+        piece = next(pieces, None)
     print(flush=True)
     assert answer is not None, "the last piece carries the answer"
     return answer
 
 
-def print_sources(sources: Sequence[Source], documents: Sequence[Document], names: Sequence[str], *, whole: bool) -> None:
+def print_sources(
+    sources: Sequence[Source], documents: Sequence[Document], names: Sequence[str], *, whole: bool
+) -> None:
     """Passages with their character positions; `names[i]` is what document i is called."""
     if not sources:
         print("No passage stood out.")

@@ -52,7 +52,7 @@ def test_the_sentence_around_the_peak():
     sources = passages(mass_on(prompt, document, "71432", noise=0.001), prompt, [document])
     assert sources[0].text == fact
     assert (sources[0].document, sources[0].title) == (0, "a.txt")
-    assert sources[0].score > 0.7
+    assert sources[0].score > 0.4
     check(sources, [document])
 
 
