@@ -1,0 +1,231 @@
+"""Training samples: documents with several questions, laid out as chats and encoded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from recipes.data import Prose, weave
+from recipes.facts import FactMaker, FactSet, Question, merge
+from recipes.pools import Pools
+from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
+
+FAMILY_WEIGHTS = {
+    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 0.9, "job": 0.9, "code": 1.0, "relation": 2.2,
+    "multi": 1.3, "two_hop": 1.5,
+}  # fmt: skip
+BLOCK = 32
+N_INIT = 32
+
+
+@dataclass
+class Batch:
+    """Encoded samples of one length.
+
+    Attributes:
+        ids: Tokens [B, T].
+        positions: Positions [B, T], with gaps where prose was cut out.
+        weights: Loss weight of predicting each token from those before it [B, T].
+        value: Tokens that make an answer right or wrong [B, T]: the question's number from 1, else 0.
+        keep: Keys that stay visible from afar [B, T].
+        asks: Per sample, per question: span of the question's tokens, span of the answer's and needed document spans.
+        pinned: Per sample, span of the question standing before the document; empty when it doesn't.
+        families: Per sample, the family of each question.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    value: NDArray[np.int64]
+    keep: NDArray[np.bool_]
+    asks: list[list[tuple[tuple[int, int], tuple[int, int], list[tuple[int, int]]]]]
+    pinned: list[tuple[int, int]]
+    families: list[list[str]]
+
+
+class Sampler:
+    """Draws training batches.
+
+    Args:
+        seed: Seed; the same seed and calls give the same batches.
+        tokenizer: The reader's tokenizer.
+        prose: Prose to hide facts in.
+        words: English words of the prose.
+        evaluation: Draw names, words and numbers from the evaluation side.
+    """
+
+    def __init__(self, seed: int, tokenizer: Tokenizer, prose: Sequence[Prose], words: Sequence[str], evaluation: bool = False) -> None:
+        self.rng = random.Random(seed)
+        self.tokenizer = tokenizer
+        self.prose = prose
+        self.maker = FactMaker(Pools(self.rng, evaluation, words))
+        self.newlines = self.encode("\n\n")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def facts(self, length: int, simple: bool = False) -> FactSet:
+        """Facts and questions for a sample of ``length`` tokens; ``simple`` leaves out the hard families."""
+        rng, maker = self.rng, self.maker
+        budget = length * rng.uniform(0.18, 0.45)
+        absent = int(rng.random() < 0.45 and not simple)
+        families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
+        if simple:
+            families, weights = families[:-2], weights[:-2]
+        if rng.random() < 0.33:
+            family = rng.choices(families, weights)[0]
+            count = max(2, min(12, int(budget / 16)))
+            if family == "multi":
+                return maker.multi(rng.randint(2, 4), max(1, count - 3))
+            if family == "two_hop":
+                return maker.two_hop(max(2, count // 2))
+            return maker.simple(family, count, True, absent)
+        sets: list[FactSet] = []
+        while budget > 0:
+            family = rng.choices(families, weights)[0]
+            if family == "multi":
+                facts = maker.multi(rng.randint(2, 3), rng.randint(0, 2))
+            elif family == "two_hop":
+                facts = maker.two_hop(rng.randint(1, 2))
+            else:
+                facts = maker.simple(family, rng.randint(1, 3), False, absent)
+            absent = 0
+            sets.append(facts)
+            budget -= 16 * len(facts.statements)
+        return merge(sets)
+
+    def sample(self, length: int, simple: bool = False) -> tuple[list[int], list[float], list[int], list[Question], dict[str, object]]:
+        """One sample of at most ``length`` tokens."""
+        rng = self.rng
+        self.maker.canonical = simple
+        facts = self.facts(length, simple)
+        questions = list(facts.questions)
+        rng.shuffle(questions)
+        limit = max(1, int(length * rng.uniform(0.25, 0.8) / 28))
+        questions = questions[:limit]
+        own_line = rng.random() < 0.2
+        title = f"[{self.maker.pools.word()}{rng.choice(('.txt', '.md', '.pdf', '.html', ' ' + self.maker.pools.number(1, 2)))}]\n"
+        head = self.encode(title) if rng.random() < 0.5 else []
+        pin = rng.random() < 0.45
+        turns = [self.turn(q) for q in questions]
+        first = turns[0][0]
+        used = 4 + len(head) + len(first) * (2 if pin else 1) + sum(len(t[0]) + len(t[1]) + 4 for t in turns[1:]) + len(turns[0][1])
+        used += sum(len(self.encode(s)) + 1 for s in facts.statements)
+        prose = rng.choice(self.prose)
+        chars = int((length - used) * 3.3)
+        sentences = prose.sentences(rng, chars) if chars > 20 else []
+        document, spans, encoding = "", [], None
+        state = rng.getstate()
+        for _ in range(6):
+            rng.setstate(state)
+            document, spans = weave(rng, sentences, facts.statements, None, own_line)
+            encoding = self.tokenizer.encode(document, add_special_tokens=False)
+            over = used - sum(len(self.encode(s)) + 1 for s in facts.statements) + len(encoding.ids) + 4 - length
+            if over <= 0:
+                break
+            drop = 0
+            while sentences and drop < over * 3:
+                drop += len(sentences.pop())
+        assert encoding is not None
+        ids = [BOS, USER]
+        pinned = (len(ids), len(ids) + len(first)) if pin else (0, 0)
+        if pin:
+            ids += first + self.newlines
+        ids += head
+        start = len(ids)
+        ids += encoding.ids
+        stop = len(ids)
+        weights = [0.1 if rng.random() < 0.2 else 0.0 for _ in ids]
+        value = [0] * len(ids)
+        places = [token_span(encoding.offsets, s, start) for s in spans]
+        asks = []
+        for n, (question, (q_ids, a_ids, a_weights)) in enumerate(zip(questions, turns, strict=True)):
+            ids += [USER] if n else self.newlines
+            q_span = (len(ids), len(ids) + len(q_ids))
+            ids += [*q_ids, END, ASSISTANT]
+            a_span = (len(ids), len(ids) + len(a_ids))
+            ids += a_ids
+            weights += [0.0] * (a_span[0] - len(weights)) + a_weights
+            value += [0] * (a_span[0] - len(value)) + [n + 1 if w == 1.0 else 0 for w in a_weights]
+            asks.append((q_span, a_span, [places[i] for i in question.needs]))
+        info: dict[str, object] = {"asks": asks, "pinned": pinned, "document": (start, stop), "places": places}
+        return ids, weights, value, questions, info
+
+    def turn(self, question: Question) -> tuple[list[int], list[int], list[float]]:
+        """Question tokens, answer tokens with the end mark, and the weights of the latter."""
+        encoding = self.tokenizer.encode(question.answer, add_special_tokens=False)
+        weights = [0.2] * len(encoding.ids)
+        weights[0] = 0.5
+        wanted = question.values or ("text",)
+        at = 0
+        for v in wanted:
+            at = question.answer.find(v, question.answer.rfind(" is ") if len(wanted) == 1 and not question.short and question.values else at)
+            at = question.answer.find(v) if at < 0 else at
+            a, b = token_span(encoding.offsets, (at, at + len(v)), 0)
+            for i in range(a, min(b + 1, len(weights))):
+                weights[i] = 1.0
+            at += len(v)
+        return self.encode(question.text), [*encoding.ids, END], [*weights, 1.0 if question.short else 0.3]
+
+    def batch(self, count: int, length: int, gap_share: float = 0.6, max_gap: int = 300, drop_share: float = 0.0, easy: float = 0.0, repeat: float = 0.0) -> Batch:
+        """``count`` samples padded to ``length``.
+
+        Args:
+            count: Samples.
+            length: Tokens of each.
+            gap_share: Share of samples with gaps in their positions, as if prose had been cut out.
+            max_gap: Longest such gap, in tokens.
+            drop_share: Share of samples in which blocks of plain prose are invisible from afar.
+            easy: Share of samples with canonical statements only and without the hard families.
+            repeat: Share of samples that are pure repetition.
+        """
+        rng = self.rng
+        ids = np.full((count, length), PAD, np.int64)
+        positions = np.tile(np.arange(length), (count, 1))
+        weights = np.zeros((count, length), np.float32)
+        value = np.zeros((count, length), np.int64)
+        keep = np.ones((count, length), np.bool_)
+        asks, pinned, families = [], [], []
+        for b in range(count):
+            if rng.random() < repeat:
+                half = (length - 2) // 2
+                run = [rng.randrange(16, self.tokenizer.get_vocab_size()) for _ in range(half)]
+                ids[b, : 2 + 2 * half] = [BOS, USER, *run, *run]
+                weights[b, 4 + half : 2 + 2 * half] = 0.5
+                asks.append([])
+                pinned.append((0, 0))
+                families.append([])
+                continue
+            simple = rng.random() < easy
+            while True:
+                s_ids, s_weights, s_value, questions, info = self.sample(length, simple)
+                if len(s_ids) <= length:
+                    break
+            n = len(s_ids)
+            ids[b, :n], weights[b, :n], value[b, :n] = s_ids, s_weights, s_value
+            asks.append(info["asks"])
+            pinned.append(info["pinned"])
+            families.append([q.family for q in questions])
+            start, stop = info["document"]  # type: ignore[misc]
+            if rng.random() < gap_share:
+                for _ in range(rng.randint(1, 3)):
+                    positions[b, rng.randint(start, stop) :] += rng.randint(1, max_gap)
+            if rng.random() < drop_share:
+                for s in range(N_INIT + (max(0, start - N_INIT) // BLOCK) * BLOCK, stop, BLOCK):
+                    clear = not any(p < s + BLOCK and q > s for p, q in info["places"])  # type: ignore[attr-defined]
+                    if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
+                        keep[b, s : s + BLOCK] = False
+        return Batch(ids, positions, weights, value, keep, asks, pinned, families)  # type: ignore[arg-type]
+
+
+def token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int], shift: int) -> tuple[int, int]:
+    """Tokens that overlap a character span, as a half-open range moved by ``shift``."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < span[1] and b > span[0]]
+    return (inside[0] + shift, inside[-1] + 1 + shift) if inside else (shift, shift)

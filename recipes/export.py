@@ -1,0 +1,64 @@
+"""Write a trained checkpoint the way transformers loads it, and draw the training curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from recipes.model import ReaderConfig
+from recipes.tokenizer import BOS, END, PAD
+
+
+def export(checkpoint: Path, tokenizer: Path, folder: Path, config: ReaderConfig) -> None:
+    """Write config, fp16 weights and tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: File written by ``recipes.train``.
+        tokenizer: Folder of the tokenizer.
+        folder: Folder to write to.
+        config: Sizes of the network.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    tensors = {f"model.{k}": v.to(torch.float16).contiguous() for k, v in state.items()}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    tokens = {"bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD}
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float16"}
+    files = {
+        "config.json": {**llama, **config.to_llama(), **tokens},
+        "generation_config.json": {**tokens, "do_sample": False, "max_new_tokens": 96},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in tokenizer.glob("tokenizer*.json"):
+        shutil.copyfile(path, folder / path.name)
+
+
+def plot_curve(logs: Sequence[Path], path: Path) -> None:
+    """Draw loss and quick exact match over minutes; phases other than the first start where it ended."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    shift = 0.0
+    for n, log in enumerate(p for p in logs if p.exists()):
+        rows = json.loads(log.read_text(encoding="utf-8"))
+        minutes = [r["minutes"] + (shift if n else 0.0) for r in rows]
+        left.plot(minutes, [r["loss"] for r in rows], label=log.stem)
+        right.plot(minutes, [r["exact"]["all"] for r in rows], label=log.stem)
+        if n == 0 and rows:
+            shift = rows[-1]["minutes"]
+    left.set(xlabel="minutes", ylabel="weighted loss", yscale="log")
+    right.set(xlabel="minutes", ylabel="exact, unseen names and numbers, 256 tokens", ylim=(0, 1))
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

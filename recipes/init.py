@@ -1,0 +1,123 @@
+"""Initialisation with induction heads in place: without them a small model needs many times the tokens to find them.
+
+Layer 0 copies earlier tokens into fixed parts of the residual stream, layers 1 and 2 compare the recent past of the query
+with the recent past of every key and copy the key's token. Everything is trained from there without constraint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from recipes.model import Attention, Reader, rope_frequencies
+
+OFFSETS = (1, 2, 3, 4, 5, 6, 8, 10)
+EMBED_STD = 0.05
+CONSTANT = 6.0
+PEAK = 24.0
+WRITE = 2.5
+MATCH = 2.5
+COPY = 6.0
+SLOW_FROM = 7
+
+
+def _offset_query(freq: Tensor, offset: int, strength: float) -> tuple[Tensor, Tensor]:
+    """Constant query and key whose rotary score peaks at a distance of ``offset``; shapes [e]."""
+    half = len(freq)
+    amplitude = torch.zeros(half)
+    amplitude[:6] = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.2])
+    amplitude *= strength * math.sqrt(2 * half) / amplitude.sum()
+    root = amplitude.sqrt()
+    key = torch.cat((root, torch.zeros(half)))
+    # Rotating the query back by the offset makes key and query coincide there.
+    query = torch.cat((root * (offset * freq).cos(), -root * (offset * freq).sin()))
+    return query, key
+
+
+def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random matrix [rows, columns] with orthonormal rows (rows <= columns)."""
+    return torch.linalg.qr(torch.randn(columns, rows, generator=generator))[0].T.contiguous()
+
+
+def _place(rows: Tensor, at: Sequence[int], size: int) -> Tensor:
+    """Matrix of ``size`` rows, zero but for ``rows`` at the given indices."""
+    out = torch.zeros(size, rows.shape[1])
+    out[list(at)] = rows
+    return out
+
+
+@torch.no_grad()
+def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
+    """Initialise in place.
+
+    Args:
+        model: The model.
+        tokenizer: When given, the embeddings of a word with and without its leading space start half alike.
+        seed: Seed of every random draw.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    c = model.config
+    d, e = c.hidden_size, c.head_dim
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            p.normal_(0.0, 0.4 / math.sqrt(p.shape[1]), generator=gen)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            p.mul_(0.3)
+    table = model.embed_tokens.weight
+    table.normal_(0.0, EMBED_STD, generator=gen)
+    if tokenizer is not None:
+        vocab = tokenizer.get_vocab()
+        for token, i in vocab.items():
+            bare = vocab.get(token[1:]) if token.startswith("Ġ") and len(token) > 1 else None
+            if bare is not None:
+                table[i] = (table[i] + table[bare]) / math.sqrt(2)
+    table[:, -1] = CONSTANT * EMBED_STD
+    model.norm.weight.fill_(1.5)
+    model.norm.weight[-1] = 0.0
+    freq = rope_frequencies(c)
+    groups = c.heads // c.kv_heads
+    slow = [i for i in range(e) if i % (e // 2) >= SLOW_FROM * e // 32]
+    basis = _orthonormal(d - 1, d - 1, gen)
+    n_slots = c.heads * len(slow)
+    clean = basis[n_slots:]
+    slots = [_place(basis[h * len(slow) : (h + 1) * len(slow)], slow, e) for h in range(c.heads)]
+    share = _place(_orthonormal(len(slow), len(clean), gen) @ clean, slow, e)
+    step = min(e, len(clean) // c.kv_heads)
+    views = [_place(clean[g * step : (g + 1) * step], range(step), e) for g in range(c.kv_heads)]
+
+    first: Attention = model.layers[0].self_attn
+    first.q_proj.weight.mul_(0.2)
+    first.k_proj.weight.mul_(0.2)
+    for h in range(c.heads):
+        query, key = _offset_query(freq, OFFSETS[h % len(OFFSETS)], PEAK)
+        first.q_proj.weight[h * e : (h + 1) * e, -1] = query / CONSTANT
+        first.k_proj.weight[h // groups * e : (h // groups + 1) * e, -1] = key / CONSTANT
+        first.v_proj.weight[h // groups * e : (h // groups + 1) * e, :-1] = share
+        first.o_proj.weight[:-1, h * e : (h + 1) * e] = slots[h].T * EMBED_STD * WRITE
+    by_offset = {OFFSETS[h % len(OFFSETS)]: slots[h] for h in range(c.heads)}
+    for n in (1, 2):
+        att: Attention = model.layers[n].self_attn
+        att.q_proj.weight.mul_(0.3)
+        att.k_proj.weight.mul_(0.3)
+        for g in range(c.kv_heads):
+            rows = slice(g * e, (g + 1) * e)
+            # Bigram heads match the current token with the one before each key, the others the last few with the few before;
+            # in layer 2 the last group leaves out the nearest ones, where facts of one template agree.
+            past = () if g % 2 == 0 else (2, 3, 4, 5, 6) if n == 1 or g < c.kv_heads - 1 else (3, 4, 5, 6)
+            near = 0.0 if past == (3, 4, 5, 6) else 1.0
+            key = by_offset[1] * near
+            for o in past:
+                key = key + by_offset[o] * 0.7
+            att.k_proj.weight[rows, :-1] += MATCH * key
+            for j in range(groups):
+                query = share * near
+                for o in past:
+                    query = query + by_offset[o - 1] * 0.7
+                att.q_proj.weight[(g * groups + j) * e : (g * groups + j + 1) * e, :-1] += MATCH * query
+                out = slice((g * groups + j) * e, (g * groups + j + 1) * e)
+                att.o_proj.weight[:-1, out] += views[g].T * EMBED_STD * COPY
+            att.v_proj.weight[rows, :-1] += views[g]

@@ -1,0 +1,227 @@
+"""The reader's network for training: a Llama whose state dict loads into transformers, plus its initialisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Sizes of the network.
+
+    Attributes:
+        vocab_size: Tokens in the vocabulary.
+        hidden_size: Width of the residual stream.
+        layers: Number of decoder layers.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        head_dim: Dimension of one head.
+        intermediate_size: Width of the gated MLP.
+        rope_theta: Base of the rotary frequencies.
+        rms_eps: Epsilon of the RMS norms.
+        max_positions: Longest sequence seen in training, in tokens.
+    """
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
+    intermediate_size: int = 640
+    rope_theta: float = 5e5
+    rms_eps: float = 1e-6
+    max_positions: int = 1024
+
+    def to_llama(self) -> dict[str, object]:
+        """Keyword arguments of ``transformers.LlamaConfig`` for this network."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rms_norm_eps": self.rms_eps,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dictionary, for checkpoints."""
+        return asdict(self)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rope_frequencies(config: ReaderConfig) -> Tensor:
+    """Angular frequency of each rotary pair, shape [head_dim / 2]."""
+    half = config.head_dim // 2
+    return torch.exp(-math.log(config.rope_theta) * torch.arange(half, dtype=torch.float32) / half)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half RoPE: ``x`` [..., d] by angles whose cos and sin broadcast to [..., d/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; distances beyond ``n_local`` can be clamped as the lookup engine does."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, h, g, e = config.hidden_size, config.heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(d, h * e, bias=False)
+        self.k_proj = nn.Linear(d, g * e, bias=False)
+        self.v_proj = nn.Linear(d, g * e, bias=False)
+        self.o_proj = nn.Linear(h * e, d, bias=False)
+
+    def forward(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend causally.
+
+        Args:
+            x: Normed residual stream, [B, T, D].
+            angles: Rotations and masks shared by all layers.
+
+        Returns:
+            Output [B, T, D], un-rotated queries [B, H, T, e] and un-rotated keys [B, G, T, e].
+        """
+        b, t, _ = x.shape
+        c = self.config
+        q = self.q_proj(x).view(b, t, c.heads, c.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(b, t, c.kv_heads, c.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(b, t, c.kv_heads, c.head_dim).transpose(1, 2)
+        groups = c.heads // c.kv_heads
+        qr, kr = rotate(q, angles.cos, angles.sin), rotate(k, angles.cos, angles.sin)
+        if angles.near is None:
+            out = F.scaled_dot_product_attention(qr, kr, v, is_causal=True, enable_gqa=groups > 1)
+        else:
+            assert angles.far_cos is not None and angles.far_sin is not None and angles.bias is not None
+            far = rotate(q, angles.far_cos, angles.far_sin)
+            shape = (b, c.kv_heads, groups * t, c.head_dim)
+            near_scores = (qr.reshape(shape) @ kr.transpose(-1, -2)).view(b, c.heads, t, t)
+            far_scores = (far.reshape(shape) @ k.transpose(-1, -2)).view(b, c.heads, t, t)
+            scores = torch.where(angles.near, near_scores, far_scores) * c.head_dim**-0.5 + angles.bias
+            probs = scores.softmax(-1).view(b, c.kv_heads, groups * t, t)
+            out = (probs @ v).view(b, c.heads, t, c.head_dim)
+        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1)), q, k
+
+
+@dataclass
+class Angles:
+    """Rotations of one batch: cos/sin [B, 1, T, e/2]; with a clamp also the far angle and masks [B, 1, T, T]."""
+
+    cos: Tensor
+    sin: Tensor
+    far_cos: Tensor | None = None
+    far_sin: Tensor | None = None
+    near: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+
+    def forward(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the new residual stream and the un-rotated queries and keys."""
+        out, q, k = self.self_attn(self.input_layernorm(x), angles)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), q, k
+
+
+class Reader(nn.Module):
+    """The network without its head; the head is the transposed embedding."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def angles(self, positions: Tensor, n_local: int | None, keep: Tensor | None = None) -> Angles:
+        """Rotations for a batch.
+
+        Args:
+            positions: Positions [B, T], increasing, possibly with gaps.
+            n_local: Distance from which keys are seen un-rotated by queries rotated at ``n_local - 1``.
+            keep: Keys [B, T] that stay visible from afar; all when omitted.
+        """
+        freq = self.frequencies
+        assert isinstance(freq, Tensor)
+        theta = positions[:, None, :, None].float() * freq
+        cos, sin = theta.cos(), theta.sin()
+        if n_local is None:
+            return Angles(cos, sin)
+        distance = positions[:, None, :, None] - positions[:, None, None, :]
+        near = distance < n_local
+        visible = distance >= 0
+        if keep is not None:
+            visible = visible & (near | keep[:, None, None, :])
+        bias = torch.zeros(visible.shape, device=positions.device).masked_fill_(~visible, -1e30)
+        far = (n_local - 1) * freq
+        return Angles(cos, sin, far.cos(), far.sin(), near, bias)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, n_local: int | None = None, keep: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run the network.
+
+        Returns:
+            Normed hidden states [B, T, D] and, per layer, the un-rotated queries and keys.
+        """
+        angles = self.angles(positions, n_local, keep)
+        x = self.embed_tokens(ids)
+        probes = []
+        for layer in self.layers:
+            x, q, k = layer(x, angles)
+            probes.append((q, k))
+        return self.norm(x), probes
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of normed hidden states [..., D]."""
+        return hidden @ self.embed_tokens.weight.T

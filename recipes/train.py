@@ -1,0 +1,232 @@
+"""Train the reader: ``python -m recipes.train --text DIR --out DIR [--minutes N] [--device cpu|cuda]``.
+
+Three phases share one trunk: ``trunk`` (no decay), ``plain`` (trunk, decayed to zero) and ``reader`` (trunk, trained on
+with the lookup objective and decayed). Interrupted runs go on from their last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+# Some machines advertise AMX and trap its use; this caps oneDNN one level below it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.batches import FAMILY_WEIGHTS, Batch, Sampler
+from recipes.data import Prose, common_words, make_case, read_books, unwrap
+from recipes.export import export, plot_curve
+from recipes.init import initialise
+from recipes.lookup import LookupObjective
+from recipes.model import Reader, ReaderConfig
+from recipes.optim import Optimizers
+from qllm_runtime.samples import story
+from recipes.tokenizer import save_tokenizer, train_tokenizer
+
+SEED = 20240607
+SHARES = {"trunk": 0.58, "plain": 0.15, "reader": 0.27}
+STORIES = 3
+# (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
+STAGES = {
+    "trunk": ((0.06, 128, 32, 1.0), (0.16, 192, 24, 0.6), (0.3, 256, 24, 0.25), (0.62, 256, 24, 0.1), (1.0, 512, 12, 0.1)),
+    "plain": ((0.3, 256, 24, 0.0), (0.85, 512, 12, 0.0), (1.0, 1024, 6, 0.0)),
+    "reader": ((0.3, 256, 24, 0.0), (0.88, 512, 12, 0.0), (1.0, 1024, 6, 0.0)),
+}
+CLAMP_SHARE = 0.25
+SAVE_EVERY_S = 120.0
+CHECK_EVERY_S = 60.0
+
+
+def lr_factor(phase: str, progress: float, step: int) -> float:
+    """Learning rate as a share of its peak."""
+    if phase == "trunk":
+        return min(1.0, (step + 1) / 40) * (1.0 - 0.4 * max(0.0, (progress - 0.3) / 0.7))
+    return max(0.02, 0.6 * (1.0 - progress))
+
+
+def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenizer:
+    """Train the tokenizer on the prose and on generated facts, or load it when it is there."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        rng = random.Random(SEED)
+        prose = Prose.of(books[0])
+        texts = [b[i : i + 2000] for b in books for i in range(0, len(b), 2000)]
+        for _ in range(3000):
+            case = make_case(rng, prose, 0, rng.choice(list(FAMILY_WEIGHTS)), 4, evaluation=False)
+            texts += [case.document, case.question, case.answer]
+        save_tokenizer(train_tokenizer(texts), folder, max_length)
+    return Tokenizer.from_file(str(path))
+
+
+def weighted_loss(model: Reader, hidden: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the tokens that carry a weight."""
+    weights = torch.from_numpy(batch.weights).to(hidden.device)[:, 1:]
+    targets = torch.from_numpy(batch.ids).to(hidden.device)[:, 1:]
+    chosen = weights > 0
+    logits = model.logits(hidden[:, :-1][chosen]).float()
+    losses = F.cross_entropy(logits, targets[chosen], reduction="none")
+    return (losses * weights[chosen]).sum() / weights.sum()
+
+
+@torch.no_grad()
+def quick_check(model: Reader, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Share of questions whose decisive tokens are all predicted, in all and per family (teacher forced)."""
+    hidden, _ = model(torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.positions).to(device))
+    best = model.logits(hidden[:, :-1]).argmax(-1).cpu().numpy()
+    right = best == batch.ids[:, 1:]
+    found: dict[str, list[bool]] = {}
+    for row, families in enumerate(batch.families):
+        for n, family in enumerate(families):
+            hit = bool(right[row][batch.value[row][1:] == n + 1].all())
+            for name in ("all", family):
+                found.setdefault(name, []).append(hit)
+    return {k: round(sum(v) / len(v), 3) for k, v in sorted(found.items())}
+
+
+class Run:
+    """One phase of training.
+
+    Args:
+        phase: ``trunk``, ``plain`` or ``reader``.
+        minutes: Length of the phase.
+        text: Folder of prose.
+        out: Folder of checkpoints.
+        device: Where to train.
+        start: Checkpoint to start from.
+    """
+
+    def __init__(self, phase: str, minutes: float, text: Path, out: Path, device: str, start: Path | None) -> None:
+        self.phase, self.seconds, self.out, self.device = phase, minutes * 60, out, torch.device(device)
+        books = read_books(text, held_out=False)
+        plain = [unwrap(b) for b in books.values()]
+        self.config = ReaderConfig()
+        self.tokenizer = build_tokenizer(plain, out / "tokenizer", self.config.max_positions)
+        words = common_words(plain, 5)
+        prose = [Prose.of(b) for b in books.values()] + [Prose.of(b) for b in plain]
+        stories = ["\n\n".join(story(random.Random(f"train-{i}"), 60_000)) for i in range(STORIES)]
+        prose += [Prose.of(s) for s in stories]
+        self.sampler = Sampler(SEED, self.tokenizer, prose, words)
+        dev = Sampler(SEED + 1, self.tokenizer, prose, words, evaluation=True)
+        self.dev = dev.batch(64, 256, gap_share=0.0)
+        self.dev_easy = dev.batch(48, 256, gap_share=0.0, easy=1.0)
+        self.model = Reader(self.config)
+        initialise(self.model, self.tokenizer, SEED)
+        self.model.to(self.device)
+        self.optimizers = Optimizers(self.model)
+        self.lookup = LookupObjective(self.config) if phase == "reader" else None
+        self.step, self.elapsed, self.tokens, self.log = 0, 0.0, 0, []  # type: ignore[var-annotated]
+        self.path = out / f"{phase}.pt"
+        if self.path.exists():
+            self.restore(self.path)
+        elif start is not None:
+            state = torch.load(start, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizers.load_state_dict(state["optimizers"])
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of this phase."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.step, self.elapsed, self.tokens, self.log = (state[k] for k in ("step", "elapsed", "tokens", "log"))
+
+    def save(self) -> None:
+        """Write a checkpoint, then replace the old one."""
+        state = {
+            "model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
+            "elapsed": self.elapsed, "tokens": self.tokens, "log": self.log,
+        }  # fmt: skip
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+        (self.out / f"{self.phase}.json").write_text(json.dumps(self.log), encoding="utf-8")
+
+    def train_step(self) -> tuple[float, float]:
+        """One step; returns the answer loss and the lookup loss."""
+        progress = min(1.0, self.elapsed / self.seconds)
+        length, count, easy = next(stage[1:] for stage in STAGES[self.phase] if progress <= stage[0])
+        self.sampler.rng.seed(f"{self.phase}-{SEED}-{self.step}")
+        rng = self.sampler.rng
+        clamp = rng.random() < CLAMP_SHARE and length >= 256
+        n_local = int(math.exp(rng.uniform(math.log(length / 8), math.log(length * 0.7)))) if clamp else None
+        batch = self.sampler.batch(
+            count, length, 0.6 if length >= 256 else 0.3, 2000 if clamp else 300, drop_share=0.5 if clamp else 0.0, easy=easy, repeat=0.25 if length == 128 else 0.0)
+        ids = torch.from_numpy(batch.ids).to(self.device)
+        positions = torch.from_numpy(batch.positions).to(self.device)
+        keep = torch.from_numpy(batch.keep).to(self.device) if clamp else None
+        extra = 0.0
+        with torch.autocast(self.device.type, torch.bfloat16):
+            hidden, probes = self.model(ids, positions, n_local, keep)
+            loss = weighted_loss(self.model, hidden, batch)
+            total = loss
+            if self.lookup is not None:
+                side = self.lookup(self.model, probes, batch, rng)
+                total = loss + self.lookup.weight * side
+                extra = float(side.detach())
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizers.step(lr_factor(self.phase, progress, self.step))
+        self.step += 1
+        self.tokens += batch.ids.size
+        return float(loss.detach()), extra
+
+    def run(self) -> None:
+        """Train to the end of the phase, then export."""
+        bar = tqdm(total=round(self.seconds), initial=round(self.elapsed), unit="s", desc=self.phase, mininterval=10)
+        saved = checked = self.elapsed
+        mean, mean_extra = 0.0, 0.0
+        while self.elapsed < self.seconds:
+            began = time.monotonic()
+            loss, extra = self.train_step()
+            mean = loss if mean == 0.0 else 0.95 * mean + 0.05 * loss
+            mean_extra = extra if mean_extra == 0.0 else 0.95 * mean_extra + 0.05 * extra
+            self.elapsed += time.monotonic() - began
+            bar.update(round(self.elapsed) - bar.n)
+            if self.elapsed - checked >= CHECK_EVERY_S or self.elapsed >= self.seconds:
+                checked = self.elapsed
+                exact = quick_check(self.model, self.dev, self.device)
+                easy = quick_check(self.model, self.dev_easy, self.device)["all"]
+                entry = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "tokens": self.tokens, "loss": round(mean, 4)}
+                self.log.append({**entry, "lookup_loss": round(mean_extra, 4), "exact": exact, "easy": easy})
+                tqdm.write(json.dumps(self.log[-1]))
+            if self.elapsed - saved >= SAVE_EVERY_S:
+                saved = self.elapsed
+                self.save()
+        bar.close()
+        self.save()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train the reader.")
+    parser.add_argument("--text", type=Path, required=True, help="folder of .txt prose")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and the finished models")
+    parser.add_argument("--minutes", type=float, default=90.0, help="training time of all phases together")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--phase", choices=tuple(SHARES), help="run one phase only")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for phase in [args.phase] if args.phase else list(SHARES):
+        start = None if phase == "trunk" else args.out / "trunk.pt"
+        run = Run(phase, args.minutes * SHARES[phase], args.text, args.out, args.device, start)
+        run.run()
+        if phase != "trunk":
+            export(run.path, args.out / "tokenizer", args.out / ("reader" if phase == "reader" else "reader-plain"), run.config)
+    plot_curve([args.out / f"{p}.json" for p in SHARES], args.out / "curve.png")
+
+
+if __name__ == "__main__":
+    main()
