@@ -42,7 +42,7 @@ def attend(
 
 def segment_logits(query: torch.Tensor, key: torch.Tensor, *, scale: float, softcap: float | None) -> torch.Tensor:
     """Scaled and capped dot products [..., n, m] in fp32 of `query` [..., n, head_dim] and `key` [..., m, head_dim]."""
-    logits = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    logits = torch.matmul(query * scale, key.transpose(-1, -2)).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -62,12 +62,16 @@ def merge(
     return torch.lerp(out_a, out_b, share), torch.logaddexp(lse_a, lse_b)
 
 
-def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Let value-less sink logits take part in the softmax.
 
     Args:
         out: [heads, n, value_dim].
         lse: [heads, n] log-sum-exp over the real keys.
         sinks: [heads] one logit per head.
+
+    Returns:
+        The pair (output, log-sum-exp) with the sinks included.
     """
-    return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
+    sink = sinks.float()[:, None]
+    return out * torch.sigmoid(lse - sink)[..., None].to(out.dtype), torch.logaddexp(lse, sink)

@@ -99,7 +99,7 @@ class DenseMemory(LayerMemory):
         else:
             out, lse = part(first, start + n)
         out, lse = out.reshape(heads, n, -1), lse.reshape(heads, n)
-        return out if scoring.sinks is None else apply_sinks(out, lse, scoring.sinks)
+        return out if scoring.sinks is None else apply_sinks(out, lse, scoring.sinks)[0]
 
     def _attend(
         self, packed: torch.Tensor, lo: int, hi: int, scoring: Scoring, bias: torch.Tensor | None

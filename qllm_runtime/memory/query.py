@@ -15,11 +15,13 @@ class PinnedQuery:
         vector: [heads, head_dim] mean of the question's un-rotated queries, fp32; None before the first is complete.
         key, value: [kv_heads, tokens, head_dim], un-rotated; tokens among the initial ones are left out.
         positions: [tokens] absolute indices of these tokens.
+        end: Absolute index behind the last of them.
     """
 
     def __init__(self) -> None:
         self.vector: torch.Tensor | None = None
         self.key = self.value = self.positions = torch.empty(0)
+        self.end = 0
         self._spans: list[tuple[int, int]] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -53,6 +55,7 @@ class PinnedQuery:
             self.key = torch.cat([part[1] for part in self._parts], dim=1)[:, skip:]
             self.value = torch.cat([part[2] for part in self._parts], dim=1)[:, skip:]
             self.positions = torch.arange(start, end, device=key.device)[skip:]
+            self.end = end
             self._spans, self._parts = self._spans[1:], []
 
     def fork(self) -> Self:

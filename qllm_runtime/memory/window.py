@@ -27,6 +27,7 @@ class Window:
         base: Absolute index of the token in slot 0.
         used: Slots filled.
         launch_size: Most tokens one launch may bring: whole pieces.
+        weighs_tokens: Summaries need the attention mass of tokens, hence `note_lse`.
         key, key_raw: [kv_heads, slots, head_dim] rotated and un-rotated keys.
         value: [kv_heads, slots, value_dim].
     """
@@ -41,9 +42,9 @@ class Window:
         if rotation.comfortable_length is not None:
             room = min(room, max(rotation.comfortable_length - held, piece))
         self._ranks_tokens = config.uses_blocks and config.summary == "max" and config.repr_topk < config.block_size
-        self._weighs_tokens = config.uses_blocks and config.summary == "published"
+        self.weighs_tokens = config.uses_blocks and config.summary == "published"
         # attention mass is known only after a piece's attention, and the next piece may need it
-        self.launch_size = piece if self._weighs_tokens else room // piece * piece
+        self.launch_size = piece if self.weighs_tokens else room // piece * piece
         self._capacity = held + self.launch_size
         self.key = self.key_raw = self.value = torch.empty(0)
         self._query = torch.empty(0)  # un-rotated: per kv head the sum over its group, or per head for attention mass
@@ -67,7 +68,7 @@ class Window:
             self.value = value.new_empty(kv_heads, self._capacity, value.shape[-1])
             if self._ranks_tokens:
                 self._query = torch.empty_like(self.key)
-            if self._weighs_tokens:
+            if self.weighs_tokens:
                 self._query = query.new_empty(query.shape[0], self._capacity, dim)
                 self._lse = torch.empty(query.shape[0], self._capacity, device=query.device)
         if self.used + n > self._capacity:
@@ -79,7 +80,7 @@ class Window:
         self.value[:, new] = value
         if self._ranks_tokens:
             self._query[:, new] = query.reshape(kv_heads, -1, n, dim).sum(1)
-        elif self._weighs_tokens:
+        elif self.weighs_tokens:
             self._query[:, new] = query
         self.used += n
         return near
@@ -96,7 +97,7 @@ class Window:
 
     def note_lse(self, start: int, lse: torch.Tensor) -> None:
         """Remember the log-sum-exp [heads, n] of the queries from absolute index `start` on, if summaries need it."""
-        if self._weighs_tokens:
+        if self.weighs_tokens:
             slot = start - self.base
             self._lse[:, slot : slot + lse.shape[1]] = lse
 
@@ -114,7 +115,7 @@ class Window:
         value = self.value[:, rows].unflatten(1, (n_blocks, size))
         if config.summary == "mean":
             return key, value, mean_keys(key)
-        if not (self._ranks_tokens or self._weighs_tokens):
+        if not (self._ranks_tokens or self.weighs_tokens):
             return key, value, key
         scores = self._token_scores(lo, n_blocks * size, scoring).unflatten(1, (n_blocks, size))
         representatives = top_keys(key, scores, config.repr_topk)
