@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -83,6 +84,7 @@ def prepare(
         memory, created = llm.shelf.get(engine, held, system, ttl=request.ttl, progress=progress, cancel=cancel)
         if created:
             report_reading(memory, time.perf_counter() - started)
+    request = _bounded(engine, request)
     tools, names, processors = _tools(engine, given)
     schema = given.get("response_schema")
     turns = request.turns
@@ -106,6 +108,22 @@ def prepare(
         "progress": progress,
     }
     return Call(engine, turns, arguments, ResponseContext(llm.model, (*held, *rest), names, created))
+
+
+def _bounded(engine: Engine, request: Request) -> Request:
+    """A message that is too long to be a query by itself asks unguided; only a query given by name is refused."""
+    limit = engine.memory.n_local
+    named = request.query_source not in ("message", "fallback") or engine.memory.policy == "full"
+    if named or len(request.query.encode("utf-8", "replace")) <= limit or engine.count_tokens(request.query) <= limit:
+        return request
+    if request.query_source == "message":
+        warnings.warn(
+            f"The message has more than n_local={limit} tokens, too many for a query: its documents are read unguided. "
+            "Pass the question alone as query=, or raise n_local.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return replace(request, query="", query_source="none")
 
 
 def progress_bar(show: bool) -> Progress | None:

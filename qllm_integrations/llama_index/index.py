@@ -276,7 +276,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         **kwargs: Any,
     ) -> BaseRetriever:
         """A retriever of the passages looked up for a question."""
-        options.warn_unknown(kwargs, ("verbose",), "as_retriever")
+        options.warn_unknown(kwargs, (*options.parameters(self.as_retriever), "verbose"), "as_retriever")
         extra = {"max_tokens": max_tokens} if max_tokens is not None else {}
         return LookupRetriever(
             self._reader(llm, mode=mode),
@@ -304,7 +304,8 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
 
         Sampling fields (`max_tokens=64`, `temperature=0.7`, ...) go to each call of the model.
         """
-        options.warn_unknown(kwargs, (*options.SAMPLING_FIELDS, "verbose", "use_async"), "as_query_engine")
+        known = (*options.SAMPLING_FIELDS, *options.parameters(self.as_query_engine), "verbose", "use_async")
+        options.warn_unknown(kwargs, known, "as_query_engine")
         _, structured = reading_llm(self._llm if llm is None else llm)
         return WholeDocumentQueryEngine(
             self._reader(llm, mode=mode, template=text_qa_template, system_prompt=system_prompt),
@@ -339,7 +340,8 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             given = {name: value for name, value in own.items() if value is not None}
             model, _ = reading_llm(self._llm if llm is None else llm)
             return super().as_chat_engine(ChatMode(chat_mode), llm=model, **given, **kwargs)
-        options.warn_unknown(kwargs, (*options.SAMPLING_FIELDS, "verbose"), "as_chat_engine")
+        known = (*options.SAMPLING_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
+        options.warn_unknown(kwargs, known, "as_chat_engine")
         return WholeDocumentChatEngine(
             self._reader(llm, mode=mode or "read_once", system_prompt=system_prompt),
             self.whole_nodes,

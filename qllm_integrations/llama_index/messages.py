@@ -110,10 +110,12 @@ def split_kept(request: Request) -> tuple[Request, str | None, tuple[Document, .
             kept.append(part)
         else:
             content.append(part)
-    turns = list(request.turns)
-    turns[first] = replace(turns[first], content=tuple(content))
-    system = "\n\n".join(turn.text for turn in turns[:first] if turn.role == "system") or None
-    return replace(request, turns=tuple(turns), keep=0), system, tuple(kept)
+    ahead = request.turns[:first]
+    system = "\n\n".join(turn.text for turn in ahead if turn.role == "system") or None
+    opening = [Turn("system", (system,))] if system else []  # one, as the memory is read with
+    user = replace(request.turns[first], content=tuple(content))
+    turns = (*opening, *(turn for turn in ahead if turn.role != "system"), user, *request.turns[first + 1 :])
+    return replace(request, turns=turns, keep=0), system, tuple(kept)
 
 
 def _to_turn(message: ChatMessage, position: int) -> Turn:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -34,6 +35,12 @@ def warn_unknown(given: Collection[str], known: Collection[str], where: str) -> 
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}."
         warnings.warn(f"{where} ignores the unknown argument {name!r}{hint}", UserWarning, stacklevel=3)
+
+
+def parameters(function: Callable[..., object]) -> tuple[str, ...]:
+    """Names of a function's own parameters, to be suggested for typos."""
+    own = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in own if parameter.kind is not parameter.VAR_KEYWORD)
 
 
 def sampling(defaults: Mapping[str, Any], call: Mapping[str, Any]) -> Sampling:

@@ -98,8 +98,8 @@ def _insert_block(block: ContentBlock, contexts: dict[str, list[CitableBlock]]) 
     for mark, documents in contexts.items():
         if isinstance(block, TextBlock) and mark in block.text:
             before, after = block.text.split(mark, 1)
-            rest = _insert_block(TextBlock(text=after.lstrip("\n")), contexts)
-            head = _insert_block(TextBlock(text=before.rstrip("\n")), contexts)
+            rest = _insert_block(TextBlock(text=after.lstrip()), contexts)
+            head = _insert_block(TextBlock(text=before.rstrip()), contexts)
             return [*_solid(head), *documents, *_solid(rest)]
         if isinstance(block, CitableBlock):
             text = "".join(part.text for part in block.content if isinstance(part, TextBlock))

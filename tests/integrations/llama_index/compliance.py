@@ -16,6 +16,8 @@ import json
 import pickle
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
@@ -90,6 +92,15 @@ class Recorder(BaseEventHandler):
         return sum(type(event) is kind for event in self.events)
 
 
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """Collect the events of a block."""
+    dispatcher, handler = get_dispatcher(), Recorder()
+    dispatcher.add_event_handler(handler)
+    yield handler
+    dispatcher.event_handlers.remove(handler)
+
+
 class LLMCompliance:
     """The suite. Override what differs.
 
@@ -135,11 +146,9 @@ class LLMCompliance:
         return ValueError
 
     @pytest.fixture
-    def recorder(self) -> Any:
-        dispatcher, handler = get_dispatcher(), Recorder(events=[])
-        dispatcher.add_event_handler(handler)
-        yield handler
-        dispatcher.event_handlers.remove(handler)
+    def recorder(self) -> Iterator[Recorder]:
+        with recording() as handler:
+            yield handler
 
     @pytest.fixture
     def tools(self) -> list[FunctionTool]:

@@ -55,7 +55,9 @@ def llm(engine: FakeEngine) -> QLLM:
 
 
 def test_query_is_the_text_beside_the_document() -> None:
-    request = to_request([ChatMessage("Be brief.", role="system"), ChatMessage(blocks=[citable(), TextBlock(text=QUESTION)])])
+    request = to_request(
+        [ChatMessage("Be brief.", role="system"), ChatMessage(blocks=[citable(), TextBlock(text=QUESTION)])]
+    )
     assert (request.query, request.query_source) == (QUESTION, "message")
     assert request.turns[1].content == (Document(BOOK, "log.txt"), QUESTION)
 
@@ -91,7 +93,9 @@ def test_explicit_query_and_named_query(llm: QLLM) -> None:
 
 def test_foreign_tool_calls_in_additional_kwargs() -> None:
     openai = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}}
-    turn = to_request([ChatMessage("Go"), ChatMessage("", role="assistant", additional_kwargs={"tool_calls": [openai]})]).turns[1]
+    turn = to_request(
+        [ChatMessage("Go"), ChatMessage("", role="assistant", additional_kwargs={"tool_calls": [openai]})]
+    ).turns[1]
     assert turn.extras["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "map"}}
 
 
@@ -119,7 +123,7 @@ def test_unsupported_and_misplaced_blocks_are_named() -> None:
     sound = AudioBlock(audio=base64.b64encode(b"RIFF"), format="wav")
     nested = CitableBlock(title="t", source="s", content=[ImageBlock(image=b"\x89PNG")])
     for block in (ImageBlock(image=b"\x89PNG"), sound, nested):
-        with pytest.raises(InvalidRequestError, match="ImageBlock|AudioBlock"):
+        with pytest.raises(InvalidRequestError, match=r"(Image|Audio)Block"):
             to_request([ChatMessage(blocks=[block])])
     with pytest.raises(InvalidRequestError, match="system"):
         to_request([ChatMessage(role="system", blocks=[citable()])])
@@ -162,8 +166,8 @@ def test_cache_point_reads_once(llm: QLLM, engine: FakeEngine) -> None:
     assert not any(turn.documents for turn in engine.requests[-1]["turns"])
     ask(QUESTION, citable(), citable("Another secret text."))
     assert engine.read_texts == [BOOK, "Another secret text."]
+    bad = CachePoint(cache_control=CacheControl(type="ephemeral", ttl="soon"))
     with pytest.raises(InvalidRequestError, match="ttl"):
-        bad = CachePoint(cache_control=CacheControl(type="ephemeral", ttl="soon"))
         llm.chat([ChatMessage(blocks=[citable(), bad, TextBlock(text=QUESTION)])])
 
 
@@ -230,7 +234,16 @@ def test_schema_instruction_stays_out_of_the_query(llm: QLLM, engine: FakeEngine
 
 
 def test_call_arguments_reach_the_engine(llm: QLLM, engine: FakeEngine) -> None:
-    llm.complete("Hi", temperature=0.5, top_p=0.9, seed=3, stop="x", logprobs=1, mode="read_once", template_kwargs={"think": False})
+    llm.complete(
+        "Hi",
+        temperature=0.5,
+        top_p=0.9,
+        seed=3,
+        stop="x",
+        logprobs=1,
+        mode="read_once",
+        template_kwargs={"think": False},
+    )
     request = engine.requests[-1]
     sampling = request["sampling"]
     assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (0.5, 0.9, 3, ("x",))
@@ -284,10 +297,28 @@ def test_tools_without_choice_and_with_none(llm: QLLM, engine: FakeEngine) -> No
 
 
 def test_unforced_call_is_parsed(engine: FakeEngine, llm: QLLM) -> None:
-    engine.script = lambda query, documents: 'Let me see. <tool_call>\n{"name": "look", "arguments": {"at": "map"}}\n</tool_call>'
+    engine.script = lambda query, documents: (
+        'Let me see. <tool_call>\n{"name": "look", "arguments": {"at": "map"}}\n</tool_call>'
+    )
     tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]
     chunks = list(llm.stream_chat([ChatMessage("Hi")], tools=tools))
     assert "".join(chunk.delta or "" for chunk in chunks) == "Let me see."
     (selected,) = llm.get_tool_calls_from_response(chunks[-1])
     assert (selected.tool_name, selected.tool_kwargs) == ("look", {"at": "map"})
     assert chunks[-1].raw["finish_reason"] == "tool_calls"
+
+
+def test_long_messages_ask_unguided(llm: QLLM, engine: FakeEngine) -> None:
+    long = "word " * 1000
+    assert llm.complete(long).raw["query_source"] == "none"
+    with pytest.warns(UserWarning, match="n_local"):
+        llm.chat([ChatMessage(blocks=[citable(), TextBlock(text=long)])])
+    assert llm.complete(long, query=QUESTION).raw["query"] == QUESTION
+
+
+def test_cache_point_behind_two_system_messages(llm: QLLM, engine: FakeEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    systems = [ChatMessage("One.", role="system"), ChatMessage("Two.", role="system")]
+    llm.chat([*systems, ChatMessage(blocks=[citable(), point, TextBlock(text=QUESTION)])])
+    assert engine.readings[0].system == engine.requests[-1]["turns"][0].text == "One.\n\nTwo."
+    assert len(engine.requests[-1]["turns"]) == 2
