@@ -20,9 +20,10 @@ from qllm_runtime.errors import CancelledError
 from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, Sampling, TokenLogprob
 
 if TYPE_CHECKING:
+    from transformers import LogitsProcessor
+
     from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM
-    from transformers import LogitsProcessor
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self, get_type_hints
 
@@ -38,6 +39,7 @@ CALL_OPTIONS = frozenset(
 ) | {"response_format", "template_kwargs", "timeout", "show_progress", "stream", "strict"}
 
 
+@cache
 def package_version() -> str:
     """Version of this distribution."""
     try:

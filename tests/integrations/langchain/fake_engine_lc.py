@@ -96,7 +96,12 @@ class FakeEngine:
             raise ClosedError("closed")
         sampling, cancel = sampling or Sampling(), cancel or threading.Event()
         prompt = build_prompt(
-            self.tokenizer, turns, query=query or None, mode=mode or "query_aware", tools=tools, template_kwargs=template_kwargs
+            self.tokenizer,
+            turns,
+            query=query or None,
+            mode=mode or "query_aware",
+            tools=tools,
+            template_kwargs=template_kwargs,
         )
         self.calls.append(
             {

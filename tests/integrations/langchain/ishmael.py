@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPLY = "Ishmael"
@@ -28,6 +28,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    return _fast(backend)
+
+
+def _fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
@@ -65,7 +69,7 @@ def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
         for token, wanted in state.items():
             embedding[token, wanted] = 1.0
         for i, token in enumerate(chain):
-            head[token, i] = 5.0
+            head[token, i] = 1.0
     return llama
 
 
@@ -75,3 +79,19 @@ def save(folder: Path, seed: int = 0) -> str:
     model(tokens, seed).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return str(folder)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose merges cross words, so that text is cut differently depending on what stands around it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[BOS, EOS, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "Who wrote the letter? And who read it?\n\nThink.\n\nWho wrote the letter? Be brief. Call me Ishmael. user\n"
+    backend.train_from_iterator([text] * 20, trainer)
+    return _fast(backend)
