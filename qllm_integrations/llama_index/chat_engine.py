@@ -14,6 +14,7 @@ from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.schema import BaseNode
 from llama_index.core.types import Thread
 
+from qllm_integrations.llama_index.aio import run_in_thread
 from qllm_integrations.llama_index.documents import citable_block
 from qllm_integrations.llama_index.reading import Reader, Sources
 
@@ -60,7 +61,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
         llm = reader.llm
         limit = max(1, llm.metadata.context_window - llm.max_tokens)
         self._history = memory or ChatMemoryBuffer.from_defaults(
-            chat_history=list(chat_history or ()), token_limit=limit
+            chat_history=list(chat_history or ()), token_limit=limit, tokenizer_fn=llm.tokenizer_fn
         )
         self._options = dict(options or {})
         self.callback_manager = callback_manager or CallbackManager([])
@@ -83,7 +84,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
         """Answer a message without blocking the event loop."""
         if chat_history is not None:
             await self._history.aset(chat_history)
-        asked, nodes = ChatMessage(message), list(self._nodes())
+        asked, nodes = ChatMessage(message), await run_in_thread(lambda cancel: list(self._nodes()))
         document_memory = await self._reader.amemory(nodes)
         messages = self._messages([*await self._history.aget(input=message), asked], nodes, document_memory is not None)
         response = await self._reader.llm.achat(
@@ -124,7 +125,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         """Answer a message piece by piece without blocking the event loop."""
         if chat_history is not None:
             await self._history.aset(chat_history)
-        asked, nodes, sources = ChatMessage(message), list(self._nodes()), Sources()
+        asked, sources = ChatMessage(message), Sources()
+        nodes = await run_in_thread(lambda cancel: list(self._nodes()))
         document_memory = await self._reader.amemory(nodes)
         messages = self._messages([*await self._history.aget(input=message), asked], nodes, document_memory is not None)
         responses = await self._reader.llm.astream_chat(

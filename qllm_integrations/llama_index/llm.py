@@ -99,10 +99,11 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         ```python
         from llama_index.core.base.llms.types import CitableBlock, CitationBlock, TextBlock
 
-        text = "The lamp was lit at dusk. The secret number of the harbour is 4711. " * 20 blocks =
-        [CitableBlock(title="log.txt", source="log.txt", content=text), TextBlock(text="What is the secret number?")]
-        response = llm.chat([ChatMessage(blocks=blocks)]) print(response.message.content) for block in
-        response.message.blocks:
+        text = "The lamp was lit at dusk. The secret number of the harbour is 4711. " * 20
+        document = CitableBlock(title="log.txt", source="log.txt", content=text)
+        response = llm.chat([ChatMessage(blocks=[document, TextBlock(text="What is the secret number?")])])
+        print(response.message.content)
+        for block in response.message.blocks:
             if isinstance(block, CitationBlock):
                 print(block.title, block.additional_location_info)
         print(response.raw["usage"], response.raw["query_source"])

@@ -15,6 +15,7 @@ from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, MetadataMode, QueryBundle
 
+from qllm_integrations.llama_index.aio import run_in_thread
 from qllm_integrations.llama_index.reading import LOOKUP_TOKENS, Reader, Sources
 from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
 from qllm_integrations.llama_index.structured import parse
@@ -114,7 +115,8 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
         with self.callback_manager.event(
             CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str}
         ) as event:
-            response = await self._arespond(query_bundle.query_str, self._asked())
+            nodes = await run_in_thread(lambda cancel: self._asked())  # a document store may be remote
+            response = await self._arespond(query_bundle.query_str, nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 

@@ -9,6 +9,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
+from qllm_integrations.llama_index.aio import run_in_thread
 from qllm_integrations.llama_index.reading import LOOKUP_TOKENS, Reader, Sources
 
 
@@ -59,7 +60,7 @@ class LookupRetriever(BaseRetriever):
         return sources.nodes
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        nodes, sources = self._nodes(), Sources()
+        nodes, sources = await run_in_thread(lambda cancel: self._nodes()), Sources()
         if nodes:
             response = await self._reader.aask(query_bundle.query_str, nodes, max_tokens=self._max_tokens)
             sources.fill(response, nodes, self._top)

@@ -10,6 +10,7 @@ import llama_index.core.instrumentation as instrument
 from llama_index.core.base.response.schema import RESPONSE_TYPE, PydanticResponse, Response
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
@@ -71,7 +72,14 @@ class QLLMSynthesizer(BaseSynthesizer):
         output_cls = output_cls or structured
         if output_cls is not None:
             self._options["response_schema"] = output_cls.model_json_schema()
-        super().__init__(llm=model, callback_manager=callback_manager, streaming=streaming, output_cls=output_cls)
+        super().__init__(
+            llm=model,
+            callback_manager=callback_manager,
+            prompt_helper=PromptHelper.from_llm_metadata(model.metadata, tokenizer=model.tokenizer_fn),
+            chat_prompt_helper=ChatPromptHelper.from_llm_metadata(model.metadata, tokenizer=model.tokenizer_fn),
+            streaming=streaming,
+            output_cls=output_cls,
+        )
 
     def _get_prompts(self) -> PromptDictType:
         return {"text_qa_template": self._reader.template}

@@ -161,7 +161,7 @@ class FakeEngine:
 def _look_up(query: str, documents: Sequence[Document]) -> Iterator[Source]:
     words = {word.strip("?.,").lower() for word in query.split() if len(word) > 5}
     found = []
-    for number, document in enumerate(documents):
+    for number, document in enumerate(documents if words else ()):
         position = 0
         for sentence in document.text.split(". "):
             hits = len(words & {word.strip("?.,").lower() for word in sentence.split()})

@@ -1,0 +1,80 @@
+"""The event loop stays free, with the real engine underneath."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from blockbuster import blockbuster_ctx
+from llama_index.core import Document
+from llama_index.core.base.llms.types import ChatMessage, CitableBlock, TextBlock
+from llama_index.core.schema import NodeWithScore, TextNode
+
+from qllm_integrations.llama_index import QLLM, QLLMSynthesizer, WholeDocumentIndex
+from tests.integrations.llama_index.fake_engine import FakeEngine
+from tests.integrations.llama_index.tiny_model import save_tiny
+
+TEXT = "The lamp was lit at dusk. The secret number of the harbour is 4711. " * 30
+QUESTION = "What is the secret number?"
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> QLLM:
+    llm = QLLM(model=save_tiny(tmp_path_factory.mktemp("tiny")), max_tokens=4)
+    llm.complete("Hi")
+    return llm
+
+
+def calls(llm: QLLM) -> dict[str, Callable[[], Awaitable[Any]]]:
+    index = WholeDocumentIndex.from_documents([Document(text=TEXT)], llm=llm)
+    blocks = [CitableBlock(title="t", source="s", content=TEXT), TextBlock(text=QUESTION)]
+    nodes = [NodeWithScore(node=TextNode(text=TEXT))]
+
+    async def stream() -> None:
+        response = await index.as_query_engine(streaming=True).aquery(QUESTION)
+        async for _ in response.async_response_gen():
+            pass
+
+    return {
+        "achat": lambda: llm.achat([ChatMessage(blocks=blocks)]),
+        "aquery": lambda: index.as_query_engine().aquery(QUESTION),
+        "streaming aquery": stream,
+        "aretrieve": lambda: index.as_retriever().aretrieve(QUESTION),
+        "read_once achat": lambda: index.as_chat_engine().achat(QUESTION),
+        "asynthesize": lambda: QLLMSynthesizer(llm).asynthesize(QUESTION, nodes),
+    }
+
+
+async def test_nothing_blocks(llm: QLLM) -> None:
+    for name, call in calls(llm).items():
+        with blockbuster_ctx():
+            assert await call() is not None or name == "streaming aquery"
+
+
+async def test_loop_keeps_ticking(llm: QLLM) -> None:
+    for name, call in calls(llm).items():
+        task = asyncio.create_task(call())
+        longest = 0.0
+        while not task.done():
+            started = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - started)
+        await task
+        assert longest < 0.021, (name, longest)
+
+
+async def test_five_megabytes_do_not_stall_the_loop() -> None:
+    llm = QLLM.from_engine(FakeEngine("Yes."))
+    index = WholeDocumentIndex.from_documents([Document(text="lamps at dusk " * 360_000)], llm=llm)
+    engine = index.as_query_engine()
+    task = asyncio.create_task(engine.aquery("When?"))
+    longest = 0.0
+    while not task.done():
+        started = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.perf_counter() - started)
+    assert str(await task) == "Yes."
+    assert longest < 0.05
