@@ -6,14 +6,18 @@ Run it with `make demo`, or `python cookbook/demo.py` where the package is insta
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessageChunk, HumanMessage
+from langchain_core.messages.content import create_plaintext_block
 
 from qllm_integrations.langchain import QLLMChat
 from qllm_runtime.samples import sample_document
 
 
-def answer(llm: QLLMChat, number: int, question: str, expected: str, document: dict[str, str]) -> None:
+def answer(llm: QLLMChat, number: int, question: str, expected: str, document: Mapping[str, Any]) -> None:
     """Stream one answer, then show where it was read."""
     print(f"\nQuestion {number}: {question}")
     whole: AIMessageChunk | None = None
@@ -48,12 +52,12 @@ def main() -> None:
     llm = QLLMChat(model="reader", max_tokens=64, show_progress=True)
     print(f"A story of {len(text):,} characters, {llm.get_num_tokens(text):,} tokens, with {len(facts)} facts in it.")
 
-    document = {"type": "text-plain", "mime_type": "text/plain", "text": text, "title": "story.txt"}
+    document = create_plaintext_block(text, title="story.txt")
     print("\nThe document is read for the question (query_aware):")
     answer(llm, 1, *questions[0], document)
 
     print("\nThe document is read once, any number of questions follow (read_once):")
-    with llm.add_documents(document) as handle:
+    with llm.add_documents(Document(page_content=text, metadata={"title": "story.txt"})) as handle:
         for number, (question, expected) in enumerate(questions[1:], 2):
             answer(llm, number, question, expected, handle.block())
 

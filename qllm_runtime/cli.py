@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -222,7 +223,7 @@ def _open(
     chosen = {key: value for key, value in settings.items() if value is not None}
     if memory_config is not None:  # an inconsistent file should not cost the time to load a model
         MemoryConfig.from_yaml(memory_config)
-    _quiet()
+    _hide_bars()
     from qllm_runtime.engine import QLLM
 
     llm = QLLM.from_pretrained(model, revision=revision, device=device, dtype=dtype)
@@ -237,13 +238,10 @@ def _open(
     return llm
 
 
-def _quiet() -> None:
-    """Keep the libraries' notices and bars away from the one line that an error may take."""
-    import logging
-
+def _hide_bars() -> None:
+    """Loading a model shows no bars and notices of transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -251,6 +249,8 @@ def _quiet() -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status: 0, 2 for bad input, 130 after Ctrl-C, 1 for anything unforeseen."""
+    for noisy in ("pypdf", "huggingface_hub", "httpx"):  # what they warn of is in the error, in one line
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     try:
         status = app(args=arguments, prog_name="qllm", standalone_mode=False)
         sys.stdout.flush()
@@ -265,7 +265,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         usage = getattr(error, "format_message", None)  # typer's usage errors, whichever class they are
         if usage is not None:
-            return _complain(f"{usage()} Try: qllm --help", 2)
+            command = getattr(getattr(error, "ctx", None), "command_path", None) or "qllm"
+            return _complain(f"{usage().rstrip('.')}. Try `{command} --help`.", 2)
         if os.environ.get("QLLM_TRACEBACK"):
             raise
         return _complain(f"unexpected {type(error).__name__}: {error} (QLLM_TRACEBACK=1 shows where)", 1)

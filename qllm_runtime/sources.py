@@ -15,8 +15,9 @@ from qllm_runtime.types import Document, Source
 
 WINDOW = 32  # tokens looked at together when searching for peaks
 REACH = 320  # characters a passage may grow on each side to end where a sentence or line does
-MIN_SHARE = 0.15  # a further passage needs this share of the best one's mass ...
-MIN_LIFT = 2.0  # ... and this many times the mass that an even spread would give it
+SURROUNDINGS = 256  # tokens on each side whose mean is what a passage has to stand out from
+MIN_SHARE = 0.25  # a further passage must stand out at least this much as the best one does ...
+MIN_LIFT = 1.5  # ... and hold this many times the mass of its surroundings
 
 # the end of a sentence with its closing quotes, or of a paragraph, with the white space behind it
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]*_]*\s+|\n[ \t\r]*\n\s*")
@@ -37,8 +38,10 @@ def passages(
 ) -> tuple[Source, ...]:
     """The passages that received the most attention.
 
-    Peaks of the mass are grown to the sentences or lines around them and merged where they touch. A passage's score is
-    its share of all mass that fell on documents. Mass spread evenly over a document yields few passages, not many.
+    A passage has to stand out from its surroundings: recent text receives attention for being recent, so mass by itself
+    says little. A single token (punctuation collects attention) does not count for more than its neighbours together.
+    Peaks are grown to the sentences or lines around them and merged where they touch. A passage's score is its share of
+    all mass that fell on documents. Mass spread evenly over a document yields one passage, not many.
 
     Args:
         mass: [n] attention mass per prompt token (any scale; n may exceed the prompt: generated tokens are ignored).
@@ -56,23 +59,46 @@ def passages(
     total = float(sum(weight.sum() for weight in weights))
     if total <= 0 or limit < 1:
         return ()
-    even = total / sum(len(weight) for weight in weights)
-    left = [weight.copy() for weight in weights]
+    left = [_standing_out(weight) for weight in weights]
+    if max(_heaviest(left)[3], 0.0) <= 1e-9 * total:  # nothing does: a short or evenly read text
+        left = [weight.copy() for weight in weights]
     found: list[_Passage] = []
     best = 0.0
     for _ in range(4 * limit):
         which, start, end, peak = _heaviest(left)
         best = max(best, peak)
-        if peak <= 0 or peak < MIN_SHARE * best or (found and peak < MIN_LIFT * even * (end - start)):
+        if peak <= 0 or peak < MIN_SHARE * best:
             break
+        held = float(weights[which][start:end].sum())
         left[which][start:end] = 0
+        if found and held < MIN_LIFT * (held - peak):
+            continue
         span = prompt.document_spans[which]
         first, last = _core(weights[which][start:end])
         grown = _grow(documents[span.document].text, *_characters(span, start + first, start + last))
-        if _merge(found, span, weights[which], grown, documents[span.document].text) and len(found) > limit:
+        _merge(found, span, weights[which], grown, documents[span.document].text)
+        if len(found) > limit:
             break
     found.sort(key=lambda passage: -passage.mass)
     return tuple(_source(passage, documents[passage.document], total) for passage in found[:limit])
+
+
+def _standing_out(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[n] mass of each token above the mean of its surroundings, single tokens held down to their neighbours' sum."""
+    near, _ = _around(weight, WINDOW // 2)
+    held = np.minimum(weight, near - weight)
+    wide, n_wide = _around(held, SURROUNDINGS)
+    inner, n_inner = _around(held, WINDOW)
+    background: NDArray[np.float64] = (wide - inner) / np.maximum(n_wide - n_inner, 1)
+    return np.subtract(held, background)
+
+
+def _around(weight: NDArray[np.float64], reach: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sum over, and number of, the tokens at most `reach` away from each."""
+    sums = np.concatenate([[0.0], np.cumsum(weight)])
+    places = np.arange(len(weight))
+    low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(weight))
+    return sums[high] - sums[low], high - low
 
 
 def _heaviest(weights: Sequence[NDArray[np.float64]]) -> tuple[int, int, int, float]:
@@ -112,8 +138,8 @@ def _characters(span: DocumentSpan, first: int, last: int) -> tuple[int, int]:
 
 def _merge(
     found: list[_Passage], span: DocumentSpan, weight: NDArray[np.float64], grown: tuple[int, int], text: str
-) -> bool:
-    """Add a passage, or join it to those it touches. Returns whether it is a new one."""
+) -> None:
+    """Add a passage, or join it to those it touches."""
     start, end = grown
     touching = [
         other
@@ -125,7 +151,6 @@ def _merge(
         start, end = min(start, other.start), max(end, other.end)
     inside = (span.offsets[:, 0] < end) & (span.offsets[:, 1] > start)
     found.append(_Passage(span.document, start, end, float(weight[inside].sum())))
-    return not touching
 
 
 def _grow(text: str, start: int, end: int) -> tuple[int, int]:

@@ -1,0 +1,300 @@
+"""The command line as a user meets it: its output, its exit status, its one line of complaint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qllm_runtime import cli
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROSE = "\ufeffThe rain fell in torrents over the town. 👩‍🚀 Nobody was abroad.\r\n\r\n" * 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama with random weights, trained on 256 positions."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(
+        [PROSE],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "a book.txt"
+    path.write_bytes(PROSE.encode())
+    return str(path)
+
+
+@pytest.fixture
+def qllm(capfd):
+    def call(*arguments):
+        capfd.readouterr()
+        status = cli.run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return call
+
+
+class TestAsk:
+    def test_json(self, qllm, model, book, tmp_path):
+        page = tmp_path / "page.html"
+        page.write_text("<p>The <b>fog</b> came &amp; went.</p>")
+        arguments = ["ask", book, "Who was abroad?", "--document", page, "--model", model, "--max-tokens", 8, "--json"]
+        status, out, err = qllm(*arguments)
+        assert status == 0
+        assert len(out.splitlines()) == 1
+        result = json.loads(out)
+        assert {"answer", "sources", "query_source", "usage", "timings"} <= set(result)
+        assert result["query_source"] == "explicit"
+        texts = {book: PROSE, str(page): "The fog came & went."}
+        assert result["sources"]
+        for source in result["sources"]:
+            assert set(source) == {"document", "start", "end", "score", "text"}
+            assert source["text"] == texts[source["document"]][source["start"] : source["end"]]
+        assert result["usage"]["completion_tokens"] <= 8
+        assert (
+            result["usage"]["total_tokens"] == result["usage"]["prompt_tokens"] + result["usage"]["completion_tokens"]
+        )
+        assert result["timings"]["read_tokens_per_s"] > 0
+        assert result["timings"]["peak_memory_bytes"] > 0
+        assert "tokens" in err
+        assert qllm(*arguments)[1] != ""  # and the next call works
+
+    @pytest.mark.parametrize("policy", ["qllm", "infllm", "streaming", "lm-infinite", "full"])
+    @pytest.mark.parametrize("mode", ["query_aware", "read_once"])
+    def test_policies_and_modes(self, qllm, model, book, policy, mode):
+        options = ["--policy", policy, "--mode", mode, "--model", model, "--max-tokens", 2, "--json"]
+        status, out, _ = qllm("ask", book, "Who?", *options)
+        assert status == 0
+        assert (json.loads(out)["policy"], json.loads(out)["mode"]) == (policy, mode)
+
+    def test_text(self, qllm, model, book):
+        status, out, err = qllm("ask", book, "Who was abroad?", "--model", model, "--max-tokens", 8, "--block-size", 16)
+        assert status == 0
+        answer, _, rest = out.partition("\nSources\n")
+        assert answer.strip()
+        assert f"1. {book}[" in rest
+        assert "tokens/s" in rest.splitlines()[-1]
+        assert "peak memory" in rest.splitlines()[-1]
+        assert "Reading: " in err
+
+    def test_settings_reach_the_memory(self, qllm, model, book, tmp_path):
+        config = tmp_path / "memory.yaml"
+        config.write_text("policy: streaming\nn_local: 64\nexec_block_size: 32\n")
+        options = ["--model", model, "--max-tokens", 1, "--json", "--memory-config", config]
+        assert json.loads(qllm("ask", book, "Who?", *options)[1])["policy"] == "streaming"
+        assert json.loads(qllm("ask", book, "Who?", *options, "--policy", "infllm")[1])["policy"] == "infllm"
+        assert qllm("ask", book, "Who?", "--model", model, "--max-tokens", 1, "--n-local", 16, "--n-init", 0)[0] == 0
+
+    def test_pdf_and_standard_input(self, model, book, tmp_path):
+        pytest.importorskip("pypdf")
+        sys.path.insert(0, str(ROOT / "tests" / "runtime"))
+        from test_documents import make_pdf
+
+        pdf = tmp_path / "a.pdf"
+        pdf.write_bytes(make_pdf("Nobody was abroad that night."))
+        done = run_process(
+            "ask", str(pdf), "Who?", "--document", "-", "--model", model, "--max-tokens", "2", "--json", input=PROSE
+        )
+        assert done.returncode == 0, done.stderr
+        texts = {str(pdf): "Nobody was abroad that night.", "-": PROSE}
+        for source in json.loads(done.stdout)["sources"]:
+            assert source["text"] == texts[source["document"]][source["start"] : source["end"]]
+
+
+class TestBadInput:
+    """Exit status 2, nothing on stdout, one line on stderr."""
+
+    def refused(self, result, *words):
+        status, out, err = result
+        assert (status, out) == (2, "")
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("qllm: ")
+        for word in words:
+            assert word in err
+
+    @pytest.mark.parametrize(
+        ("data", "word"),
+        [
+            (b"", "empty"),
+            (b"\n \n", "white space"),
+            (b"caf\xe9 x", "UTF-8"),
+            (b"\x00\x01", "binary"),
+            (b"PK\x03\x04", "zip"),
+        ],
+    )
+    def test_documents(self, qllm, model, tmp_path, data, word):
+        path = tmp_path / "bad.txt"
+        path.write_bytes(data)
+        self.refused(qllm("ask", path, "Who?", "--model", model), "bad.txt", word)
+        self.refused(qllm("chat", path, "--model", model), "bad.txt", word)
+
+    def test_missing_things(self, qllm, model, book, tmp_path):
+        self.refused(qllm("ask", tmp_path / "none.txt", "Who?"), "no file")
+        self.refused(qllm("ask", tmp_path, "Who?"), "directory")
+        self.refused(qllm("ask", book, "Who?", "--document", tmp_path / "none.txt"), "no file")
+        self.refused(qllm("ask", "Who?"), "question")
+        self.refused(qllm("ask", book), "question")
+        self.refused(qllm("ask"), "document")
+        self.refused(qllm("ask", book, "  ", "--model", model), "question is empty")
+        self.refused(qllm("ask", "-", "Who?", "--document", "-"), "once")
+        self.refused(qllm("chat", "-"), "file")
+        self.refused(qllm("nonsense"), "nonsense")
+        self.refused(qllm("ask", book, "Who?", "--nonsense"), "--nonsense")
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            ("--max-tokens", 0), ("--max-tokens", -5), ("--max-tokens", "x"), ("--topk", 0), ("--n-local", 0),
+            ("--n-init", -1), ("--block-size", -1), ("--temperature", -1), ("--top-p", 2), ("--policy", "best"),
+            ("--mode", "twice"), ("--device", "toaster"), ("--dtype", "int3"), ("--query-weight", -1),
+        ],
+    )  # fmt: skip
+    def test_limits(self, qllm, model, book, option):
+        self.refused(qllm("ask", book, "Who?", "--model", model, *option))
+
+    def test_models(self, qllm, book, tmp_path):
+        self.refused(qllm("ask", book, "Who?", "--model", tmp_path / "none"), "none")
+        (tmp_path / "config.json").write_text("{}")
+        self.refused(qllm("ask", book, "Who?", "--model", tmp_path))
+
+    def test_memory_configs(self, qllm, model, book, tmp_path):
+        config = tmp_path / "memory.yaml"
+        self.refused(qllm("ask", book, "Who?", "--model", model, "--memory-config", config), "memory.yaml")
+        for text in ("n_local: -3", "nonsense: 1", "- a", "repr_topk: 99\nblock_size: 8"):
+            config.write_text(text)
+            self.refused(qllm("ask", book, "Who?", "--model", model, "--memory-config", config))
+
+
+class TestChat:
+    def test_conversation(self, model, book):
+        lines = "Who was abroad?\n\n/sources\n/dance\nAnd why?\n/new\nWho?\n/quit\nnever asked\n"
+        done = run_process("chat", book, "--model", model, "--max-tokens", "4", input=lines)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("read before") == 3  # three answers over one reading
+        assert "Unknown command /dance" in done.stdout
+        assert f"{book}[" in done.stdout
+        assert "never asked" not in done.stdout
+
+    def test_end_of_input_ends_it(self, model, book):
+        done = run_process("chat", book, "--model", model, input="")
+        assert (done.returncode, done.stdout) == (0, "")
+
+
+class TestModels:
+    def test_builtin(self, qllm):
+        status, out, err = qllm("models")
+        assert (status, err) == (0, "")
+        assert "reader" in out
+        assert "reader-plain" in out
+
+    def test_verdicts(self, qllm, model, tmp_path):
+        status, out, _ = qllm("models", model)
+        assert status == 0
+        assert f"{model}: supported" in out
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+        status, out, _ = qllm("models", model, tmp_path)
+        assert status == 1
+        assert f"{tmp_path}: not supported: " in out
+
+
+def test_help_and_version_are_light(qllm):
+    assert qllm("--version")[1].startswith("qllm 0.")
+    code = (
+        "import sys; from qllm_runtime.cli import run; assert run(['ask', '--help']) == 0; "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
+class TestInterruption:
+    def start(self, model, book, **streams):
+        code = "from qllm_runtime.cli import main; main()"
+        arguments = [
+            "ask",
+            book,
+            "Who?",
+            "--model",
+            model,
+            "--max-tokens",
+            "100000",
+            "--temperature",
+            "1",
+            "--seed",
+            "1",
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **streams,
+        )  # fmt: skip
+
+    def test_control_c(self, model, book):
+        with self.start(model, book) as process:
+            assert process.stdout.read(1)  # it is writing
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert b"Traceback" not in err
+
+    def test_reader_of_the_output_leaves(self, model, book):
+        with self.start(model, book) as process:
+            assert process.stdout.read(1)
+            process.stdout.close()
+            begun = time.monotonic()
+            process.wait(timeout=60)
+            err = process.stderr.read()
+        assert process.returncode == 141
+        assert b"Traceback" not in err
+        assert time.monotonic() - begun < 30
+
+
+def environment():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def run_process(*arguments, **options):
+    code = "from qllm_runtime.cli import main; main()"
+    options = {"capture_output": True, "timeout": 120, "encoding": "utf-8", **options}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment(), **options)
