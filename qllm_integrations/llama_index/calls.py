@@ -105,7 +105,7 @@ def prepare(
         "tools": tools,
         "logits_processors": processors,
         "template_kwargs": {**llm.template_kwargs, **(given.get("template_kwargs") or {})} or None,
-        "progress": progress,
+        "progress": progress if memory is None else None,
     }
     return Call(engine, turns, arguments, ResponseContext(llm.model, (*held, *rest), names, created))
 

@@ -14,7 +14,7 @@ from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.schema import BaseNode
 from llama_index.core.types import Thread
 
-from qllm_integrations.llama_index.aio import run_in_thread
+from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index.documents import citable_block
 from qllm_integrations.llama_index.reading import Reader, Sources
 
@@ -111,6 +111,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
                 if response.raw is not None:
                     sources.fill(response, nodes)
                     self._history.put(asked)  # the reply follows when the stream has ended
+                    response.message = _spoken(response)
                 yield response
 
         reply = StreamingAgentChatResponse(chat_stream=told(), source_nodes=sources.nodes)
@@ -138,6 +139,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
                 if response.raw is not None:
                     sources.fill(response, nodes)
                     await self._history.aput(asked)
+                    response.message = _spoken(response)
                 yield response
 
         reply = StreamingAgentChatResponse(achat_stream=told(), source_nodes=sources.nodes)

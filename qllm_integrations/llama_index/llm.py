@@ -24,8 +24,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import BasePromptTemplate
 
+from qllm_integrations.aio import run_in_thread, stream_in_thread
 from qllm_integrations.llama_index import options
-from qllm_integrations.llama_index.aio import run_in_thread, stream_in_thread
 from qllm_integrations.llama_index.calls import Call, prepare, progress_bar, report_reading
 from qllm_integrations.llama_index.documents import engine_documents
 from qllm_integrations.llama_index.handle import EngineHandle, MemoryShelf

@@ -15,7 +15,7 @@ from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, MetadataMode, QueryBundle
 
-from qllm_integrations.llama_index.aio import run_in_thread
+from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index.reading import LOOKUP_TOKENS, Reader, Sources
 from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
 from qllm_integrations.llama_index.structured import parse
@@ -142,7 +142,7 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
     async def _arespond(self, query: str, nodes: list[BaseNode]) -> RESPONSE_TYPE:
         sources = Sources()
         if not nodes and self._mode is not ResponseMode.GENERATION:
-            return async_streaming_response(_aempty(), sources) if self._streaming else Response(EMPTY_RESPONSE)
+            return async_streaming_response(empty_stream(), sources) if self._streaming else Response(EMPTY_RESPONSE)
         if self._streaming:
             text = await self._reader.astream(query, nodes, sources, top=self._top, **self._options)
             return async_streaming_response(text, sources)
@@ -195,5 +195,6 @@ def response_mode_of(mode: ResponseMode | str) -> ResponseMode:
     return found
 
 
-async def _aempty() -> AsyncGenerator[str, None]:
+async def empty_stream() -> AsyncGenerator[str, None]:
+    """The answer of an index without documents."""
     yield EMPTY_RESPONSE

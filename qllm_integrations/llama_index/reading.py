@@ -14,7 +14,7 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.settings import Settings
 
-from qllm_integrations.llama_index.aio import run_in_thread
+from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index.calls import progress_bar, report_reading
 from qllm_integrations.llama_index.documents import citable_block, engine_document, passage
 from qllm_integrations.llama_index.handle import MemoryShelf

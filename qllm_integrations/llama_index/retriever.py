@@ -9,7 +9,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
-from qllm_integrations.llama_index.aio import run_in_thread
+from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index.reading import LOOKUP_TOKENS, Reader, Sources
 
 

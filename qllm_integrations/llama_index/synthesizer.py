@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import llama_index.core.instrumentation as instrument
 from llama_index.core.base.response.schema import RESPONSE_TYPE, PydanticResponse, Response
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
-from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
+from llama_index.core.indices import prompt_helper
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
@@ -18,7 +19,8 @@ from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from qllm_integrations.llama_index.query_engine import EMPTY_RESPONSE
+from qllm_integrations.llama_index.llm import QLLM
+from qllm_integrations.llama_index.query_engine import EMPTY_RESPONSE, empty_stream
 from qllm_integrations.llama_index.reading import DEFAULT_TEMPLATE, Reader, Sources, reading_llm
 from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
 from qllm_integrations.llama_index.structured import parse
@@ -75,8 +77,7 @@ class QLLMSynthesizer(BaseSynthesizer):
         super().__init__(
             llm=model,
             callback_manager=callback_manager,
-            prompt_helper=PromptHelper.from_llm_metadata(model.metadata, tokenizer=model.tokenizer_fn),
-            chat_prompt_helper=ChatPromptHelper.from_llm_metadata(model.metadata, tokenizer=model.tokenizer_fn),
+            **_helpers(model),
             streaming=streaming,
             output_cls=output_cls,
         )
@@ -121,7 +122,7 @@ class QLLMSynthesizer(BaseSynthesizer):
         wholes, sources, options = [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
         with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: text}) as event:
             if not nodes:
-                response = self._empty(LookupStreamingResponse(self._empty_response_generator(), sources))
+                response = self._empty(LookupStreamingResponse((text for text in [EMPTY_RESPONSE]), sources))
             elif self._streaming:
                 stream = self._reader.stream(text, wholes, sources, **options)
                 response = LookupStreamingResponse(_then(stream, sources, nodes, additional_source_nodes), sources)
@@ -146,7 +147,7 @@ class QLLMSynthesizer(BaseSynthesizer):
         wholes, sources, options = [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
         with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: text}) as event:
             if not nodes:
-                response = self._empty(async_streaming_response(self._empty_response_agenerator(), sources))
+                response = self._empty(async_streaming_response(empty_stream(), sources))
             elif self._streaming:
                 stream = await self._reader.astream(text, wholes, sources, **options)
                 response = async_streaming_response(_athen(stream, sources, nodes, additional_source_nodes), sources)
@@ -171,6 +172,17 @@ class QLLMSynthesizer(BaseSynthesizer):
                 parse(answer, self._output_cls), source_nodes=sources.nodes, metadata=sources.metadata
             )
         return Response(answer.message.content or "", source_nodes=sources.nodes, metadata=sources.metadata)
+
+
+def _helpers(llm: QLLM) -> dict[str, Any]:
+    """Prompt helpers with the model's own tokenizer; the default ones would load another model's."""
+    kinds = {"prompt_helper": "PromptHelper", "chat_prompt_helper": "ChatPromptHelper"}
+    taken = inspect.signature(BaseSynthesizer.__init__).parameters  # older cores have no chat_prompt_helper
+    return {
+        name: getattr(prompt_helper, kind).from_llm_metadata(llm.metadata, tokenizer=llm.tokenizer_fn)
+        for name, kind in kinds.items()
+        if name in taken
+    }
 
 
 def _nodes(texts: Sequence[str]) -> list[TextNode]:

@@ -192,7 +192,12 @@ def test_read_and_memory_argument(llm: QLLM, engine: FakeEngine) -> None:
         PromptTemplate("{context_str}\nQ: {query_str}"),
         RichPromptTemplate("Read {{ context_str }} and answer {{ query_str }}"),
         ChatPromptTemplate([ChatMessage("Read: {context_str}", role="system"), ChatMessage("{query_str}")]),
-        ChatPromptTemplate([ChatMessage(blocks=[citable("{context_str}"), TextBlock(text="{query_str}")])]),
+        pytest.param(
+            ChatPromptTemplate([ChatMessage(blocks=[citable("{context_str}"), TextBlock(text="{query_str}")])]),
+            marks=pytest.mark.skipif(
+                not hasattr(CitableBlock, "format_vars"), reason="this core formats no nested blocks"
+            ),
+        ),
     ],
 )
 def test_templates_route_by_name(llm: QLLM, engine: FakeEngine, prompt: Any) -> None:
