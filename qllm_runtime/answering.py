@@ -150,7 +150,9 @@ def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
         else:
             cache = inference.cache(config, reserve=n + request.sampling.max_tokens)
         announce(cache, 0, [span for span in prompt.query_spans if span[0] >= known], config)
-        for lo, hi in ((known, max(known, prompt.read_end)), (max(known, prompt.read_end), n - 1)):
+        # the published code knows one prompt; elsewhere the question starts pieces of its own
+        border = known if config.faithful else max(known, prompt.read_end)
+        for lo, hi in ((known, border), (border, n - 1)):
             feed(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
         mass = _record(cache, inference, n + request.sampling.max_tokens)
         logits = inference.step(cache, [int(prompt.ids[-1])])
@@ -287,9 +289,11 @@ def _peak_memory(inference: Inference) -> int:
 
 
 def as_rows(
-    input_ids: Any, query_span: Any, attention_mask: torch.Tensor | None
+    input_ids: Any, query_span: Any, attention_mask: torch.Tensor | None, *, any_span: bool = False
 ) -> tuple[list[torch.Tensor], list[tuple[int, int] | None]]:
     """Rows without padding, and each row's query span counted without it.
+
+    `any_span` lets spans through that lie outside their row: the published code gives them a meaning.
 
     Raises:
         InvalidRequestError: Shapes do not fit, a row is empty, padding is not on the left, or a span lies outside its row.
@@ -320,7 +324,7 @@ def as_rows(
             if spans[number] is not None:
                 spans[number] = (spans[number][0] - pad, spans[number][1] - pad)
     for number, (row, span) in enumerate(zip(rows, spans, strict=True)):
-        if span is not None and not 0 <= span[0] < span[1] <= len(row):
+        if span is not None and not any_span and not 0 <= span[0] < span[1] <= len(row):
             raise InvalidRequestError(f"Row {number}: query span {tuple(span)} lies outside its {len(row)} tokens.")
     return rows, spans
 

@@ -23,11 +23,18 @@ _PUBLISHED_POLICIES: dict[str, Policy] = {
     "infinite-lm": "lm-infinite",
     "origin": "full",
 }
+_WHOLE_PROMPT = 2**31  # chunk_size: null of the published configs
 # keys of the published configs that steer its caching or its GPU code and have no influence on results
 _PUBLISHED_ENGINE_KEYS = frozenset(
-    "max_cached_block cache_strategy score_decay async_global_stream pin_memory faiss perhead fattn "
-    "chunk_topk_calc base distance_scale chunk_size type attn_type".split()
+    "max_cached_block cache_strategy score_decay async_global_stream pin_memory faiss fattn "
+    "base path tokenizer_path conv_type type attn_type".split()
 )
+# keys that change results and the only values that are served; the rotary base is read from the model
+_PUBLISHED_FIXED: dict[str, tuple[Any, ...]] = {
+    "distance_scale": (None, 1, 1.0),
+    "perhead": (None, False),
+    "chunk_topk_calc": (None,),
+}
 
 
 class MemoryConfig(BaseModel):
@@ -65,11 +72,16 @@ class MemoryConfig(BaseModel):
         "'max' (repr_topk single keys, the best match counts).",
     )
     chunk_size: int = Field(
-        default=2048, ge=1, description="Tokens per forward pass while reading; rounded down to whole pieces. No effect on results."
+        default=2048,
+        ge=1,
+        description="Tokens per forward pass while reading, rounded down to whole pieces; no effect on results. "
+        "With faithful=True it is taken exactly and does affect them, as in the published code.",
     )
     faithful: bool = Field(default=False, description="Reproduce the published research code number for number, quirks included.")
 
     def __init__(self, **data: Any) -> None:
+        if data.get("faithful"):
+            data.setdefault("summary", "published")
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -80,9 +92,9 @@ class MemoryConfig(BaseModel):
     def _check(self) -> MemoryConfig:
         if self.uses_blocks and self.topk == 0 and not self.faithful:
             raise ValueError(f"policy {self.policy!r} needs topk of at least 1; use policy='lm-infinite' for a window without lookups")
-        if self.repr_topk > self.block_size:
+        if self.uses_blocks and self.repr_topk > self.block_size:
             raise ValueError(f"repr_topk ({self.repr_topk}) must not exceed block_size ({self.block_size})")
-        if self.exec_block_size > self.n_local:
+        if self.uses_blocks and self.exec_block_size > self.n_local:
             raise ValueError(f"exec_block_size ({self.exec_block_size}) must not exceed n_local ({self.n_local})")
         if self.faithful and (self.selection, self.summary) != ("shared", "published"):
             raise ValueError("faithful=True implies selection='shared' and summary='published'")
@@ -125,8 +137,6 @@ class MemoryConfig(BaseModel):
             "exec_block_size": min(256, n_local // 2),
             "chunk_size": max(2048, min(8192, 2 * n_local)),
         }
-        if overrides.get("faithful"):
-            defaults["summary"] = "published"
         return cls(**{**defaults, **overrides})
 
     @classmethod
@@ -159,8 +169,13 @@ class MemoryConfig(BaseModel):
         outer = {k: raw[k] for k in ("chunk_size",) if k in raw}
         for key, value in {**section, **outer}.items():
             name = names.get(key, key)
-            if name in cls.model_fields:
+            if name == "chunk_size" and value is None:
+                values[name] = _WHOLE_PROMPT
+            elif name in cls.model_fields:
                 values[name] = value
-            elif key not in _PUBLISHED_ENGINE_KEYS and key not in ("path", "tokenizer_path", "conv_type"):
+            elif key in _PUBLISHED_FIXED:
+                if value not in _PUBLISHED_FIXED[key]:
+                    raise InvalidConfigError(f"{key}={value!r} in {str(path)!r} is not supported; leave the key out.")
+            elif key not in _PUBLISHED_ENGINE_KEYS:
                 raise InvalidConfigError(f"Unknown key {key!r} in {str(path)!r}; known: {sorted(cls.model_fields)}.")
         return cls(**{**values, **overrides})

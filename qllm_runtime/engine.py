@@ -374,7 +374,7 @@ class QLLM:
             New token ids of every row, end token excluded.
         """
         settings = _sampling(sampling, sampling_fields)
-        rows, spans = answering.as_rows(input_ids, query_span, attention_mask)
+        rows, spans = answering.as_rows(input_ids, query_span, attention_mask, any_span=self.memory.faithful)
         return answering.generate(
             self._inference, rows, spans, self.memory, settings, progress, never if cancel is None else cancel.is_set
         )

@@ -12,23 +12,23 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, per_kv_head: 
 
     Args:
         lookup: [pieces, heads, head_dim] lookup vectors, rotated to the far position.
-        summaries: [summary_heads, n_blocks, r, head_dim]; summary_heads divides heads.
+        summaries: [summary_heads, r, n_blocks, head_dim]; summary_heads divides heads.
         per_kv_head: Sum over the heads that share a summary only, instead of all heads. Needs one summary head per kv head.
 
     Returns:
         [pieces, scopes, n_blocks] fp32, scopes = summary_heads or 1.
     """
     pieces, heads, dim = lookup.shape
-    n_heads, n_blocks, r, _ = summaries.shape
+    n_heads, r = summaries.shape[:2]
     group = heads // n_heads
     if r == 1:
         # the sum over a group's heads folds into the query
         folded = lookup.view(pieces, n_heads, group, dim).sum(2).transpose(0, 1)  # [n_heads, pieces, dim]
-        scores = torch.matmul(folded.to(summaries.dtype), summaries[:, :, 0].transpose(-1, -2)).float()
+        scores = torch.matmul(folded.to(summaries.dtype), summaries[:, 0].transpose(-1, -2)).float()
     else:
-        rows = lookup.view(pieces, n_heads, group, dim).transpose(0, 1).reshape(n_heads, pieces * group, dim)
-        scores = torch.matmul(rows.to(summaries.dtype), summaries.view(n_heads, n_blocks * r, dim).transpose(-1, -2))
-        scores = scores.float().view(n_heads, pieces, group, n_blocks, r).amax(-1).sum(2)
+        rows = lookup.view(pieces, n_heads, group, dim).transpose(0, 1).reshape(n_heads, 1, pieces * group, dim)
+        dots = torch.matmul(rows.to(summaries.dtype), summaries.transpose(-1, -2))  # [n_heads, r, pieces * group, n_blocks]
+        scores = dots.float().amax(1).view(n_heads, pieces, group, -1).sum(2)
     scores = scores.transpose(0, 1)  # [pieces, n_heads, n_blocks]
     return scores if per_kv_head else scores.sum(1, keepdim=True)
 

@@ -12,9 +12,9 @@ def mean_keys(key: torch.Tensor) -> torch.Tensor:
         key: [kv_heads, n_blocks, block_size, head_dim], un-rotated.
 
     Returns:
-        [kv_heads, n_blocks, 1, head_dim].
+        [kv_heads, 1, n_blocks, head_dim].
     """
-    return key.float().mean(dim=2, keepdim=True).to(key.dtype)
+    return key.float().mean(dim=2).to(key.dtype)[:, None]
 
 
 def linear_token_scores(key_rotated: torch.Tensor, query_prefix: torch.Tensor, n_local: int) -> torch.Tensor:
@@ -46,13 +46,13 @@ def top_keys(key: torch.Tensor, token_scores: torch.Tensor, repr_topk: int) -> t
         repr_topk: Representatives per block.
 
     Returns:
-        [heads, n_blocks, repr_topk, head_dim].
+        [heads, repr_topk, n_blocks, head_dim].
     """
     index = token_scores.topk(repr_topk, dim=-1).indices.sort(dim=-1).values
     group = token_scores.shape[0] // key.shape[0]
     if group > 1:
         key = key.repeat_interleave(group, dim=0)
-    return key.gather(2, index[..., None].expand(*index.shape, key.shape[-1]))
+    return key.gather(2, index[..., None].expand(*index.shape, key.shape[-1])).transpose(1, 2)
 
 
 def softmax_mass(

@@ -49,6 +49,7 @@ class Outside:
         self.query = PinnedQuery()
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
+        self._fetched: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._guide: tuple[torch.Tensor, torch.Tensor] | None = None  # a question's vector and its far, weighted form
 
     @property
@@ -102,7 +103,7 @@ class Outside:
             if self._guide is None or self._guide[0] is not vector:
                 self._guide = (vector, config.query_weight * self.far(vector))
             lookup = lookup + self._guide[1]
-        summaries = self.store.summaries()[:, : counts[-1]]
+        summaries = self.store.summaries()[:, :, : counts[-1]]
         scores = block_scores(lookup, summaries, per_kv_head=config.selection == "per_kv_head")
         valid = None
         if counts[0] == counts[-1]:
@@ -138,8 +139,7 @@ class Outside:
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
         pieces, scopes, k = ids.shape
         size = config.block_size
-        gathered = self.store.gather(ids.transpose(0, 1).reshape(scopes, pieces * k))
-        block_key, block_value = (x.reshape(x.shape[0], pieces, k * size, x.shape[-1]) for x in gathered)
+        block_key, block_value = self._fetch(ids)
 
         def block_positions() -> torch.Tensor:
             return (ids[0, :, :, None] * size + config.n_init + torch.arange(size, device=ids.device)).flatten(1)
@@ -151,6 +151,19 @@ class Outside:
             hidden = self._question_hidden(ids, oldest)
             parts.append(Part(query.key[:, None], query.value[:, None], hidden, lambda: query.positions[None]))
         return parts
+
+    def _fetch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [kv_heads, pieces, k * block_size, head_dim] of chosen blocks [pieces, scopes, k]."""
+        pieces, scopes, k = ids.shape
+        single = pieces == 1 and ids.device.type == "cpu"
+        if single and self._fetched is not None and torch.equal(self._fetched[0], ids):
+            return self._fetched[1], self._fetched[2]
+        gathered = self.store.gather(ids.transpose(0, 1).reshape(scopes, pieces * k))
+        size = k * self._config.block_size
+        key, value = (x.reshape(x.shape[0], pieces, size, x.shape[-1]) for x in gathered)
+        # one token after another mostly looks up the same blocks
+        self._fetched = (ids, key, value) if single else None
+        return key, value
 
     def _question_hidden(self, ids: torch.Tensor, oldest: Sequence[int]) -> torch.Tensor:
         """Where the pinned copy of a question token would be its second appearance: [pieces, scopes, tokens]."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 
+_ALONG = (1, 1, 2)  # dimension that counts blocks in keys, values, summaries
+
+
 class BlockStore:
     """Blocks in order of eviction.
 
@@ -32,29 +35,29 @@ class BlockStore:
         Args:
             key: [kv_heads, m, block_size, head_dim], un-rotated.
             value: [kv_heads, m, block_size, value_dim].
-            summaries: [summary_heads, m, r, head_dim].
+            summaries: [summary_heads, r, m, head_dim].
         """
         m = key.shape[1]
         new = (key, value, summaries)
         if self._pages is None or self._n + m > self._pages[0].shape[1]:
             capacity = max(self._reserve, 2 * self._n, self._n + m, 8)
-            grown = tuple(x.new_empty(x.shape[0], capacity, *x.shape[2:]) for x in new)
+            grown = [x.new_empty(*x.shape[:along], capacity, *x.shape[along + 1 :]) for x, along in zip(new, _ALONG, strict=True)]
             if self._pages is not None:
-                for target, source in zip(grown, self._pages, strict=True):
-                    target[:, : self._n] = source[:, : self._n]
+                for target, source, along in zip(grown, self._pages, _ALONG, strict=True):
+                    target.narrow(along, 0, self._n).copy_(source.narrow(along, 0, self._n))
             self._pages = (grown[0], grown[1], grown[2])
-        for target, source in zip(self._pages, new, strict=True):
-            target[:, self._n : self._n + m] = source
+        for target, source, along in zip(self._pages, new, _ALONG, strict=True):
+            target.narrow(along, self._n, m).copy_(source)
         self._n += m
 
     def summaries(self) -> torch.Tensor:
-        """[summary_heads, n_blocks, r, head_dim] of all blocks, the parent's first."""
-        own = None if self._pages is None else self._pages[2][:, : self._n]
+        """[summary_heads, r, n_blocks, head_dim] of all blocks, the parent's first."""
+        own = None if self._pages is None else self._pages[2][:, :, : self._n]
         if self._parent is None or len(self._parent) == 0:
             assert own is not None
             return own
-        base = self._parent.summaries()[:, : self._offset]
-        return base if own is None else torch.cat((base, own), dim=1)
+        base = self._parent.summaries()[:, :, : self._offset]
+        return base if own is None else torch.cat((base, own), dim=2)
 
     def gather(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks.

@@ -105,7 +105,7 @@ class Window:
         """Keys, values and summaries of the blocks that begin at absolute index `start`.
 
         Returns:
-            keys [kv_heads, n_blocks, block_size, head_dim], values likewise, summaries [summary_heads, n_blocks, r, head_dim].
+            keys [kv_heads, n_blocks, block_size, head_dim], values likewise, summaries [summary_heads, r, n_blocks, head_dim].
         """
         config = self._config
         size = config.block_size
@@ -116,10 +116,10 @@ class Window:
         if config.summary == "mean":
             return key, value, mean_keys(key)
         if not (self._ranks_tokens or self.weighs_tokens):
-            return key, value, key
+            return key, value, key.transpose(1, 2)
         scores = self._token_scores(lo, n_blocks * size, scoring).unflatten(1, (n_blocks, size))
         representatives = top_keys(key, scores, config.repr_topk)
-        return key, value, mean_keys(representatives) if config.summary == "published" else representatives
+        return key, value, mean_keys(representatives.transpose(1, 2)) if config.summary == "published" else representatives
 
     def _token_scores(self, lo: int, n: int, scoring: Scoring) -> torch.Tensor:
         """Representative scores of the tokens in slots lo .. lo + n: [kv_heads or heads, n]."""

@@ -72,11 +72,8 @@ class Run:
 def settings(case: dict[str, Any], folder: Path) -> MemoryConfig:
     """The case's configuration, by way of a published configuration file."""
     file = folder / "published.yaml"
-    file.write_text(yaml.safe_dump({"model": {"type": case["attn_type"], **case["attn_kwargs"]}}))
-    overrides = {"chunk_size": case["chunk_size"] or len(case["input_ids"])}
-    if "exc_block_size" not in case["attn_kwargs"]:
-        overrides["exec_block_size"] = case["attn_kwargs"]["n_local"]
-    return MemoryConfig.from_yaml(file, faithful=True, **overrides)
+    file.write_text(yaml.safe_dump({"model": {"type": case["attn_type"], **case["attn_kwargs"]}, "chunk_size": case["chunk_size"]}))
+    return MemoryConfig.from_yaml(file, faithful=True)
 
 
 def drive(run: Run, inference: Inference) -> None:
@@ -135,9 +132,7 @@ def test_greedy_tokens(run: Run) -> None:
 
 
 def test_generate(run: Run) -> None:
-    # the published code writes (-1, -1) for "no question"
-    span = None if run.question == (-1, -1) else run.question
-    tokens = QLLM(run.model, memory=run.config).generate(run.case["input_ids"], span, max_tokens=len(run.tokens))
+    tokens = QLLM(run.model, memory=run.config).generate(run.case["input_ids"], run.question, max_tokens=len(run.tokens))
     assert tokens == [run.case["greedy_tokens"]]
 
 
