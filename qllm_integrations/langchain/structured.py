@@ -21,7 +21,7 @@ from qllm_runtime.errors import InvalidRequestError
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 Schema = Mapping[str, Any] | type
-_NAMED = frozenset({"title", "function", "parameters", "input_schema"})
+_FUNCTION = frozenset({"function", "parameters", "input_schema"})
 _PLAIN = frozenset({"type", "properties", "$ref", "anyOf"})
 
 
@@ -138,8 +138,8 @@ def to_json_schema(schema: Schema, strict: bool | None = None) -> dict[str, Any]
     Raises:
         InvalidRequestError: None of these.
     """
-    if isinstance(schema, Mapping) and not _NAMED & schema.keys() and _PLAIN & schema.keys():
-        return dict(schema)  # a JSON schema, which LangChain's conversion refuses for want of a name
+    if isinstance(schema, Mapping) and not _FUNCTION & schema.keys() and _PLAIN & schema.keys():
+        return dict(schema)  # LangChain's conversion would drop references and refuse a schema without a title
     try:
         return convert_to_json_schema(schema, strict=strict)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ MESSAGES = [HumanMessage([DOCUMENT, {"type": "text", "text": "Who speaks?"}])]
 
 
 async def longest_stall(work: Callable[[], Awaitable[None]]) -> float:
-    """Seconds for which the event loop stood still at most while `work` ran; the best of a few runs (machines are busy)."""
+    """Seconds for which the event loop stood still at most while `work` ran; the best of a few runs."""
     best = float("inf")
     for _ in range(5):
         worst, done = 0.0, False
