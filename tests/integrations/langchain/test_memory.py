@@ -1,0 +1,243 @@
+"""Document memories: handles, `with_memory`, `cache_control`, `DocumentQA`, document chains."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine_lc import FakeEngine
+from ishmael import REPLY
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_core.document_loaders import BaseLoader
+from langchain_core.documents import Document
+from langchain_core.documents.base import Blob
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from pdf import pdf_bytes
+
+from qllm_integrations.langchain import QLLM_STUFF_PROMPT, DocumentQA, QLLMChat
+from qllm_integrations.langchain.memory import to_documents
+from qllm_runtime import types
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
+
+BOOK = "It was a quiet night. Call me Ishmael. Some years ago I went to sea. " * 20
+OTHER = "The harbour was empty. Nobody came. The lamp burned until the morning. " * 20
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_path: str) -> QLLMChat:
+    return QLLMChat(model=tiny_path)
+
+
+def details(message: AIMessage) -> dict[str, int]:
+    return dict(message.usage_metadata["input_token_details"])
+
+
+def test_read_once_ask_many(tiny: QLLMChat) -> None:
+    with tiny.add_documents([Document(page_content=BOOK, metadata={"source": "a/whale.txt"}), OTHER]) as handle:
+        qa = tiny.with_memory(handle)
+        assert isinstance(qa, QLLMChat)
+        for question in ("Who speaks?", "Who came?"):
+            ai = qa.invoke(question)
+            assert ai.text == REPLY
+            assert details(ai) == {"cache_read": handle.n_tokens, "cache_creation": 0}
+            assert ai.response_metadata["qllm"]["query"] == question
+            assert ai.response_metadata["qllm"]["query_source"] == "message"
+            for citation in ai.content_blocks[0]["annotations"]:
+                index, extras = citation["extras"]["document_index"], citation["extras"]
+                assert (
+                    citation["cited_text"]
+                    == (BOOK, OTHER)[index][extras["start_char_index"] : extras["end_char_index"]]
+                )
+                assert citation.get("title") == ("whale.txt", None)[index]
+        streamed = reduce(add, qa.stream("Who came?"))
+        assert streamed.usage_metadata == ai.usage_metadata
+        assert streamed.content_blocks == ai.content_blocks
+        assert (handle.closed, handle.nbytes > 0, len(handle.documents)) == (False, True, 2)
+    assert handle.closed
+    assert "closed" in repr(handle)
+
+
+def test_a_memory_answers_as_inline_documents_read_once_do(tiny: QLLMChat) -> None:
+    document = {"type": "text-plain", "mime_type": "text/plain", "text": BOOK, "title": "whale.txt"}
+    question = {"type": "text", "text": "Who speaks?"}
+    inline = tiny.invoke([HumanMessage([document, question])], mode="read_once", logprobs=True)
+    with tiny.add_documents(types.Document(BOOK, "whale.txt")) as handle:
+        asked = tiny.invoke([HumanMessage([handle.block(), question])], logprobs=True)
+    assert asked.content_blocks == inline.content_blocks
+    assert asked.usage_metadata["input_tokens"] == inline.usage_metadata["input_tokens"]
+    scores = [[entry["logprob"] for entry in ai.response_metadata["logprobs"]["content"]] for ai in (asked, inline)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_conversations_systems_and_tools_over_a_memory(tiny: QLLMChat) -> None:
+    def look(at: str) -> str:
+        """Look at something."""
+        return at
+
+    with tiny.add_documents(BOOK, system="Be brief.") as handle:
+        qa = tiny.with_memory(handle)
+        first = qa.invoke([SystemMessage("Be brief."), HumanMessage("Who speaks?")])
+        history = [HumanMessage("Who speaks?"), first, HumanMessage("And who listens?")]
+        ai = qa.invoke(history)
+        assert details(ai)["cache_read"] == handle.n_tokens
+        assert ai.response_metadata["qllm"]["query"] == "And who listens?"
+        assert qa.bind_tools([look], tool_choice="any").invoke("Look.").tool_calls
+        assert qa.with_structured_output(
+            {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        ).invoke("?")
+        assert tiny.bind(file_id=handle.id).invoke("Who?").text == REPLY
+        with pytest.raises(InvalidRequestError, match="another system text"):
+            qa.invoke([SystemMessage("Be wordy."), HumanMessage("Who?")])
+        counted = qa.get_num_tokens_from_messages(history)
+        assert counted == ai.usage_metadata["input_tokens"]
+
+
+def test_memories_that_cannot_be_used_are_refused(tiny: QLLMChat, other_path: str) -> None:
+    handle = tiny.add_documents("Call me Ishmael.")
+    with pytest.raises(InvalidRequestError, match="another model"):
+        QLLMChat(model=other_path).with_memory(handle)
+    with pytest.raises(InvalidRequestError, match="another model"):
+        QLLMChat(model=tiny.model, memory=MemoryConfig()).bind(file_id=handle.id).invoke("hi")
+    assert QLLMChat(model=tiny.model, max_tokens=3).with_memory(handle).invoke("hi").text == REPLY[:3]
+    with pytest.raises(InvalidRequestError, match="no document memory 'nowhere'"):
+        tiny.invoke([HumanMessage([{"type": "text-plain", "file_id": "nowhere"}, {"type": "text", "text": "hi"}])])
+    handle.close()
+    for use in (lambda: tiny.with_memory(handle), lambda: tiny.bind(file_id=handle.id).invoke("hi")):
+        with pytest.raises(ClosedError, match="was closed"):
+            use()
+    handle.close()
+
+
+def test_closing_the_chat_model_closes_its_memories(tiny_path: str) -> None:
+    llm = QLLMChat(model=tiny_path)
+    handle = llm.add_documents("Call me Ishmael.")
+    llm.close()
+    assert handle.closed
+
+
+def marked(text: str) -> list[Any]:
+    document = {"type": "text-plain", "mime_type": "text/plain", "text": text, "cache_control": {"type": "ephemeral"}}
+    return [HumanMessage([document, {"type": "text", "text": "Who speaks?"}])]
+
+
+def test_cache_control_keeps_the_reading(tiny_path: str) -> None:
+    llm = QLLMChat(model=tiny_path)
+    first, second, streamed = llm.invoke(marked(BOOK)), llm.invoke(marked(BOOK)), reduce(add, llm.stream(marked(BOOK)))
+    created = details(first)["cache_creation"]
+    assert created > len(BOOK)
+    assert details(first)["cache_read"] == 0
+    assert details(second) == details(streamed) == {"cache_read": created, "cache_creation": 0}
+    assert first.content_blocks == second.content_blocks
+    assert details(llm.invoke(marked(OTHER)))["cache_creation"] > 0
+    assert details(llm.invoke([SystemMessage("Be brief."), *marked(BOOK)]))["cache_creation"] > 0
+    llm.close()
+
+
+def test_cache_control_keeps_a_few_readings_only() -> None:
+    llm = QLLMChat.from_engine(FakeEngine())
+    for i in range(6):
+        llm.invoke(marked(f"Book {i}."))
+    assert details(llm.invoke(marked("Book 5.")))["cache_read"] > 0
+    assert details(llm.invoke(marked("Book 0.")))["cache_creation"] > 0
+
+
+class Pages(BaseLoader):
+    def lazy_load(self) -> Any:
+        for source in ("a.pdf", "b.pdf"):
+            for page in range(2):
+                yield Document(page_content=f"Page {page} of {source}.", metadata={"source": source, "page": page})
+
+
+def test_documents_from_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "whale.txt").write_text(BOOK, encoding="utf-8")
+    (tmp_path / "whale.pdf").write_bytes(pdf_bytes("Call me Ishmael.", "The whale."))
+    blob = Blob(data=b"Call me Ishmael.", mimetype="text/plain", metadata={"shelf": 3})
+    sources = [
+        "Some text.",
+        tmp_path / "whale.txt",
+        tmp_path / "whale.pdf",
+        blob,
+        types.Document("x", "y"),
+        Document(page_content="z"),
+    ]
+    documents = to_documents(sources)
+    assert [document.title for document in documents] == [None, "whale.txt", "whale.pdf", None, "y", None]
+    assert documents[1].text == BOOK
+    assert documents[3].metadata["shelf"] == 3
+    assert [to_documents(source)[0].text for source in sources] == [document.text for document in documents]
+    first, second = to_documents(Pages())
+    assert first.text == "Page 0 of a.pdf.\n\nPage 1 of a.pdf."
+    assert first.metadata["page_starts"] == [0, 18]
+    assert (first.title, second.title) == ("a.pdf", "b.pdf")
+
+
+def test_sources_that_are_no_documents_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "whale.txt"
+    file.write_text(BOOK, encoding="utf-8")
+    for source, words in (
+        (str(file), "pathlib.Path"),
+        (3, "int is no document"),
+        ([], "no documents"),
+        ({"text": "x"}, "dict is no document"),
+        ([3], "int"),
+    ):
+        with pytest.raises(DocumentError, match=words):
+            to_documents(source)
+    with pytest.raises(DocumentError):
+        QLLMChat.from_engine(FakeEngine()).add_documents(tmp_path / "missing.txt")
+
+
+def test_document_qa(tiny: QLLMChat) -> None:
+    books = [Document(page_content=BOOK, metadata={"source": "whale.txt", "year": 1851})]
+    with DocumentQA.from_documents(books, llm=tiny) as qa:
+        out = qa.invoke("Who speaks?")
+        assert (out["query"], out["answer"]) == ("Who speaks?", REPLY)
+        for source in out["source_documents"]:
+            assert source.page_content == BOOK[source.metadata["start_char_index"] : source.metadata["end_char_index"]]
+            assert (source.metadata["source"], source.metadata["year"]) == ("whale.txt", 1851)
+        assert out["source_documents"]
+        assert reduce(add, qa.stream("Who speaks?")) == out
+        assert qa.invoke({"input": "Who speaks?"}) == out
+        assert qa.batch(["Who speaks?"] * 2) == [out] * 2
+        with pytest.raises(InvalidRequestError, match="'question'"):
+            qa.invoke({"ask": "Who?"})
+    with pytest.raises(ClosedError):
+        qa.invoke("Who speaks?")
+
+
+async def test_document_qa_async(tiny: QLLMChat) -> None:
+    with DocumentQA(tiny, await tiny.aadd_documents(BOOK)) as qa:
+        out = await qa.ainvoke("Who speaks?")
+        assert reduce(add, [piece async for piece in qa.astream("Who speaks?")]) == out
+
+
+def test_pages_of_a_pdf_are_cited(tmp_path: Path) -> None:
+    (tmp_path / "whale.pdf").write_bytes(pdf_bytes("Call me Ishmael.", "The whale was white."))
+    llm = QLLMChat.from_engine(FakeEngine())
+    with llm.add_documents(tmp_path / "whale.pdf") as handle:
+        (citation,) = llm.with_memory(handle).invoke("Who?").content_blocks[0]["annotations"]
+        assert citation["extras"]["page"] == 1
+
+
+def test_a_stuff_documents_chain_works_unmodified(tiny: QLLMChat) -> None:
+    books = [Document(page_content=BOOK), Document(page_content="{braces} " + OTHER)]
+    chain = create_stuff_documents_chain(tiny, QLLM_STUFF_PROMPT)
+    assert chain.invoke({"context": books, "input": "Who speaks?"}) == REPLY
+    engine = FakeEngine()
+    create_stuff_documents_chain(QLLMChat.from_engine(engine), QLLM_STUFF_PROMPT).invoke(
+        {"context": books, "input": "Who speaks?"}
+    )
+    (turn,) = engine.calls[0]["turns"]
+    assert turn.documents == (types.Document(f"{BOOK}\n\n{{braces}} {OTHER}"),)
+    assert engine.calls[0]["query"] == "Who speaks?"
+
+
+def test_progress_is_shown(tiny: QLLMChat, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.add_documents(BOOK, show_progress=True).close()
+    assert "tokens" in capsys.readouterr().err
+    tiny.add_documents(BOOK).close()
+    assert capsys.readouterr().err == ""
