@@ -15,7 +15,7 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from langchain_core.documents.base import Blob
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-from pdf import pdf_bytes
+from pdf_by_hand import pdf_bytes
 
 from qllm_integrations.langchain import QLLM_STUFF_PROMPT, DocumentQA, QLLMChat
 from qllm_integrations.langchain.memory import to_documents

@@ -17,7 +17,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from pdf import pdf_bytes
+from pdf_by_hand import pdf_bytes
 
 from qllm_integrations.langchain import QLLMChat
 

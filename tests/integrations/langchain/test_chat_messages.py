@@ -19,7 +19,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.messages.content import create_plaintext_block
-from pdf import pdf_bytes
+from pdf_by_hand import pdf_bytes
 
 from qllm_integrations.langchain import QLLMChat
 from qllm_integrations.langchain.messages import translate
