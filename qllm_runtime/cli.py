@@ -204,6 +204,7 @@ def models(
     if not model:
         inventory.print_builtin()
         return
+    _quiet()
     verdicts = [inventory.print_support(name) for name in model]
     if not all(verdicts):
         raise typer.Exit(1)
@@ -223,7 +224,7 @@ def _open(
     chosen = {key: value for key, value in settings.items() if value is not None}
     if memory_config is not None:  # an inconsistent file should not cost the time to load a model
         MemoryConfig.from_yaml(memory_config)
-    _hide_bars()
+    _quiet()
     from qllm_runtime.engine import QLLM
 
     llm = QLLM.from_pretrained(model, revision=revision, device=device, dtype=dtype)
@@ -238,8 +239,8 @@ def _open(
     return llm
 
 
-def _hide_bars() -> None:
-    """Loading a model shows no bars and notices of transformers."""
+def _quiet() -> None:
+    """Keep the bars and notices of transformers away."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
@@ -259,8 +260,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # the reader of our output has seen enough; typer makes a SystemExit of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:
         usage = getattr(error, "format_message", None)  # typer's usage errors, whichever class they are

@@ -27,7 +27,7 @@ def print_support(name: str) -> bool:
     Raises:
         ModelNotFoundError: There is no such model.
     """
-    from qllm_runtime.seam import check_support
+    from qllm_runtime.support import check_support
 
     support = check_support(str(_FOLDER / name) if name in BUILTIN else name)
     verdict = "supported" if support.ok else "not supported"
