@@ -158,9 +158,12 @@ def _report(answer: Answer) -> None:
     )
 
 
-def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, list[str] | None, list[Any]]:
+def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[Any] | None, list[str] | None, list[Any]]:
     """Tools for the template, their names, and the processors that force a call."""
-    tools = list(given.get("tools") or ())
+    tools = [
+        tool if isinstance(tool, Mapping) else tool.metadata.to_openai_tool(skip_length_check=True)
+        for tool in given.get("tools") or ()
+    ]
     names = [tool["function"]["name"] for tool in tools]
     choice = options.tool_choice(given.get("tool_choice"), names)
     if not tools or choice == "none":

@@ -72,8 +72,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         if chat_history is not None:
             self._history.set(chat_history)
         asked, nodes = ChatMessage(message), list(self._nodes())
-        document_memory = self._reader.memory(nodes)
-        messages = self._messages([*self._history.get(input=message), asked], nodes, document_memory is not None)
+        messages = self._messages([*self._history.get(input=message), asked], nodes)
+        document_memory = self._reader.memory(nodes, messages)
         response = self._reader.llm.chat(messages, **self._reader.arguments(message, document_memory, self._options))
         self._history.put(asked)
         self._history.put(_spoken(response))
@@ -85,8 +85,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         if chat_history is not None:
             await self._history.aset(chat_history)
         asked, nodes = ChatMessage(message), await run_in_thread(lambda cancel: list(self._nodes()))
-        document_memory = await self._reader.amemory(nodes)
-        messages = self._messages([*await self._history.aget(input=message), asked], nodes, document_memory is not None)
+        messages = self._messages([*await self._history.aget(input=message), asked], nodes)
+        document_memory = await self._reader.amemory(nodes, messages)
         response = await self._reader.llm.achat(
             messages, **self._reader.arguments(message, document_memory, self._options)
         )
@@ -100,8 +100,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         if chat_history is not None:
             self._history.set(chat_history)
         asked, nodes, sources = ChatMessage(message), list(self._nodes()), Sources()
-        document_memory = self._reader.memory(nodes)
-        messages = self._messages([*self._history.get(input=message), asked], nodes, document_memory is not None)
+        messages = self._messages([*self._history.get(input=message), asked], nodes)
+        document_memory = self._reader.memory(nodes, messages)
         responses = self._reader.llm.stream_chat(
             messages, **self._reader.arguments(message, document_memory, self._options)
         )
@@ -128,8 +128,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
             await self._history.aset(chat_history)
         asked, sources = ChatMessage(message), Sources()
         nodes = await run_in_thread(lambda cancel: list(self._nodes()))
-        document_memory = await self._reader.amemory(nodes)
-        messages = self._messages([*await self._history.aget(input=message), asked], nodes, document_memory is not None)
+        messages = self._messages([*await self._history.aget(input=message), asked], nodes)
+        document_memory = await self._reader.amemory(nodes, messages)
         responses = await self._reader.llm.astream_chat(
             messages, **self._reader.arguments(message, document_memory, self._options)
         )
@@ -155,16 +155,16 @@ class WholeDocumentChatEngine(BaseChatEngine):
         """The conversation so far."""
         return list(self._history.get_all())
 
-    def _messages(
-        self, conversation: list[ChatMessage], nodes: Sequence[BaseNode], in_memory: bool
-    ) -> list[ChatMessage]:
-        """System prompts, then the conversation with the documents ahead of its first user message."""
-        messages = list(conversation)
-        if not in_memory:
-            first = next(i for i, message in enumerate(messages) if message.role is MessageRole.USER)
+    def _messages(self, conversation: Sequence[ChatMessage], nodes: Sequence[BaseNode]) -> list[ChatMessage]:
+        """System prompts, then the conversation with the documents in its first message, which is the user's."""
+        messages = self._reader.opened(conversation)
+        first = next(i for i, message in enumerate(messages) if message.role is not MessageRole.SYSTEM)
+        if messages[first].role is not MessageRole.USER:  # a greeting, say
+            messages.insert(first, ChatMessage(role=MessageRole.USER, blocks=[]))
+        if self._reader.mode == "query_aware":
             blocks = [*(citable_block(node) for node in nodes), *messages[first].blocks]
             messages[first] = messages[first].model_copy(update={"blocks": blocks})
-        return [*self._reader.system_messages(), *messages]
+        return messages
 
 
 def _spoken(response: ChatResponse) -> ChatMessage:

@@ -91,7 +91,7 @@ class WholeDocument(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Wrap documents; nodes that are whole already pass."""
-        return [whole_node(node) if isinstance(node, Document) else node for node in nodes]
+        return [whole_node(_join([node])) if isinstance(node, Document) else node for node in nodes]
 
 
 def whole_node(document: Document) -> TextNode:

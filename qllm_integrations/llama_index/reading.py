@@ -47,7 +47,8 @@ class Sources:
     def fill(self, response: ChatResponse, nodes: Sequence[BaseNode], top: int | None = None) -> None:
         """Take the sources of a finished response to a question about `nodes`."""
         for source in response.raw["sources"][:top] if response.raw else ():
-            self.nodes.append(passage(nodes[source["document"]], source["start"], source["end"], source["score"]))
+            if source["document"] < len(nodes):  # the others stand in messages
+                self.nodes.append(passage(nodes[source["document"]], source["start"], source["end"], source["score"]))
         self.describe(response)
 
     def describe(self, response: ChatResponse) -> None:
@@ -80,60 +81,69 @@ class Reader:
 
     def ask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
         """The whole answer."""
-        memory = self.memory(nodes)
-        return self.llm.chat(self.messages(query, nodes, memory), **self.arguments(query, memory, options))
+        messages = self.messages(query, nodes)
+        memory = self.memory(nodes, messages)
+        return self.llm.chat(messages, **self.arguments(query, memory, options))
 
     async def aask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
         """The whole answer, without blocking the event loop."""
-        memory = await self.amemory(nodes)
-        return await self.llm.achat(self.messages(query, nodes, memory), **self.arguments(query, memory, options))
+        messages = self.messages(query, nodes)
+        memory = await self.amemory(nodes, messages)
+        return await self.llm.achat(messages, **self.arguments(query, memory, options))
 
     def stream(
         self, query: str, nodes: Sequence[BaseNode], sources: Sources, *, top: int | None = None, **options: Any
     ) -> Generator[str, None, None]:
         """The answer piece by piece; `sources` are filled with the last one."""
-        memory = self.memory(nodes)
-        responses = self.llm.stream_chat(self.messages(query, nodes, memory), **self.arguments(query, memory, options))
+        messages = self.messages(query, nodes)
+        memory = self.memory(nodes, messages)
+        responses = self.llm.stream_chat(messages, **self.arguments(query, memory, options))
         return _texts(responses, lambda last: sources.fill(last, nodes, top))
 
     async def astream(
         self, query: str, nodes: Sequence[BaseNode], sources: Sources, *, top: int | None = None, **options: Any
     ) -> AsyncGenerator[str, None]:
         """The answer piece by piece, without blocking the event loop."""
-        memory = await self.amemory(nodes)
-        responses = await self.llm.astream_chat(
-            self.messages(query, nodes, memory), **self.arguments(query, memory, options)
-        )
+        messages = self.messages(query, nodes)
+        memory = await self.amemory(nodes, messages)
+        responses = await self.llm.astream_chat(messages, **self.arguments(query, memory, options))
         return _atexts(responses, lambda last: sources.fill(last, nodes, top))
 
-    def memory(self, nodes: Sequence[BaseNode], cancel: threading.Event | None = None) -> DocumentMemory | None:
-        """The kept memory of the nodes, read now if need be; None when each question reads them anew."""
+    def messages(self, query: str, nodes: Sequence[BaseNode]) -> list[ChatMessage]:
+        """The question as messages, with the nodes as document blocks unless they are kept in a memory."""
+        blocks = [citable_block(node) for node in nodes] if self.mode == "query_aware" else []
+        return self.opened(routed_messages(self.template, {"query_str": query}, self.llm, blocks))
+
+    def opened(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+        """The messages with the system prompts of model and reader ahead, all leading system text in one message."""
+        rest = list(messages)
+        texts = [text for text in (self.llm.system_prompt, self.system_prompt) if text]
+        while rest and rest[0].role is MessageRole.SYSTEM:
+            texts.append(rest.pop(0).content or "")
+        opening = [ChatMessage("\n\n".join(texts), role=MessageRole.SYSTEM)] if texts else []
+        return [*opening, *rest]
+
+    def memory(
+        self, nodes: Sequence[BaseNode], messages: Sequence[ChatMessage] = (), cancel: threading.Event | None = None
+    ) -> DocumentMemory | None:
+        """The kept memory of the nodes for these messages, read now if need be; None when each question reads them."""
         if self.mode == "query_aware" or not nodes:
             return None
         started = time.perf_counter()
         documents = [engine_document(node) for node in nodes]
         bar = progress_bar(self.show_progress or self.llm.show_progress)
-        system = "\n\n".join(text for text in (self.llm.system_prompt, self.system_prompt) if text) or None
+        opening = next(iter(messages or self.opened(())), None)
+        system = opening.content if opening is not None and opening.role is MessageRole.SYSTEM else None
         memory, created = self.shelf.get(self.llm.engine, documents, system, progress=bar, cancel=cancel)
         if created:
             report_reading(memory, time.perf_counter() - started)
         return memory
 
-    async def amemory(self, nodes: Sequence[BaseNode]) -> DocumentMemory | None:
+    async def amemory(self, nodes: Sequence[BaseNode], messages: Sequence[ChatMessage]) -> DocumentMemory | None:
         """As `memory`, without blocking the event loop."""
         if self.mode == "query_aware" or not nodes:
             return None
-        return await run_in_thread(lambda cancel: self.memory(nodes, cancel))
-
-    def messages(self, query: str, nodes: Sequence[BaseNode], memory: DocumentMemory | None) -> list[ChatMessage]:
-        """The question as messages, with the nodes as document blocks unless they are in a memory."""
-        blocks = [] if memory is not None else [citable_block(node) for node in nodes]
-        return [*self.system_messages(), *routed_messages(self.template, {"query_str": query}, self.llm, blocks)]
-
-    def system_messages(self) -> list[ChatMessage]:
-        """System prompts of model and reader, the model's first."""
-        texts = [text for text in (self.llm.system_prompt, self.system_prompt) if text]
-        return [ChatMessage("\n\n".join(texts), role=MessageRole.SYSTEM)] if texts else []
+        return await run_in_thread(lambda cancel: self.memory(nodes, messages, cancel))
 
     def arguments(self, query: str, memory: DocumentMemory | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the call."""

@@ -16,7 +16,7 @@ from llama_index.core.instrumentation.events.query import QueryEndEvent, QuerySt
 from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index.core.llms import ChatMessage
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine, RouterQueryEngine, SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
 from llama_index.core.selectors import LLMSingleSelector, PydanticSingleSelector
@@ -184,6 +184,17 @@ def test_settings_of_the_query_engine(index: WholeDocumentIndex, engine: FakeEng
         index.as_query_engine(similarity_topk=3)
 
 
+def test_template_with_a_system_message_reads_under_it(index: WholeDocumentIndex, engine: FakeEngine) -> None:
+    template = ChatPromptTemplate(
+        [ChatMessage("Read closely.", role="system"), ChatMessage("{context_str} {query_str}")]
+    )
+    query_engine = index.as_query_engine(text_qa_template=template, system_prompt="Be brief.", mode="read_once")
+    for _ in range(2):
+        query_engine.query(QUESTION)
+    assert [memory.system for memory in engine.readings] == ["Be brief.\n\nRead closely."] * 2  # one per document
+    assert engine.requests[-1]["turns"][0].text == "Be brief.\n\nRead closely."
+
+
 async def test_empty_index(llm: QLLM) -> None:
     index = WholeDocumentIndex(nodes=[], llm=llm)
     assert str(index.as_query_engine().query(QUESTION)) == "Empty Response"
@@ -283,6 +294,17 @@ def test_chat_reads_under_each_message_on_demand(index: WholeDocumentIndex, engi
     assert (engine.requests[-1]["query"], engine.requests[-1]["mode"]) == ("And then?", "query_aware")
 
 
+@pytest.mark.parametrize("mode", ["read_once", "query_aware"])
+def test_chat_that_opens_with_a_greeting(index: WholeDocumentIndex, engine: FakeEngine, mode: Any) -> None:
+    greeting = [ChatMessage("Be brief.", role="system"), ChatMessage("How can I help?", role="assistant")]
+    chat = index.as_chat_engine(mode=mode, chat_history=greeting, system_prompt="Be kind.")
+    assert chat.chat(QUESTION).source_nodes
+    turns = engine.requests[-1]["turns"]
+    assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
+    assert turns[0].text == "Be kind.\n\nBe brief."
+    assert len(turns[1].documents) == (2 if mode == "query_aware" else 0)
+
+
 def test_other_chat_modes(index: WholeDocumentIndex) -> None:
     kinds = {
         "context": WholeDocumentChatEngine,
@@ -369,7 +391,8 @@ async def test_router(index: WholeDocumentIndex, llm: QLLM, engine: FakeEngine, 
         assert chosen == [QUESTION, QUESTION]
 
 
-def test_sub_questions(index: WholeDocumentIndex, llm: QLLM, engine: FakeEngine) -> None:
+@pytest.mark.parametrize("use_async", [False, True])
+def test_sub_questions(index: WholeDocumentIndex, llm: QLLM, engine: FakeEngine, use_async: bool) -> None:
     def script(query: str, documents: Sequence[Any]) -> str:
         if documents:
             return "It is 4711."
@@ -382,7 +405,7 @@ def test_sub_questions(index: WholeDocumentIndex, llm: QLLM, engine: FakeEngine)
         llm=llm,
         question_gen=LLMQuestionGenerator.from_defaults(llm=llm),
         response_synthesizer=QLLMSynthesizer(llm),
-        use_async=False,
+        use_async=use_async,
         verbose=False,
     )
     response = sub.query(QUESTION)

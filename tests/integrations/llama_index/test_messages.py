@@ -30,8 +30,10 @@ from llama_index.core.prompts.default_prompt_selectors import (
 from qllm_integrations.llama_index import QLLM
 from qllm_integrations.llama_index.messages import to_request
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
+from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document
 from tests.integrations.llama_index.fake_engine import FakeEngine
+from tests.integrations.llama_index.tiny_model import tiny_tokenizer
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
 QUESTION = "What is the secret number?"
@@ -327,3 +329,57 @@ def test_cache_point_behind_two_system_messages(llm: QLLM, engine: FakeEngine) -
     llm.chat([*systems, ChatMessage(blocks=[citable(), point, TextBlock(text=QUESTION)])])
     assert engine.readings[0].system == engine.requests[-1]["turns"][0].text == "One.\n\nTwo."
     assert len(engine.requests[-1]["turns"]) == 2
+
+
+@pytest.mark.parametrize("mode", ["query_aware", "read_once"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [ChatMessage(blocks=[citable(), TextBlock(text=QUESTION)])],
+        [ChatMessage(blocks=[TextBlock(text=QUESTION), citable()])],
+        [ChatMessage(QUESTION), ChatMessage(blocks=[citable()])],
+        [ChatMessage(blocks=[citable(f"{BOOK} {QUESTION} {BOOK}"), TextBlock(text=QUESTION)])],
+        [
+            ChatMessage("Sys", role="system"),
+            ChatMessage(blocks=[citable(), citable("More."), TextBlock(text=QUESTION)]),
+        ],
+        [
+            ChatMessage(blocks=[citable(), TextBlock(text="A?")]),
+            ChatMessage("B.", role="assistant"),
+            ChatMessage(QUESTION),
+        ],
+        [
+            ChatMessage(
+                blocks=[TextBlock(text="Please."), TextBlock(text=QUESTION), citable()],
+                additional_kwargs={"query_str": QUESTION},
+            )
+        ],
+        [
+            ChatMessage(blocks=[citable(), TextBlock(text=QUESTION)]),
+            ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_call_id="c", tool_name="look", tool_kwargs={})]),
+            ChatMessage("A map.", role="tool", additional_kwargs={"tool_call_id": "c", "name": "look"}),
+        ],
+    ],
+)
+def test_routed_span_is_exactly_the_question(messages: list[ChatMessage], mode: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    request = to_request(messages)
+    prompt = build_prompt(tokenizer, request.turns, query=request.query, mode=mode)
+    assert prompt.query_spans
+    for start, end in prompt.query_spans:
+        assert tokenizer.decode(prompt.ids[start:end]) == QUESTION
+    for span, document in zip(prompt.document_spans, request.documents, strict=True):
+        assert tokenizer.decode(prompt.ids[span.start : span.end]) == document.text
+
+
+async def test_bad_schema_in_all_forms(llm: QLLM) -> None:
+    arguments: dict[str, Any] = {"response_schema": {"type": "object", "properties": {"a": {"type": "nonsense"}}}}
+    messages = [ChatMessage("Hi")]
+    with pytest.raises(InvalidRequestError, match="schema"):
+        llm.chat(messages, **arguments)
+    with pytest.raises(InvalidRequestError, match="schema"):
+        llm.stream_chat(messages, **arguments)
+    with pytest.raises(InvalidRequestError, match="schema"):
+        await llm.achat(messages, **arguments)
+    with pytest.raises(InvalidRequestError, match="schema"):
+        await llm.astream_chat(messages, **arguments)
