@@ -198,17 +198,11 @@ class BlockMemory(LayerMemory):
         means = far.reshape(heads, pieces, length, dim).float().mean(2).transpose(0, 1)
         counts = [self._eligible(start) for start in starts]
         oldest = [self._oldest(count) for count in counts]
-        parts = self._outside.parts(means, counts, oldest, starts, length, self.on_lookup)
-        key = torch.cat([part.key.expand(-1, pieces, -1, -1) for part in parts], 2)
-        value = torch.cat([part.value.expand(-1, pieces, -1, -1) for part in parts], 2)
+        seen = self._outside.keys(means, counts, oldest, starts, length, self.on_lookup)
+        key, value = seen.key, seen.value
         bias = None
-        if any(part.hidden is not None for part in parts):
-            hidden = [
-                key.new_zeros(pieces, 1, part.key.shape[2], dtype=torch.bool) if part.hidden is None else part.hidden
-                for part in parts
-            ]
-            scopes = max(x.shape[1] for x in hidden)
-            mask = torch.cat([x.expand(-1, scopes, -1) for x in hidden], -1)[:, :, None]
+        if seen.hidden is not None:
+            mask = seen.hidden[:, :, None]
             bias = key.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))
         kv_heads = key.shape[0]
         group = heads // kv_heads
@@ -236,31 +230,32 @@ class BlockMemory(LayerMemory):
         count = self._eligible(first)
         oldest = self._oldest(count)
         rows = slice(oldest - window.base, window.used)
-        parts = []
+        near = near.view(kv_heads, -1, dim)
+        logits = [segment_logits(near, window.key[:, rows], scale=scoring.scale, softcap=scoring.softcap)]
+        seen = None
         if count and not self._outside.empty:
             far = self._outside.far(query)
-            parts = self._outside.parts(far.float().transpose(0, 1), [count], [oldest], [first], 1, self.on_lookup)
+            seen = self._outside.keys(far.float().transpose(0, 1), [count], [oldest], [first], 1, self.on_lookup)
             far = far.view(kv_heads, -1, dim)
-        keys = [part.key[:, 0] for part in parts]
-        values = [*(part.value[:, 0] for part in parts), window.value[:, rows]]
-        logits = [segment_logits(far, k, scale=scoring.scale, softcap=scoring.softcap) for k in keys]
-        for part, x in zip(parts, logits, strict=True):
-            if part.hidden is not None:
-                x.masked_fill_(part.hidden.transpose(0, 1), float("-inf"))
-        near = near.view(kv_heads, -1, dim)
-        logits.append(segment_logits(near, window.key[:, rows], scale=scoring.scale, softcap=scoring.softcap))
+            logits.append(segment_logits(far, seen.key[:, 0], scale=scoring.scale, softcap=scoring.softcap))
+            if seen.hidden is not None:
+                logits[1].masked_fill_(seen.hidden.transpose(0, 1), float("-inf"))
         if scoring.sinks is not None:
             logits.append(scoring.sinks.float().view(kv_heads, -1, 1))
-        joint = torch.cat(logits, -1)
+        joint = logits[0] if len(logits) == 1 else torch.cat(logits, -1)
         weights = torch.softmax(joint, -1)
-        shares = weights.to(value.dtype).split([x.shape[-1] for x in logits], -1)
-        out = shares[0] @ values[0]
-        for share, v in zip(shares[1:], values[1:], strict=False):
-            out = out + share @ v
+        n_near = logits[0].shape[-1]
+        n_keys = n_near + (0 if seen is None else seen.key.shape[2])
+        shares = weights.to(value.dtype)
+        out = shares[..., :n_near] @ window.value[:, rows]
+        if seen is not None:
+            out = out + shares[..., n_near:n_keys] @ seen.value[:, 0]
         if self.on_weights is not None:
-            recent = torch.arange(oldest, self.n_seen, device=key.device)[None]
-            positions = torch.cat([x.expand(kv_heads, -1) for x in (*(part.positions() for part in parts), recent)], 1)
-            self.on_weights(weights[..., : positions.shape[1]].sum(1), positions)
+            positions = torch.arange(oldest, self.n_seen, device=key.device).expand(kv_heads, -1)
+            if seen is not None:
+                distant = self._outside.positions(seen.ids, key.device).expand(kv_heads, -1)
+                positions = torch.cat((positions, distant), 1)
+            self.on_weights(weights[..., :n_keys].sum(1), positions)
         if window.weighs_tokens:
             window.note_lse(first, torch.logsumexp(joint, -1).view(heads, 1))
         self._outside.query.capture(first, query, key, value, self.config.n_init)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,19 +18,19 @@ from qllm_runtime.memory.store import BlockStore
 
 
 @dataclass(frozen=True)
-class Part:
-    """One kind of far keys.
+class FarKeys:
+    """Everything outside the window that pieces see.
 
     Attributes:
-        key, value: [kv_heads, pieces or 1, m, head_dim].
+        key, value: [kv_heads, pieces, m, head_dim].
         hidden: True where a key is not seen, [pieces, scopes, m]; None when all are.
-        positions: Absolute indices [scopes, m] for a single piece.
+        ids: Chosen blocks [pieces, scopes, k], or None for policies without blocks.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     hidden: torch.Tensor | None
-    positions: Callable[[], torch.Tensor]
+    ids: torch.Tensor | None
 
 
 class Outside:
@@ -49,7 +49,7 @@ class Outside:
         self.query = PinnedQuery()
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
-        self._fetched: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._fetched: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._guide: tuple[torch.Tensor, torch.Tensor] | None = None  # a question's vector and its far, weighted form
 
     @property
@@ -119,7 +119,7 @@ class Outside:
                 hook(Lookup(start, length, count, chosen[0] if shared else chosen, seen[0] if shared else seen))
         return ids, valid
 
-    def parts(
+    def keys(
         self,
         lookup: torch.Tensor,
         counts: Sequence[int],
@@ -127,43 +127,65 @@ class Outside:
         starts: Sequence[int],
         length: int,
         hook: LookupHook | None,
-    ) -> list[Part]:
-        """All far keys that pieces see; `oldest` is the first token of each piece's window, the rest as in `look_up`."""
-        config = self._config
-        parts: list[Part] = []
-        if self._initial is not None:
-            key, value = self._initial
-            parts.append(Part(key[:, None], value[:, None], None, lambda: torch.arange(key.shape[1], device=key.device)[None]))
-        if not config.uses_blocks:
-            return parts
+    ) -> FarKeys:
+        """Initial tokens, looked-up blocks and question, in this order.
+
+        Args:
+            lookup, counts, starts, length, hook: As in `look_up`.
+            oldest: First token of each piece's window.
+        """
+        pieces = len(starts)
+        if not self._config.uses_blocks:
+            assert self._initial is not None
+            key, value = (x[:, None].expand(-1, pieces, -1, -1) for x in self._initial)
+            return FarKeys(key, value, None, None)
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
-        pieces, scopes, k = ids.shape
-        size = config.block_size
-        block_key, block_value = self._fetch(ids)
+        key, value = self._fetch(ids)
+        hidden = None
+        asked = len(self.query.positions)
+        if valid is not None or asked:
+            scopes = ids.shape[1]
+            size = self._config.block_size
+            hidden = torch.zeros(pieces, scopes, key.shape[2], dtype=torch.bool, device=key.device)
+            if valid is not None:
+                first = 0 if self._initial is None else self._initial[0].shape[1]
+                hidden[:, :, first : first + ids.shape[2] * size] = ~valid.repeat_interleave(size, dim=-1)
+            if asked:
+                hidden[:, :, -asked:] = self._question_hidden(ids, oldest)
+        return FarKeys(key, value, hidden, ids)
 
-        def block_positions() -> torch.Tensor:
-            return (ids[0, :, :, None] * size + config.n_init + torch.arange(size, device=ids.device)).flatten(1)
-
-        missing = None if valid is None else ~valid.repeat_interleave(size, dim=-1)
-        parts.append(Part(block_key, block_value, missing, block_positions))
-        query = self.query
-        if query.vector is not None and len(query.positions):
-            hidden = self._question_hidden(ids, oldest)
-            parts.append(Part(query.key[:, None], query.value[:, None], hidden, lambda: query.positions[None]))
-        return parts
+    def positions(self, ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Absolute indices [scopes, m] of the far keys of a single piece, in the order of `keys`."""
+        parts = []
+        scopes = 1 if ids is None else ids.shape[1]
+        if self._initial is not None:
+            parts.append(torch.arange(self._initial[0].shape[1], device=device).expand(scopes, -1))
+        if ids is not None:
+            size = self._config.block_size
+            parts.append((ids[0, :, :, None] * size + self._config.n_init + torch.arange(size, device=device)).flatten(1))
+            if len(self.query.positions):
+                parts.append(self.query.positions.expand(scopes, -1))
+        return torch.cat(parts, 1)
 
     def _fetch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [kv_heads, pieces, k * block_size, head_dim] of chosen blocks [pieces, scopes, k]."""
+        """Keys and values [kv_heads, pieces, m, head_dim] around chosen blocks [pieces, scopes, k]."""
         pieces, scopes, k = ids.shape
         single = pieces == 1 and ids.device.type == "cpu"
-        if single and self._fetched is not None and torch.equal(self._fetched[0], ids):
-            return self._fetched[1], self._fetched[2]
-        gathered = self.store.gather(ids.transpose(0, 1).reshape(scopes, pieces * k))
-        size = k * self._config.block_size
-        key, value = (x.reshape(x.shape[0], pieces, size, x.shape[-1]) for x in gathered)
+        last = self._fetched
+        if single and last is not None and last[0] is self.query.vector and torch.equal(last[1], ids):
+            return last[2], last[3]
+        asked = (self.query.key, self.query.value) if len(self.query.positions) else None
+        joined = []
+        for index, pages in enumerate(self.store.gather(ids.transpose(0, 1).reshape(scopes, pieces * k))):
+            parts = [pages.reshape(pages.shape[0], pieces, k * pages.shape[2], pages.shape[-1])]
+            if self._initial is not None:
+                parts.insert(0, self._initial[index][:, None].expand(-1, pieces, -1, -1))
+            if asked is not None:
+                parts.append(asked[index][:, None].expand(-1, pieces, -1, -1))
+            joined.append(torch.cat(parts, 2))
         # one token after another mostly looks up the same blocks
-        self._fetched = (ids, key, value) if single else None
-        return key, value
+        self._fetched = (self.query.vector, ids, joined[0], joined[1]) if single else None
+        return joined[0], joined[1]
 
     def _question_hidden(self, ids: torch.Tensor, oldest: Sequence[int]) -> torch.Tensor:
         """Where the pinned copy of a question token would be its second appearance: [pieces, scopes, tokens]."""
