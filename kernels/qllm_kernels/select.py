@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, per_kv_head: bool) -> torch.Tensor:
+def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) -> torch.Tensor:
     """Score every block for every piece (paper eqs. 5-7; the question's term is folded into `lookup`).
 
     The score of a block for one head is the dot product with its best summary; heads are summed.
@@ -13,10 +13,10 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, per_kv_head: 
     Args:
         lookup: [pieces, heads, head_dim] lookup vectors, rotated to the far position.
         summaries: [summary_heads, r, n_blocks, head_dim]; summary_heads divides heads.
-        per_kv_head: Sum over the heads that share a summary only, instead of all heads. Needs one summary head per kv head.
+        scopes: Groups of consecutive heads that are summed: 1 (all of them) or one per kv head. Divides summary_heads.
 
     Returns:
-        [pieces, scopes, n_blocks] fp32, scopes = summary_heads or 1.
+        [pieces, scopes, n_blocks] fp32.
     """
     pieces, heads, dim = lookup.shape
     n_heads, r = summaries.shape[:2]
@@ -27,10 +27,11 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, per_kv_head: 
         scores = torch.matmul(folded.to(summaries.dtype), summaries[:, 0].transpose(-1, -2)).float()
     else:
         rows = lookup.view(pieces, n_heads, group, dim).transpose(0, 1).reshape(n_heads, 1, pieces * group, dim)
-        dots = torch.matmul(rows.to(summaries.dtype), summaries.transpose(-1, -2))  # [n_heads, r, pieces * group, n_blocks]
+        dots = torch.matmul(
+            rows.to(summaries.dtype), summaries.transpose(-1, -2)
+        )  # [n_heads, r, pieces * group, n_blocks]
         scores = dots.float().amax(1).view(n_heads, pieces, group, -1).sum(2)
-    scores = scores.transpose(0, 1)  # [pieces, n_heads, n_blocks]
-    return scores if per_kv_head else scores.sum(1, keepdim=True)
+    return scores.unflatten(0, (scopes, -1)).sum(1).transpose(0, 1)
 
 
 def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qllm_kernels.attention import segment_logits
+
 
 def mean_keys(key: torch.Tensor) -> torch.Tensor:
     """One summary per block, the mean of its keys.
@@ -56,24 +58,30 @@ def top_keys(key: torch.Tensor, token_scores: torch.Tensor, repr_topk: int) -> t
 
 
 def softmax_mass(
-    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, *, offset: int, n_local: int, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    n_local: int,
+    scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention mass each key received from the n_local queries from its own position on (as published).
 
     Args:
-        query: [heads, n, head_dim] rotated queries.
+        query: [heads, n, head_dim] rotated queries; the first stands at the position of the first key.
         key: [kv_heads, m, head_dim] rotated keys in the same frame.
         lse: [heads, n] log-sum-exp of each query over everything it saw.
-        offset: Position of query 0 minus position of key 0 (>= 0).
         n_local: Window length.
         scale: Factor on the logits.
+        softcap: Cap on the scaled logits.
 
     Returns:
         [heads, m] fp32.
     """
     heads, n, _ = query.shape
     group = heads // key.shape[0]
-    logits = torch.matmul(query, key.repeat_interleave(group, dim=0).transpose(-1, -2)).float() * scale
-    distance = offset + torch.arange(n, device=key.device)[:, None] - torch.arange(key.shape[1], device=key.device)
+    logits = segment_logits(query, key.repeat_interleave(group, dim=0), scale=scale, softcap=softcap)
+    distance = torch.arange(n, device=key.device)[:, None] - torch.arange(key.shape[1], device=key.device)
     seen = (distance >= 0) & (distance < n_local)
     return torch.where(seen, torch.exp(logits - lse.float()[..., None]), 0.0).sum(dim=1)

@@ -104,7 +104,8 @@ class Outside:
                 self._guide = (vector, config.query_weight * self.far(vector))
             lookup = lookup + self._guide[1]
         summaries = self.store.summaries()[:, :, : counts[-1]]
-        scores = block_scores(lookup, summaries, per_kv_head=config.selection == "per_kv_head")
+        scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
+        scores = block_scores(lookup, summaries, scopes=scopes)
         valid = None
         if counts[0] == counts[-1]:
             ids = scores.topk(min(config.topk, counts[0]), dim=-1).indices.sort(dim=-1).values
@@ -162,7 +163,9 @@ class Outside:
             parts.append(torch.arange(self._initial[0].shape[1], device=device).expand(scopes, -1))
         if ids is not None:
             size = self._config.block_size
-            parts.append((ids[0, :, :, None] * size + self._config.n_init + torch.arange(size, device=device)).flatten(1))
+            parts.append(
+                (ids[0, :, :, None] * size + self._config.n_init + torch.arange(size, device=device)).flatten(1)
+            )
             if len(self.query.positions):
                 parts.append(self.query.positions.expand(scopes, -1))
         return torch.cat(parts, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 _ALONG = (1, 1, 2)  # dimension that counts blocks in keys, values, summaries
 
 
@@ -29,6 +28,13 @@ class BlockStore:
     def __len__(self) -> int:
         return self._offset + self._n
 
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of the blocks; 0 while there is none."""
+        if self._pages is not None:
+            return self._pages[0].shape[0]
+        return 0 if self._parent is None else self._parent.kv_heads
+
     def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor) -> None:
         """Add m blocks.
 
@@ -41,7 +47,10 @@ class BlockStore:
         new = (key, value, summaries)
         if self._pages is None or self._n + m > self._pages[0].shape[1]:
             capacity = max(self._reserve, 2 * self._n, self._n + m, 8)
-            grown = [x.new_empty(*x.shape[:along], capacity, *x.shape[along + 1 :]) for x, along in zip(new, _ALONG, strict=True)]
+            grown = [
+                x.new_empty(*x.shape[:along], capacity, *x.shape[along + 1 :])
+                for x, along in zip(new, _ALONG, strict=True)
+            ]
             if self._pages is not None:
                 for target, source, along in zip(grown, self._pages, _ALONG, strict=True):
                     target.narrow(along, 0, self._n).copy_(source.narrow(along, 0, self._n))

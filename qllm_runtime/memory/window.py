@@ -111,15 +111,19 @@ class Window:
         size = config.block_size
         lo = start - self.base
         rows = slice(lo, lo + n_blocks * size)
-        key = self.key_raw[:, rows].unflatten(1, (n_blocks, size))
-        value = self.value[:, rows].unflatten(1, (n_blocks, size))
+        key = self.key_raw[:, rows].reshape(-1, n_blocks, size, self.key_raw.shape[-1])
+        value = self.value[:, rows].reshape(-1, n_blocks, size, self.value.shape[-1])
         if config.summary == "mean":
             return key, value, mean_keys(key)
         if not (self._ranks_tokens or self.weighs_tokens):
             return key, value, key.transpose(1, 2)
-        scores = self._token_scores(lo, n_blocks * size, scoring).unflatten(1, (n_blocks, size))
+        scores = self._token_scores(lo, n_blocks * size, scoring).view(-1, n_blocks, size)
         representatives = top_keys(key, scores, config.repr_topk)
-        return key, value, mean_keys(representatives.transpose(1, 2)) if config.summary == "published" else representatives
+        return (
+            key,
+            value,
+            mean_keys(representatives.transpose(1, 2)) if config.summary == "published" else representatives,
+        )
 
     def _token_scores(self, lo: int, n: int, scoring: Scoring) -> torch.Tensor:
         """Representative scores of the tokens in slots lo .. lo + n: [kv_heads or heads, n]."""
@@ -129,8 +133,14 @@ class Window:
         if self._ranks_tokens:
             prefix = torch.nn.functional.pad(query.float().cumsum(1), (0, 0, 1, 0))
             return linear_token_scores(key, prefix, self._config.n_local)
-        lse = self._lse[:, lo : lo + reach]
-        return softmax_mass(query[:, :reach], key, lse, offset=0, n_local=self._config.n_local, scale=scoring.scale)
+        return softmax_mass(
+            query[:, :reach],
+            key,
+            self._lse[:, lo : lo + reach],
+            n_local=self._config.n_local,
+            scale=scoring.scale,
+            softcap=scoring.softcap,
+        )
 
     def fork(self) -> Self:
         """An independent copy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Scoring
 
-Rotate = Callable[[torch.Tensor, int], torch.Tensor]  # ([heads, head_dim], position) -> [heads, head_dim]
+Rotate = Callable[[torch.Tensor, int], torch.Tensor]  # ([rows, head_dim], position) -> [rows, head_dim]
 
 
 @dataclass
@@ -25,6 +25,9 @@ class Naive:
 
     def __post_init__(self) -> None:
         self.q = self.k = self.v = None
+        self._lse: dict[tuple[int, int], torch.Tensor] = {}
+        self._turns: list[torch.Tensor] = []
+        self._summaries: dict[int, torch.Tensor] = {}
 
     def feed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         c = self.config
@@ -38,6 +41,27 @@ class Naive:
             outs.append(self._piece(start, end))
         return torch.cat(outs)
 
+    @property
+    def _group(self) -> int:
+        return self.q.shape[0] // self.k.shape[0]
+
+    def _turn(self, distance: int) -> torch.Tensor:
+        """Matrix M with q M k = <q rotated to `distance`, k rotated to 0>."""
+        eye = torch.eye(self.q.shape[-1])
+        while len(self._turns) <= distance:
+            self._turns.append(self.rotate(eye, len(self._turns)) @ self.rotate(eye, 0).T)
+        return self._turns[distance]
+
+    def _at_distance(self, q: torch.Tensor, k: torch.Tensor, distances: Sequence[int]) -> torch.Tensor:
+        """[rows, m] dot products of `q` [rows, d] with `k` [m, d], each at its own distance."""
+        if not len(distances):
+            return q.new_zeros(q.shape[0], 0)
+        return torch.einsum("rd,mde,me->rm", q, torch.stack([self._turn(x) for x in distances]), k)
+
+    def _weigh(self, dots: torch.Tensor) -> torch.Tensor:
+        x = dots * self.scoring.scale
+        return self.scoring.softcap * torch.tanh(x / self.scoring.softcap) if self.scoring.softcap else x
+
     def _question(self, start: int) -> tuple[int, int] | None:
         """The span in force for a piece: the last one that was complete before it."""
         if self.config.policy != "qllm":
@@ -45,50 +69,73 @@ class Naive:
         done = [span for span in self.spans if span[1] <= start]
         return done[-1] if done else None
 
+    def _token_score(self, token: int) -> torch.Tensor:
+        """[heads] eq. 4 (summed over the group, the same for all its heads), or the mass received, as published."""
+        c, group, kv_heads = self.config, self._group, self.k.shape[0]
+        scores = []
+        for g in range(kv_heads):
+            rows = slice(g * group, (g + 1) * group)
+            if c.summary == "max":
+                later = range(token + 1, token + c.n_local + 1)
+                dots = [self._at_distance(self.q[rows, p], self.k[g, [token]], [p - token]) for p in later]
+                scores.append(torch.stack(dots).sum().expand(group))
+            else:
+                seen = range(token, token + c.n_local)
+                logits = [
+                    self._weigh(self._at_distance(self.q[rows, p], self.k[g, [token]], [p - token])[:, 0]) for p in seen
+                ]
+                scores.append(sum(torch.exp(x - self._lse[g, p]) for x, p in zip(logits, seen, strict=True)))
+        return torch.cat(scores)
+
     def _summary(self, block: int) -> torch.Tensor:
         """[heads, r, head_dim]."""
-        c, group = self.config, self.q.shape[0] // self.k.shape[0]
+        c = self.config
         lo = c.n_init + block * c.block_size
-        keys = self.k[:, lo : lo + c.block_size].repeat_interleave(group, 0)
+        keys = self.k[:, lo : lo + c.block_size].repeat_interleave(self._group, 0)
         if c.summary == "mean":
             return keys.mean(1, keepdim=True)
-        scores = torch.zeros(self.k.shape[0], c.block_size)
-        for i in range(c.block_size):
-            token = lo + i
-            for j in range(1, c.n_local + 1):
-                turned = self.rotate(self.q[:, token + j], j).view(self.k.shape[0], group, -1).sum(1)
-                scores[:, i] += (turned * self.rotate(self.k[:, token], 0)).sum(-1)
-        top = scores.topk(c.repr_topk, -1).indices.repeat_interleave(group, 0)
-        return keys.gather(1, top[..., None].expand(-1, -1, keys.shape[-1]))
+        scores = torch.stack([self._token_score(lo + i) for i in range(c.block_size)], -1)
+        top = scores.topk(c.repr_topk, -1).indices
+        best = keys.gather(1, top[..., None].expand(-1, -1, keys.shape[-1]))
+        return best.mean(1, keepdim=True) if c.summary == "published" else best
 
-    def _best_match(self, turned: torch.Tensor, block: int) -> torch.Tensor:
-        """[heads] dot product with the best representative of the block."""
-        return torch.stack([(turned * self.rotate(r, 0)).sum(-1) for r in self._summary(block).unbind(1)]).amax(0)
+    def _match(self, lookup: torch.Tensor, block: int) -> torch.Tensor:
+        """[heads] dot product with the best representative of the block, at the far distance."""
+        if block not in self._summaries:
+            self._summaries[block] = self._summary(block)
+        turned = lookup @ self._turn(self.config.n_local - 1)
+        return torch.einsum("hd,hrd->hr", turned, self._summaries[block]).amax(1)
 
-    def _far_logit(self, q: torch.Tensor, k: torch.Tensor, position: int) -> torch.Tensor:
+    def _far_dots(self, q: torch.Tensor, g: int, positions: list[int]) -> torch.Tensor:
         c = self.config
         if c.policy == "streaming":
-            return (self.rotate(q, c.n_init + c.n_local - 1) * self.rotate(k, position)).sum(-1)
-        return (self.rotate(q, c.n_local - 1) * self.rotate(k, 0)).sum(-1)
+            turned = self.rotate(q, c.n_init + c.n_local - 1)
+            keys = [self.rotate(self.k[g, [j]], j) for j in positions]
+            return turned @ torch.cat(keys).T if keys else q.new_zeros(q.shape[0], 0)
+        return self._at_distance(q, self.k[g, positions], [c.n_local - 1] * len(positions))
+
+    def _choose(self, start: int, end: int, count: int) -> torch.Tensor:
+        """[kv_heads, k] blocks."""
+        c, kv_heads = self.config, self.k.shape[0]
+        span = self._question(start)
+        lookup = self.q[:, start:end].mean(1)
+        if span is not None:
+            lookup = lookup + c.query_weight * self.q[:, span[0] : span[1]].mean(1)
+        scores = torch.stack([self._match(lookup, block) for block in range(count)], -1)
+        per_kv = scores.view(kv_heads, -1, count).sum(1)
+        if c.selection == "shared":
+            per_kv = per_kv.sum(0, keepdim=True).expand(kv_heads, -1)
+        return per_kv.topk(min(c.topk, count), -1).indices.sort(-1).values
 
     def _piece(self, start: int, end: int) -> torch.Tensor:
-        c = self.config
+        c, group = self.config, self._group
         heads, kv_heads = self.q.shape[0], self.k.shape[0]
-        group = heads // kv_heads
         count = max(0, (start - c.n_local - c.n_init) // c.block_size)
         oldest = c.n_init + count * c.block_size if count else 0
         far: list[set[int]] = [set(range(c.n_init)) if count else set() for _ in range(kv_heads)]
         if count and c.uses_blocks:
             span = self._question(start)
-            lookup = self.q[:, start:end].mean(1)
-            if span is not None:
-                lookup = lookup + c.query_weight * self.q[:, span[0] : span[1]].mean(1)
-            turned = self.rotate(lookup, c.n_local - 1)
-            scores = torch.stack([self._best_match(turned, block) for block in range(count)], -1)
-            per_kv = scores.view(kv_heads, group, count).sum(1)
-            if c.selection == "shared":
-                per_kv = per_kv.sum(0, keepdim=True).expand(kv_heads, -1)
-            self.chosen[start] = per_kv.topk(min(c.topk, count), -1).indices.sort(-1).values
+            self.chosen[start] = self._choose(start, end, count)
             for g in range(kv_heads):
                 for block in self.chosen[start][g].tolist():
                     lo = c.n_init + block * c.block_size
@@ -97,18 +144,15 @@ class Naive:
                     far[g] |= {t for t in range(*span) if t < oldest}
         out = torch.zeros(end - start, heads, self.v.shape[-1])
         for p in range(start, end):
-            for h in range(heads):
-                g = h // group
-                q = self.q[h : h + 1, p]
-                near = range(oldest, p + 1)
-                logits = [(self.rotate(q, p - j) * self.rotate(self.k[g : g + 1, j], 0)).sum() for j in near]
+            near = list(range(oldest, p + 1))
+            for g in range(kv_heads):
+                rows = slice(g * group, (g + 1) * group)
+                q = self.q[rows, p]
                 distant = sorted(far[g])
-                logits += [self._far_logit(q, self.k[g : g + 1, j], j).sum() for j in distant]
-                x = torch.stack(logits) * self.scoring.scale
-                if self.scoring.softcap:
-                    x = self.scoring.softcap * torch.tanh(x / self.scoring.softcap)
+                logits = [self._at_distance(q, self.k[g, near], [p - j for j in near]), self._far_dots(q, g, distant)]
+                x = self._weigh(torch.cat(logits, 1))
                 if self.scoring.sinks is not None:
-                    x = torch.cat((x, self.scoring.sinks[h : h + 1]))
-                weights = torch.softmax(x, 0)[: len(near) + len(distant)]
-                out[p - start, h] = weights @ self.v[g, [*near, *distant]]
+                    x = torch.cat((x, self.scoring.sinks[rows, None]), 1)
+                self._lse[g, p] = x.logsumexp(1)
+                out[p - start, rows] = torch.softmax(x, 1)[:, : len(near) + len(distant)] @ self.v[g, near + distant]
         return out
