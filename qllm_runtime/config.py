@@ -26,8 +26,21 @@ _PUBLISHED_POLICIES: dict[str, Policy] = {
 _WHOLE_PROMPT = 2**31  # chunk_size: null of the published configs
 # keys of the published configs that steer its caching or its GPU code and have no influence on results
 _PUBLISHED_ENGINE_KEYS = frozenset(
-    "max_cached_block cache_strategy score_decay async_global_stream pin_memory faiss fattn "
-    "base path tokenizer_path conv_type type attn_type".split()
+    (
+        "max_cached_block",
+        "cache_strategy",
+        "score_decay",
+        "async_global_stream",
+        "pin_memory",
+        "faiss",
+        "fattn",
+        "base",
+        "path",
+        "tokenizer_path",
+        "conv_type",
+        "type",
+        "attn_type",
+    )
 )
 # keys that change results and the only values that are served; the rotary base is read from the model
 _PUBLISHED_FIXED: dict[str, tuple[Any, ...]] = {
@@ -52,24 +65,31 @@ class MemoryConfig(BaseModel):
         description="Which tokens outside the window stay reachable. qllm: blocks looked up by current tokens and question; "
         "infllm: by current tokens only; streaming and lm-infinite: initial tokens only; full: every token (dense attention).",
     )
-    n_init: int = Field(default=64, ge=0, description="Initial tokens that always stay visible ('global tokens' G, attention sinks).")
+    n_init: int = Field(
+        default=64, ge=0, description="Initial tokens that always stay visible ('global tokens' G, attention sinks)."
+    )
     n_local: int = Field(
-        default=1024, ge=1, description="Local window L: every query sees at least this many preceding tokens, at their true distance."
+        default=1024,
+        ge=1,
+        description="Local window L: every query sees at least this many preceding tokens, at their true distance.",
     )
     block_size: int = Field(default=64, ge=1, description="Tokens per memory block B.")
     topk: int = Field(default=16, ge=0, description="Blocks looked up per piece and layer (blocks).")
     repr_topk: int = Field(default=4, ge=1, description="Representative tokens r_k per block (tokens).")
-    exec_block_size: int = Field(default=256, ge=1, description="Queries that share one lookup while reading (a 'piece').")
+    exec_block_size: int = Field(
+        default=256, ge=1, description="Queries that share one lookup while reading (a 'piece')."
+    )
     query_weight: float = Field(
         default=1.0, ge=0, description="Weight beta of the question's term in the block score (eq. 7); unit-free."
     )
     selection: Selection = Field(
-        default="shared", description="One choice of blocks for all heads of a layer (as published) or one per key/value head."
+        default="shared",
+        description="One choice of blocks for all heads of a layer (as published) or one per key/value head.",
     )
     summary: Summary = Field(
         default="max",
-        description="What represents a block: 'published' (mean of the repr_topk tokens with most attention mass), 'mean' (of all keys), "
-        "'max' (repr_topk single keys, the best match counts).",
+        description="What represents a block: 'published' (mean of the repr_topk tokens with most attention mass), "
+        "'mean' (of all keys), 'max' (repr_topk single keys, the best match counts).",
     )
     chunk_size: int = Field(
         default=2048,
@@ -77,7 +97,9 @@ class MemoryConfig(BaseModel):
         description="Tokens per forward pass while reading, rounded down to whole pieces; no effect on results. "
         "With faithful=True it is taken exactly and does affect them, as in the published code.",
     )
-    faithful: bool = Field(default=False, description="Reproduce the published research code number for number, quirks included.")
+    faithful: bool = Field(
+        default=False, description="Reproduce the published research code number for number, quirks included."
+    )
 
     def __init__(self, **data: Any) -> None:
         if data.get("faithful"):
@@ -91,7 +113,9 @@ class MemoryConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:
         if self.uses_blocks and self.topk == 0 and not self.faithful:
-            raise ValueError(f"policy {self.policy!r} needs topk of at least 1; use policy='lm-infinite' for a window without lookups")
+            raise ValueError(
+                f"policy {self.policy!r} needs topk of at least 1; use policy='lm-infinite' for a window without lookups"
+            )
         if self.uses_blocks and self.repr_topk > self.block_size:
             raise ValueError(f"repr_topk ({self.repr_topk}) must not exceed block_size ({self.block_size})")
         if self.uses_blocks and self.exec_block_size > self.n_local:
@@ -160,7 +184,9 @@ class MemoryConfig(BaseModel):
         if "type" in section or "attn_type" in section:
             kind = str(section.get("type", section.get("attn_type")))
             if kind not in _PUBLISHED_POLICIES:
-                raise InvalidConfigError(f"Unknown type {kind!r} in {str(path)!r}; expected one of {sorted(_PUBLISHED_POLICIES)}.")
+                raise InvalidConfigError(
+                    f"Unknown type {kind!r} in {str(path)!r}; expected one of {sorted(_PUBLISHED_POLICIES)}."
+                )
             values["policy"] = _PUBLISHED_POLICIES[kind]
             published = True
         if published:

@@ -18,7 +18,7 @@ class DocumentMemory:
     """Key/value memory of documents, made by `QLLM.read`.
 
     Any number of questions may be asked of it, from any number of threads; each one continues on a fork that shares the
-    blocks and leaves this memory as it was. Its blocks are freed by `close()`, at the end of a `with` block, or with the object.
+    blocks and leaves this memory as it was. Its blocks are freed by `close()`, at the end of a `with` block, or with it.
 
     Attributes:
         id: Unique name.
@@ -28,7 +28,12 @@ class DocumentMemory:
     """
 
     def __init__(
-        self, documents: tuple[Document, ...], system: str | None, prompt: Prompt, cache: MemoryCache, inference: Inference
+        self,
+        documents: tuple[Document, ...],
+        system: str | None,
+        prompt: Prompt,
+        cache: MemoryCache,
+        inference: Inference,
     ) -> None:
         self.id = f"mem-{uuid.uuid4().hex[:16]}"
         self.documents = documents

@@ -12,10 +12,11 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from qllm_runtime import answering
+from qllm_runtime.arguments import as_documents, as_rows, as_sampling
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.document_memory import DocumentMemory
-from qllm_runtime.errors import ClosedError, DocumentError, InvalidConfigError, InvalidRequestError
+from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.inference import Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.prompt import build_prompt, build_reading
@@ -57,7 +58,12 @@ class QLLM:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, memory: MemoryConfig | None = None, *, name: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        memory: MemoryConfig | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
         label = name or getattr(model, "name_or_path", "") or type(model).__name__
         self._init(LoadedModel(label, tokenizer, Inference(model)), memory)
@@ -174,7 +180,9 @@ class QLLM:
                 cache = cache.fork()
             else:
                 cache = inference.cache(self.memory, reserve=len(prompt.ids))
-            answering.feed(inference, cache, prompt.ids[known:], self.memory, len(prompt.ids), known, progress, cancelled)
+            answering.feed(
+                inference, cache, prompt.ids[known:], self.memory, len(prompt.ids), known, progress, cancelled
+            )
         return DocumentMemory(whole, system, prompt, cache, inference)
 
     # ------------------------------------------------------------------ questions
@@ -213,7 +221,7 @@ class QLLM:
         """
         turns, memory = self._conversation(question, documents, system, history)
         return self.chat(
-            turns, query=question, memory=memory, mode=mode, sampling=_sampling(sampling, sampling_fields),
+            turns, query=question, memory=memory, mode=mode, sampling=as_sampling(sampling, sampling_fields),
             progress=progress, cancel=cancel,
         )  # fmt: skip
 
@@ -233,7 +241,7 @@ class QLLM:
         """Like `ask`, piece by piece; the last piece carries the whole answer. Closing the iterator stops the model."""
         turns, memory = self._conversation(question, documents, system, history)
         return self.chat_stream(
-            turns, query=question, memory=memory, mode=mode, sampling=_sampling(sampling, sampling_fields),
+            turns, query=question, memory=memory, mode=mode, sampling=as_sampling(sampling, sampling_fields),
             progress=progress, cancel=cancel,
         )  # fmt: skip
 
@@ -243,7 +251,9 @@ class QLLM:
         if not question.strip():
             raise InvalidRequestError("The question is empty.")
         if documents is None:
-            raise InvalidRequestError("No document to ask of; pass documents=, or use chat() for a conversation without one.")
+            raise InvalidRequestError(
+                "No document to ask of; pass documents=, or use chat() for a conversation without one."
+            )
         opening = [Turn("system", (system,))] if system else []
         turns = [*opening, *history, Turn("user", (question,))]
         if isinstance(documents, DocumentMemory):
@@ -373,8 +383,8 @@ class QLLM:
         Returns:
             New token ids of every row, end token excluded.
         """
-        settings = _sampling(sampling, sampling_fields)
-        rows, spans = answering.as_rows(input_ids, query_span, attention_mask, any_span=self.memory.faithful)
+        settings = as_sampling(sampling, sampling_fields)
+        rows, spans = as_rows(input_ids, query_span, attention_mask, any_span=self.memory.faithful)
         return answering.generate(
             self._inference, rows, spans, self.memory, settings, progress, never if cancel is None else cancel.is_set
         )
@@ -395,32 +405,3 @@ class QLLM:
 
     def __repr__(self) -> str:
         return f"QLLM({self.name!r}, policy={self.memory.policy!r})"
-
-
-def as_documents(documents: str | Document | Sequence[str | Document]) -> tuple[Document, ...]:
-    """Documents from whatever stands for them.
-
-    Raises:
-        DocumentError: There is none, one is empty, or something is no document.
-    """
-    items = [documents] if isinstance(documents, str | Document) else list(documents)
-    if not items:
-        raise DocumentError("No document was given.")
-    whole = []
-    for number, item in enumerate(items):
-        if not isinstance(item, str | Document):
-            raise DocumentError(f"Document {number} is a {type(item).__name__}; pass text or a Document.")
-        document = Document(item) if isinstance(item, str) else item
-        if not document.text.strip():
-            raise DocumentError(f"Document {number} ({document.title or 'untitled'}) has no text.")
-        whole.append(document)
-    return tuple(whole)
-
-
-def _sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
-    unknown = set(fields) - set(Sampling.__dataclass_fields__)
-    if unknown:
-        raise InvalidConfigError(f"Unknown sampling setting {sorted(unknown)}; known: {sorted(Sampling.__dataclass_fields__)}.")
-    if isinstance(fields.get("stop"), str):
-        fields = {**fields, "stop": (fields["stop"],)}
-    return replace(sampling or Sampling(), **{k: tuple(v) if k == "stop" else v for k, v in fields.items()})

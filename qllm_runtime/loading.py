@@ -109,7 +109,9 @@ def _load(
         known = "model type" not in str(error)
         if known or not Path(where).exists():
             raise ModelNotFoundError(f"No model {where!r}: {_first_line(error)} {hint}") from error
-        raise UnsupportedModelError(f"transformers does not know the architecture of {where!r}: {_first_line(error)}") from error
+        raise UnsupportedModelError(
+            f"transformers does not know the architecture of {where!r}: {_first_line(error)}"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
         network = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, **common)

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from qllm_runtime.memory.base import Rotation
 
@@ -29,7 +30,9 @@ class RotaryTable:
         if layer_type is not None and layer_type in parameters:
             parameters = parameters[layer_type]
         kind = parameters.get("rope_type", "default")
-        original = parameters.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        original = parameters.get("original_max_position_embeddings") or getattr(
+            config, "max_position_embeddings", None
+        )
         #: Longest frame that keeps the frequencies of short texts; None when frequencies do not depend on length.
         self.comfortable_length: int | None = original if kind in _LENGTH_DEPENDENT else None
 
@@ -69,18 +72,21 @@ class ArchitectureRotation(Rotation):
         a_turned, b_turned = self._apply(a[..., :dim], b[..., :dim], cos, sin)
         return torch.cat((a_turned, a[..., dim:]), -1), torch.cat((b_turned, b[..., dim:]), -1)
 
+    @override
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
         n = x.shape[1]
         self._table.reserve(start + n)
         x4 = x[None].float()
         return self._rotate(x4, x4[:, :0], start, n)[0][0].to(x.dtype)
 
+    @override
     def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         n = a.shape[1]
         self._table.reserve(start + n)
         a4, b4 = self._rotate(a[None].float(), b[None].float(), start, n)
         return a4[0].to(a.dtype), b4[0].to(b.dtype)
 
+    @override
     def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
         self._table.reserve(position + 1)
         # the rows become heads of a single token, so that all of them meet the same table row
@@ -91,11 +97,14 @@ class ArchitectureRotation(Rotation):
 class NoRotation(Rotation):
     """A layer without positional embedding."""
 
+    @override
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
         return x
 
+    @override
     def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         return a, b
 
+    @override
     def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
         return x

@@ -3,6 +3,9 @@
 Everything is drawn from one seed, so a seed always gives the same text on every machine.
 """
 
+# Word lists read better as words than as lists of strings.
+# ruff: noqa: SIM905, E501
+
 from __future__ import annotations
 
 import random
@@ -105,7 +108,9 @@ def story(rng: random.Random, min_chars: int) -> list[str]:
         if not paragraphs or rng.random() < 0.03:
             chapter += 1
             names, towns = [_name(rng) for _ in range(5)], [_town(rng) for _ in range(3)]
-            paragraphs.append(f"Chapter {chapter}. The {rng.choice(_ADJ).capitalize()} {rng.choice(_NOUN).capitalize()}")
+            paragraphs.append(
+                f"Chapter {chapter}. The {rng.choice(_ADJ).capitalize()} {rng.choice(_NOUN).capitalize()}"
+            )
         else:
             paragraphs.append(" ".join(_sentence(rng, names, towns) for _ in range(rng.randint(3, 8))))
         total += len(paragraphs[-1]) + 2
@@ -122,7 +127,12 @@ def _fact(rng: random.Random, kind: int) -> tuple[str, str, str, str]:
     number = str(rng.randrange(1000, 1000000))
     who, town = _full_name(rng), _town(rng)
     if kind == 0:
-        return f"The code of the {thing} is {number}.", f"What is the code of the {thing}?", f"The code of the {thing} is {number}.", thing
+        return (
+            f"The code of the {thing} is {number}.",
+            f"What is the code of the {thing}?",
+            f"The code of the {thing} is {number}.",
+            thing,
+        )
     if kind == 1:
         job = rng.choice(_PERSON)
         return f"{who} works as a {job}.", f"What is the job of {who}?", f"{who} works as a {job}.", who

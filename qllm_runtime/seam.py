@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from typing_extensions import override
 
 from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
@@ -69,7 +70,7 @@ class ModelFacts:
 MemoryFactory = Callable[[int, int], LayerMemory]
 
 
-class MemoryLayer(CacheLayerMixin):
+class MemoryLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of the cache: a memory per row of the batch. Stands in for the keys on their way to the attention function."""
 
     is_sliding = False
@@ -79,9 +80,11 @@ class MemoryLayer(CacheLayerMixin):
         self._cache, self._layer_idx = cache, layer_idx
         self.rows: list[LayerMemory] = []
 
+    @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
+    @override
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._key = key_states
         return self, value_states
@@ -102,7 +105,8 @@ class MemoryLayer(CacheLayerMixin):
         Returns:
             [batch, n, heads, value_dim]; rows of zeros where a row has no token in this call.
         """
-        key, self._key = self._key, None
+        key = self._key
+        del self._key
         batch, heads, n, _ = query.shape
         lengths = self._cache.lengths or [n] * batch
         self.prepare(batch)
@@ -116,17 +120,20 @@ class MemoryLayer(CacheLayerMixin):
                 )
         return out
 
+    @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
+    @override
     def get_seq_length(self) -> int:
         return max((row.n_seen for row in self.rows), default=0)
 
+    @override
     def get_max_length(self) -> int:
         return -1
 
 
-class MemoryCache(Cache):
+class MemoryCache(Cache):  # type: ignore[misc]
     """The `past_key_values` of a model whose attention is served by memories.
 
     Attributes:
@@ -174,7 +181,9 @@ def _attention(
     if isinstance(key, _ProbeLayer):
         return key.note(module, query, value, kwargs.get("sliding_window")), None
     if not isinstance(key, MemoryLayer):
-        raise InvalidRequestError("While a memory is installed the model must be called with a MemoryCache as past_key_values.")
+        raise InvalidRequestError(
+            "While a memory is installed the model must be called with a MemoryCache as past_key_values."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return key.attend(query, value, Scoring(scale, softcap, s_aux)), None
 
@@ -193,7 +202,9 @@ def _rotary_module(model: PreTrainedModel) -> torch.nn.Module:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models can be served.")
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(rotary, torch.nn.Module):
-        raise UnsupportedModelError(f"{name} has no rotary position embedding on its decoder; its positions cannot be re-assigned.")
+        raise UnsupportedModelError(
+            f"{name} has no rotary position embedding on its decoder; its positions cannot be re-assigned."
+        )
     return rotary
 
 
@@ -232,16 +243,18 @@ def installed(model: PreTrainedModel) -> Iterator[ModelFacts]:
         yield facts
 
 
-class _ProbeLayer(CacheLayerMixin):
+class _ProbeLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
 
     def __init__(self, found: dict[int, LayerFacts]) -> None:
         super().__init__()
         self._found = found
 
+    @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
+    @override
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._kv_heads = key_states.shape[1]
         return self, value_states
@@ -261,12 +274,15 @@ class _ProbeLayer(CacheLayerMixin):
         )
         return query.new_zeros(batch, n, heads, value.shape[-1])
 
+    @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
 
+    @override
     def get_seq_length(self) -> int:
         return 0
 
+    @override
     def get_max_length(self) -> int:
         return -1
 
@@ -291,16 +307,22 @@ def probe(model: PreTrainedModel) -> ModelFacts:
         with torch.no_grad():
             model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
     except Exception as error:
-        raise UnsupportedModelError(f"{name} does not run with a replaced attention: {type(error).__name__}: {error}") from error
+        raise UnsupportedModelError(
+            f"{name} does not run with a replaced attention: {type(error).__name__}: {error}"
+        ) from error
     finally:
         handle.remove()
         model.set_attn_implementation(previous)
     if len(facts.layers) != n_layers:
         missing = sorted(set(range(n_layers)) - set(facts.layers))
-        raise UnsupportedModelError(f"{name}: layers {missing} do not use transformers' AttentionInterface (or hold no attention).")
+        raise UnsupportedModelError(
+            f"{name}: layers {missing} do not use transformers' AttentionInterface (or hold no attention)."
+        )
     for layer in facts.layers.values():
         if layer.rotary and not hasattr(sys.modules[type(layer.module).__module__], "apply_rotary_pos_emb"):
-            raise UnsupportedModelError(f"{name} does not define apply_rotary_pos_emb; its rotation cannot be applied from outside.")
+            raise UnsupportedModelError(
+                f"{name} does not define apply_rotary_pos_emb; its rotation cannot be applied from outside."
+            )
     return facts
 
 
@@ -324,7 +346,10 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
         cache = MemoryCache(len(facts.layers), factory)
         try:
             with _hooked(model, facts.rotary, _identity):
-                parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in tokens.split(40, 1)]
+                parts = [
+                    model(input_ids=part, past_key_values=cache, use_cache=True).logits
+                    for part in (tokens[:, :40], tokens[:, 40:])
+                ]
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise UnsupportedModelError(f"{name} does not run on a memory: {type(error).__name__}: {error}") from error
     actual = torch.cat(parts, 1).float()

@@ -16,7 +16,9 @@ class _Failure(Generic[T]):
         self.error = error
 
 
-def stream(work: Callable[[Callable[[T], None], Callable[[], bool]], None], cancel: threading.Event | None) -> Iterator[T]:
+def stream(
+    work: Callable[[Callable[[T], None], Callable[[], bool]], None], cancel: threading.Event | None
+) -> Iterator[T]:
     """Run `work(emit, cancelled)` in a thread and yield what it emits.
 
     Exceptions of `work` are raised in the consumer with their own type. Closing the iterator cancels the work.

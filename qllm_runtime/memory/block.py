@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Self
 
 import torch
+from typing_extensions import override
 
 from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
 from qllm_runtime.config import MemoryConfig
@@ -44,12 +45,16 @@ class BlockMemory(LayerMemory):
         self._n_blocks = 0  # blocks that left the window; those of streaming policies are not kept
         self._biases: dict[tuple[int, int, int], torch.Tensor] = {}
 
+    @override
     def set_query(self, start: int, end: int) -> None:
         if start < self.n_seen or end <= start:
-            raise InvalidRequestError(f"Query span ({start}, {end}) must be a non-empty span of tokens that were not read yet.")
+            raise InvalidRequestError(
+                f"Query span ({start}, {end}) must be a non-empty span of tokens that were not read yet."
+            )
         if self.config.policy == "qllm":
             self._outside.query.announce(start, end)
 
+    @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
         outs = []
@@ -162,7 +167,9 @@ class BlockMemory(LayerMemory):
             def tiles(x: torch.Tensor, span: int = span) -> torch.Tensor:
                 width = x.shape[-1]
                 # overlapping views, one per piece; nothing is copied
-                return x.as_strided((pieces, kv_heads, span, width), (length * width, x.stride(0), width, 1), slot * width)
+                return x.as_strided(
+                    (pieces, kv_heads, span, width), (length * width, x.stride(0), width, 1), slot * width
+                )
 
             out, lse = attend(
                 queries[:, :, :, row : row + size].reshape(pieces, kv_heads, group * size, dim),
@@ -263,6 +270,7 @@ class BlockMemory(LayerMemory):
 
     # -------------------------------------------------------------- life
 
+    @override
     def fork(self) -> Self:
         child = copy.copy(self)
         child._outside = self._outside.fork()
@@ -270,5 +278,6 @@ class BlockMemory(LayerMemory):
         child.on_lookup = child.on_weights = None
         return child
 
+    @override
     def nbytes(self) -> int:
         return self._outside.nbytes() + self._window.nbytes()

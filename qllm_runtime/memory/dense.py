@@ -6,6 +6,7 @@ import copy
 from typing import Self
 
 import torch
+from typing_extensions import override
 
 from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
@@ -34,11 +35,13 @@ class DenseMemory(LayerMemory):
     def set_query(self, start: int, end: int) -> None:
         """Dense attention looks nothing up; a query has no influence."""
 
+    @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         if self._window is None:
             return self._append(query, key, value, scoring)
-        parts = zip(*(x.split(2 * _TILE, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat([self._append(*part, scoring) for part in parts])
+        step = 2 * _TILE
+        rows = [slice(lo, lo + step) for lo in range(0, query.shape[1], step)]
+        return torch.cat([self._append(query[:, part], key[:, part], value[:, part], scoring) for part in rows])
 
     def _append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
@@ -53,9 +56,7 @@ class DenseMemory(LayerMemory):
         self.n_seen += n
         if n == 1 and self.on_weights is not None:
             return self._step(query, start, scoring)
-        outs = [
-            self._tile(query[:, i : i + _TILE], start + i, scoring) for i in range(0, n, _TILE)
-        ]
+        outs = [self._tile(query[:, i : i + _TILE], start + i, scoring) for i in range(0, n, _TILE)]
         return torch.cat(outs, dim=1).transpose(0, 1)
 
     def _step(self, query: torch.Tensor, slot: int, scoring: Scoring) -> torch.Tensor:
@@ -106,7 +107,12 @@ class DenseMemory(LayerMemory):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._key is not None and self._value is not None
         return attend(
-            packed, self._key[None, :, lo:hi], self._value[None, :, lo:hi], scale=scoring.scale, bias=bias, softcap=scoring.softcap
+            packed,
+            self._key[None, :, lo:hi],
+            self._value[None, :, lo:hi],
+            scale=scoring.scale,
+            bias=bias,
+            softcap=scoring.softcap,
         )
 
     def _make_room(self, key: torch.Tensor, value: torch.Tensor, n: int) -> None:
@@ -133,6 +139,7 @@ class DenseMemory(LayerMemory):
         self._base = self.n_seen - keep
         self._key[:, :keep] = self._rotation.rotate(self._key_raw[:, :keep], 0)
 
+    @override
     def fork(self) -> Self:
         child = copy.copy(self)
         for name in ("_key", "_key_raw", "_value"):
@@ -141,5 +148,6 @@ class DenseMemory(LayerMemory):
         child.on_weights = None
         return child
 
+    @override
     def nbytes(self) -> int:
         return sum(b.nbytes for b in (self._key, self._key_raw, self._value) if b is not None)

@@ -72,7 +72,8 @@ class Run:
 def settings(case: dict[str, Any], folder: Path) -> MemoryConfig:
     """The case's configuration, by way of a published configuration file."""
     file = folder / "published.yaml"
-    file.write_text(yaml.safe_dump({"model": {"type": case["attn_type"], **case["attn_kwargs"]}, "chunk_size": case["chunk_size"]}))
+    model = {"type": case["attn_type"], **case["attn_kwargs"]}
+    file.write_text(yaml.safe_dump({"model": model, "chunk_size": case["chunk_size"]}))
     return MemoryConfig.from_yaml(file, faithful=True)
 
 
@@ -132,7 +133,9 @@ def test_greedy_tokens(run: Run) -> None:
 
 
 def test_generate(run: Run) -> None:
-    tokens = QLLM(run.model, memory=run.config).generate(run.case["input_ids"], run.question, max_tokens=len(run.tokens))
+    tokens = QLLM(run.model, memory=run.config).generate(
+        run.case["input_ids"], run.question, max_tokens=len(run.tokens)
+    )
     assert tokens == [run.case["greedy_tokens"]]
 
 

@@ -35,7 +35,13 @@ SUPPORTED: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),
     "llama-llama3": (
         "llama",
-        _scaled(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+        _scaled(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
     ),
     "llama-yarn": ("llama", _scaled(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)),
     "llama-linear": ("llama", _scaled(rope_type="linear", factor=4.0)),
@@ -95,7 +101,7 @@ def build(model_type: str, settings: dict[str, object], seed: int = 0) -> PreTra
     config = AutoConfig.for_model(model_type, **{**_BASE, **settings})
     kind = AutoModelForCausalLM
     if config.is_encoder_decoder:
-        from transformers import AutoModelForSeq2SeqLM as kind  # noqa: N813
+        from transformers import AutoModelForSeq2SeqLM as kind
     attention = "eager" if model_type in ("gemma2", "gpt_oss") else "sdpa"
     try:
         model = kind.from_config(config, attn_implementation=attention)
