@@ -60,7 +60,7 @@ class Sources:
 
 
 @dataclass
-class Reader:
+class Asker:
     """Puts questions to whole nodes.
 
     Attributes:
@@ -115,7 +115,7 @@ class Reader:
         return self.opened(routed_messages(self.template, {"query_str": query}, self.llm, blocks))
 
     def opened(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-        """The messages with the system prompts of model and reader ahead, all leading system text in one message."""
+        """The messages with the system prompts of model and engine ahead, all leading system text in one message."""
         rest = list(messages)
         texts = [text for text in (self.llm.system_prompt, self.system_prompt) if text]
         while rest and rest[0].role is MessageRole.SYSTEM:
@@ -155,13 +155,17 @@ class Reader:
         return {**given, **options}
 
 
-def reading_llm(llm: Any) -> tuple[QLLM, type[Any] | None]:
+def asking_llm(llm: Any) -> tuple[QLLM, type[Any] | None]:
     """The `QLLM` behind `llm` (None: `Settings.llm`) and the class of its structured answers, if it has one.
 
     Raises:
         InvalidRequestError: It is another model.
     """
-    llm = Settings.llm if llm is None else llm
+    if llm is None:
+        try:
+            llm = Settings.llm
+        except (ImportError, ValueError) as error:  # LlamaIndex falls back to a hosted model that is not installed
+            raise InvalidRequestError("There is no model; pass llm=QLLM(model=...) or set Settings.llm.") from error
     output_cls = None
     if isinstance(llm, StructuredLLM):
         llm, output_cls = llm.llm, llm.output_cls

@@ -15,8 +15,8 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.types import Thread
 
 from qllm_integrations.aio import run_in_thread
+from qllm_integrations.llama_index.asking import Asker, Sources
 from qllm_integrations.llama_index.documents import citable_block
-from qllm_integrations.llama_index.reading import Reader, Sources
 
 
 class WholeDocumentChatEngine(BaseChatEngine):
@@ -26,7 +26,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
     it. A message that fails leaves no trace in the history.
 
     Args:
-        reader: Puts questions to the model.
+        asker: Puts questions to the model.
         nodes: Gives the whole nodes of the index.
         memory: Chat history (None: everything that fits the window).
         chat_history: Messages to start with.
@@ -48,7 +48,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
 
     def __init__(
         self,
-        reader: Reader,
+        asker: Asker,
         nodes: Callable[[], Sequence[BaseNode]],
         *,
         memory: BaseMemory | None = None,
@@ -56,9 +56,9 @@ class WholeDocumentChatEngine(BaseChatEngine):
         options: dict[str, Any] | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        self._reader = reader
+        self._asker = asker
         self._nodes = nodes
-        llm = reader.llm
+        llm = asker.llm
         limit = max(1, llm.metadata.context_window - llm.max_tokens)
         self._history = memory or ChatMemoryBuffer.from_defaults(
             chat_history=list(chat_history or ()), token_limit=limit, tokenizer_fn=llm.tokenizer_fn
@@ -73,8 +73,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
             self._history.set(chat_history)
         asked, nodes = ChatMessage(message), list(self._nodes())
         messages = self._messages([*self._history.get(input=message), asked], nodes)
-        document_memory = self._reader.memory(nodes, messages)
-        response = self._reader.llm.chat(messages, **self._reader.arguments(message, document_memory, self._options))
+        document_memory = self._asker.memory(nodes, messages)
+        response = self._asker.llm.chat(messages, **self._asker.arguments(message, document_memory, self._options))
         self._history.put(asked)
         self._history.put(_spoken(response))
         return _reply(response, nodes)
@@ -86,9 +86,9 @@ class WholeDocumentChatEngine(BaseChatEngine):
             await self._history.aset(chat_history)
         asked, nodes = ChatMessage(message), await run_in_thread(lambda cancel: list(self._nodes()))
         messages = self._messages([*await self._history.aget(input=message), asked], nodes)
-        document_memory = await self._reader.amemory(nodes, messages)
-        response = await self._reader.llm.achat(
-            messages, **self._reader.arguments(message, document_memory, self._options)
+        document_memory = await self._asker.amemory(nodes, messages)
+        response = await self._asker.llm.achat(
+            messages, **self._asker.arguments(message, document_memory, self._options)
         )
         await self._history.aput(asked)
         await self._history.aput(_spoken(response))
@@ -101,9 +101,9 @@ class WholeDocumentChatEngine(BaseChatEngine):
             self._history.set(chat_history)
         asked, nodes, sources = ChatMessage(message), list(self._nodes()), Sources()
         messages = self._messages([*self._history.get(input=message), asked], nodes)
-        document_memory = self._reader.memory(nodes, messages)
-        responses = self._reader.llm.stream_chat(
-            messages, **self._reader.arguments(message, document_memory, self._options)
+        document_memory = self._asker.memory(nodes, messages)
+        responses = self._asker.llm.stream_chat(
+            messages, **self._asker.arguments(message, document_memory, self._options)
         )
 
         def told() -> Generator[ChatResponse, None, None]:
@@ -129,9 +129,9 @@ class WholeDocumentChatEngine(BaseChatEngine):
         asked, sources = ChatMessage(message), Sources()
         nodes = await run_in_thread(lambda cancel: list(self._nodes()))
         messages = self._messages([*await self._history.aget(input=message), asked], nodes)
-        document_memory = await self._reader.amemory(nodes, messages)
-        responses = await self._reader.llm.astream_chat(
-            messages, **self._reader.arguments(message, document_memory, self._options)
+        document_memory = await self._asker.amemory(nodes, messages)
+        responses = await self._asker.llm.astream_chat(
+            messages, **self._asker.arguments(message, document_memory, self._options)
         )
 
         async def told() -> AsyncGenerator[ChatResponse, None]:
@@ -157,11 +157,11 @@ class WholeDocumentChatEngine(BaseChatEngine):
 
     def _messages(self, conversation: Sequence[ChatMessage], nodes: Sequence[BaseNode]) -> list[ChatMessage]:
         """System prompts, then the conversation with the documents in its first message, which is the user's."""
-        messages = self._reader.opened(conversation)
+        messages = self._asker.opened(conversation)
         first = next(i for i, message in enumerate(messages) if message.role is not MessageRole.SYSTEM)
         if messages[first].role is not MessageRole.USER:  # a greeting, say
             messages.insert(first, ChatMessage(role=MessageRole.USER, blocks=[]))
-        if self._reader.mode == "query_aware":
+        if self._asker.mode == "query_aware":
             blocks = [*(citable_block(node) for node in nodes), *messages[first].blocks]
             messages[first] = messages[first].model_copy(update={"blocks": blocks})
         return messages

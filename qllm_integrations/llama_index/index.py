@@ -20,11 +20,11 @@ from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
 from qllm_integrations.llama_index import options
+from qllm_integrations.llama_index.asking import DEFAULT_TEMPLATE, Asker, asking_llm
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
 from qllm_integrations.llama_index.documents import WholeDocument, engine_document, lasting_metadata, rejoin, whole_node
 from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.query_engine import WholeDocumentQueryEngine
-from qllm_integrations.llama_index.reading import DEFAULT_TEMPLATE, Reader, reading_llm
 from qllm_integrations.llama_index.retriever import LookupRetriever
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Mode
@@ -140,7 +140,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             **known,
         )
         if index._mode == "read_once":
-            index._reader(None).memory(index.whole_nodes())
+            index._asker(None).memory(index.whole_nodes())
         return index
 
     @classmethod
@@ -158,6 +158,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         Raises:
             InvalidRequestError: No index there, or several and no `index_id`.
         """
+        options.warn_unknown(kwargs, ("system_prompt", "show_progress", "callback_manager"), "load")
         if not Path(persist_dir).is_dir():
             raise InvalidRequestError(
                 f"There is no directory {str(persist_dir)!r}; write one with index.storage_context.persist(...)."
@@ -256,15 +257,15 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
 
     # Asking
 
-    def _reader(self, llm: Any, **changes: Any) -> Reader:
-        model, _ = reading_llm(self._llm if llm is None else llm)
+    def _asker(self, llm: Any, **changes: Any) -> Asker:
+        model, _ = asking_llm(self._llm if llm is None else llm)
         settings: dict[str, Any] = {
             "mode": self._mode,
             "shelf": self._shelf,
             "system_prompt": self._system_prompt,
             "show_progress": self._show_progress,
         }
-        return Reader(model, **{**settings, **{name: value for name, value in changes.items() if value is not None}})
+        return Asker(model, **{**settings, **{name: value for name, value in changes.items() if value is not None}})
 
     def as_retriever(
         self,
@@ -279,7 +280,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         options.warn_unknown(kwargs, (*options.parameters(self.as_retriever), "verbose"), "as_retriever")
         extra = {"max_tokens": max_tokens} if max_tokens is not None else {}
         return LookupRetriever(
-            self._reader(llm, mode=mode),
+            self._asker(llm, mode=mode),
             self.whole_nodes,
             similarity_top_k=similarity_top_k,
             callback_manager=self._callback_manager,
@@ -306,9 +307,9 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         """
         known = (*options.SAMPLING_FIELDS, *options.parameters(self.as_query_engine), "verbose", "use_async")
         options.warn_unknown(kwargs, known, "as_query_engine")
-        _, structured = reading_llm(self._llm if llm is None else llm)
+        _, structured = asking_llm(self._llm if llm is None else llm)
         return WholeDocumentQueryEngine(
-            self._reader(llm, mode=mode, template=text_qa_template, system_prompt=system_prompt),
+            self._asker(llm, mode=mode, template=text_qa_template, system_prompt=system_prompt),
             self.whole_nodes,
             streaming=streaming,
             output_cls=output_cls or structured,
@@ -338,12 +339,12 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         if ChatMode(chat_mode) not in (ChatMode.BEST, ChatMode.CONTEXT):
             own = {"memory": memory, "chat_history": chat_history, "system_prompt": system_prompt}
             given = {name: value for name, value in own.items() if value is not None}
-            model, _ = reading_llm(self._llm if llm is None else llm)
+            model, _ = asking_llm(self._llm if llm is None else llm)
             return super().as_chat_engine(ChatMode(chat_mode), llm=model, **given, **kwargs)
         known = (*options.SAMPLING_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
         options.warn_unknown(kwargs, known, "as_chat_engine")
         return WholeDocumentChatEngine(
-            self._reader(llm, mode=mode or "read_once", system_prompt=system_prompt),
+            self._asker(llm, mode=mode or "read_once", system_prompt=system_prompt),
             self.whole_nodes,
             memory=memory,
             chat_history=chat_history,

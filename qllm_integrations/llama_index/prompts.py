@@ -50,7 +50,7 @@ def routed_messages(
             (i for i, message in enumerate(messages) if message.role is MessageRole.USER), default=len(messages) - 1
         )
         _annotate(messages, last_user, QUERY_KEY, str(query))
-    schema = parser_schema(chosen.output_parser)
+    schema = parser_schema(chosen.output_parser) or parser_schema(getattr(llm, "output_parser", None))
     if schema is not None:
         _annotate(messages, -1, SCHEMA_KEY, schema)
     return messages

@@ -16,7 +16,7 @@ from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, MetadataMode, QueryBundle
 
 from qllm_integrations.aio import run_in_thread
-from qllm_integrations.llama_index.reading import LOOKUP_TOKENS, Reader, Sources
+from qllm_integrations.llama_index.asking import LOOKUP_TOKENS, Asker, Sources
 from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
 from qllm_integrations.llama_index.structured import parse
 from qllm_runtime.errors import InvalidRequestError
@@ -41,7 +41,7 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
     `InvalidRequestError`.
 
     Args:
-        reader: Puts questions to the model.
+        asker: Puts questions to the model.
         nodes: Gives the whole nodes of the index.
         streaming: Return the answer as a stream.
         output_cls: Return the answer as an instance of this class (`PydanticResponse`); streamed as its JSON.
@@ -64,7 +64,7 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
 
     def __init__(
         self,
-        reader: Reader,
+        asker: Asker,
         nodes: Callable[[], Sequence[BaseNode]],
         *,
         streaming: bool = False,
@@ -82,7 +82,7 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
             raise InvalidRequestError(
                 f"response_mode={self._mode.value!r} gives no single answer for output_cls; use 'compact'."
             )
-        self._reader = reader
+        self._asker = asker
         self._nodes = nodes
         self._streaming = streaming
         self._output_cls = output_cls
@@ -95,13 +95,13 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
         super().__init__(callback_manager)
 
     def _get_prompts(self) -> PromptDictType:
-        return {"text_qa_template": self._reader.template}
+        return {"text_qa_template": self._asker.template}
 
     def _get_prompt_modules(self) -> dict[str, Any]:
         return {}
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
-        self._reader.template = prompts.get("text_qa_template", self._reader.template)
+        self._asker.template = prompts.get("text_qa_template", self._asker.template)
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self.callback_manager.event(
@@ -133,24 +133,22 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
             )
         if self._streaming:
             return LookupStreamingResponse(
-                self._reader.stream(query, nodes, sources, top=self._top, **self._options), sources
+                self._asker.stream(query, nodes, sources, top=self._top, **self._options), sources
             )
         if self._mode is ResponseMode.ACCUMULATE:
-            return self._accumulated([(node, self._reader.ask(query, [node], **self._options)) for node in nodes])
-        return self._response(self._reader.ask(query, nodes, **self._options), nodes, sources)
+            return self._accumulated([(node, self._asker.ask(query, [node], **self._options)) for node in nodes])
+        return self._response(self._asker.ask(query, nodes, **self._options), nodes, sources)
 
     async def _arespond(self, query: str, nodes: list[BaseNode]) -> RESPONSE_TYPE:
         sources = Sources()
         if not nodes and self._mode is not ResponseMode.GENERATION:
             return async_streaming_response(empty_stream(), sources) if self._streaming else Response(EMPTY_RESPONSE)
         if self._streaming:
-            text = await self._reader.astream(query, nodes, sources, top=self._top, **self._options)
+            text = await self._asker.astream(query, nodes, sources, top=self._top, **self._options)
             return async_streaming_response(text, sources)
         if self._mode is ResponseMode.ACCUMULATE:
-            return self._accumulated(
-                [(node, await self._reader.aask(query, [node], **self._options)) for node in nodes]
-            )
-        return self._response(await self._reader.aask(query, nodes, **self._options), nodes, sources)
+            return self._accumulated([(node, await self._asker.aask(query, [node], **self._options)) for node in nodes])
+        return self._response(await self._asker.aask(query, nodes, **self._options), nodes, sources)
 
     def _response(self, answer: ChatResponse, nodes: list[BaseNode], sources: Sources) -> RESPONSE_TYPE:
         sources.fill(answer, nodes, self._top)

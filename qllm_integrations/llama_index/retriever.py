@@ -10,7 +10,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from qllm_integrations.aio import run_in_thread
-from qllm_integrations.llama_index.reading import LOOKUP_TOKENS, Reader, Sources
+from qllm_integrations.llama_index.asking import LOOKUP_TOKENS, Asker, Sources
 
 
 class LookupRetriever(BaseRetriever):
@@ -20,7 +20,7 @@ class LookupRetriever(BaseRetriever):
     `end_char_idx` in the whole document and the share of the attention as its score.
 
     Args:
-        reader: Puts the question to the model.
+        asker: Puts the question to the model.
         nodes: Gives the whole nodes of the index.
         similarity_top_k: At most this many passages (None: all that were looked up).
         max_tokens: Tokens of an answer to look up passages for.
@@ -39,7 +39,7 @@ class LookupRetriever(BaseRetriever):
 
     def __init__(
         self,
-        reader: Reader,
+        asker: Asker,
         nodes: Callable[[], Sequence[BaseNode]],
         *,
         similarity_top_k: int | None = None,
@@ -47,7 +47,7 @@ class LookupRetriever(BaseRetriever):
         callback_manager: CallbackManager | None = None,
         verbose: bool = False,
     ) -> None:
-        self._reader = reader
+        self._asker = asker
         self._nodes = nodes
         self._top = similarity_top_k
         self._max_tokens = max_tokens
@@ -56,12 +56,12 @@ class LookupRetriever(BaseRetriever):
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         nodes, sources = self._nodes(), Sources()
         if nodes:
-            sources.fill(self._reader.ask(query_bundle.query_str, nodes, max_tokens=self._max_tokens), nodes, self._top)
+            sources.fill(self._asker.ask(query_bundle.query_str, nodes, max_tokens=self._max_tokens), nodes, self._top)
         return sources.nodes
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         nodes, sources = await run_in_thread(lambda cancel: self._nodes()), Sources()
         if nodes:
-            response = await self._reader.aask(query_bundle.query_str, nodes, max_tokens=self._max_tokens)
+            response = await self._asker.aask(query_bundle.query_str, nodes, max_tokens=self._max_tokens)
             sources.fill(response, nodes, self._top)
         return sources.nodes

@@ -9,7 +9,7 @@ from typing import Any
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.schema import NodeWithScore
 
-from qllm_integrations.llama_index.reading import Sources
+from qllm_integrations.llama_index.asking import Sources
 
 
 class LookupStreamingResponse(StreamingResponse):  # type: ignore[misc]

@@ -19,9 +19,9 @@ from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
+from qllm_integrations.llama_index.asking import DEFAULT_TEMPLATE, Asker, Sources, asking_llm
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_integrations.llama_index.query_engine import EMPTY_RESPONSE, empty_stream
-from qllm_integrations.llama_index.reading import DEFAULT_TEMPLATE, Reader, Sources, reading_llm
 from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
 from qllm_integrations.llama_index.structured import parse
 
@@ -66,8 +66,8 @@ class QLLMSynthesizer(BaseSynthesizer):
         options: dict[str, Any] | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        model, structured = reading_llm(llm)
-        self._reader = Reader(
+        model, structured = asking_llm(llm)
+        self._asker = Asker(
             model, model.mode, template=text_qa_template or DEFAULT_TEMPLATE, system_prompt=system_prompt
         )
         self._options = dict(options or {})
@@ -83,17 +83,17 @@ class QLLMSynthesizer(BaseSynthesizer):
         )
 
     def _get_prompts(self) -> PromptDictType:
-        return {"text_qa_template": self._reader.template}
+        return {"text_qa_template": self._asker.template}
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
-        self._reader.template = prompts.get("text_qa_template", self._reader.template)
+        self._asker.template = prompts.get("text_qa_template", self._asker.template)
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer a question about bare texts."""
         nodes, options = _nodes(text_chunks), {**self._options, **response_kwargs}
         if self._streaming:
-            return self._reader.stream(query_str, nodes, Sources(), **options)
-        response = self._reader.ask(query_str, nodes, **options)
+            return self._asker.stream(query_str, nodes, Sources(), **options)
+        response = self._asker.ask(query_str, nodes, **options)
         return parse(response, self._output_cls) if self._output_cls else response.message.content or ""
 
     async def aget_response(
@@ -102,8 +102,8 @@ class QLLMSynthesizer(BaseSynthesizer):
         """As `get_response`, without blocking the event loop."""
         nodes, options = _nodes(text_chunks), {**self._options, **response_kwargs}
         if self._streaming:
-            return await self._reader.astream(query_str, nodes, Sources(), **options)
-        response = await self._reader.aask(query_str, nodes, **options)
+            return await self._asker.astream(query_str, nodes, Sources(), **options)
+        response = await self._asker.aask(query_str, nodes, **options)
         return parse(response, self._output_cls) if self._output_cls else response.message.content or ""
 
     # `synthesize` is taken over whole: the base class would put metadata into the texts, which shifts every offset
@@ -124,10 +124,10 @@ class QLLMSynthesizer(BaseSynthesizer):
             if not nodes:
                 response = self._empty(LookupStreamingResponse((text for text in [EMPTY_RESPONSE]), sources))
             elif self._streaming:
-                stream = self._reader.stream(text, wholes, sources, **options)
+                stream = self._asker.stream(text, wholes, sources, **options)
                 response = LookupStreamingResponse(_then(stream, sources, nodes, additional_source_nodes), sources)
             else:
-                answer = self._reader.ask(text, wholes, **options)
+                answer = self._asker.ask(text, wholes, **options)
                 response = self._whole(answer, wholes, nodes, additional_source_nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=query, response=response))
@@ -149,10 +149,10 @@ class QLLMSynthesizer(BaseSynthesizer):
             if not nodes:
                 response = self._empty(async_streaming_response(empty_stream(), sources))
             elif self._streaming:
-                stream = await self._reader.astream(text, wholes, sources, **options)
+                stream = await self._asker.astream(text, wholes, sources, **options)
                 response = async_streaming_response(_athen(stream, sources, nodes, additional_source_nodes), sources)
             else:
-                answer = await self._reader.aask(text, wholes, **options)
+                answer = await self._asker.aask(text, wholes, **options)
                 response = self._whole(answer, wholes, nodes, additional_source_nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=query, response=response))

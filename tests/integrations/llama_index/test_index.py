@@ -104,6 +104,9 @@ def test_bad_documents(llm: QLLM) -> None:
 
 def test_needs_a_qllm(monkeypatch: pytest.MonkeyPatch, llm: QLLM) -> None:
     index = WholeDocumentIndex.from_documents([Document(text=BOOK)])
+    monkeypatch.setattr(Settings, "_llm", None)
+    with pytest.raises(InvalidRequestError, match=r"Settings\.llm"):
+        index.as_retriever()
     monkeypatch.setattr(Settings, "_llm", MockLLM())
     with pytest.raises(InvalidRequestError, match="MockLLM"):
         index.as_query_engine()

@@ -20,12 +20,14 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate, RichPromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import (
     DEFAULT_REFINE_PROMPT_SEL,
     DEFAULT_TEXT_QA_PROMPT_SEL,
     DEFAULT_TREE_SUMMARIZE_PROMPT_SEL,
 )
+from pydantic import BaseModel, Field
 
 from qllm_integrations.llama_index import QLLM
 from qllm_integrations.llama_index.messages import to_request
@@ -383,3 +385,13 @@ async def test_bad_schema_in_all_forms(llm: QLLM) -> None:
         await llm.achat(messages, **arguments)
     with pytest.raises(InvalidRequestError, match="schema"):
         await llm.astream_chat(messages, **arguments)
+
+
+def test_output_parser_of_the_model_constrains(engine: FakeEngine) -> None:
+    class Number(BaseModel):
+        value: int = Field(ge=0, le=9)
+
+    llm = QLLM.from_engine(engine, output_parser=PydanticOutputParser(Number))
+    assert "value" in llm.predict(PromptTemplate("{query_str}"), query_str=QUESTION)
+    assert engine.requests[-1]["logits_processors"]
+    assert engine.requests[-1]["query"] == QUESTION

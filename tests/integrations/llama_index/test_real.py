@@ -1,0 +1,152 @@
+"""Memories on the real engine: what the layers above promise must begin as it was read."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from llama_index.core import Document
+from llama_index.core.base.llms.types import (
+    CacheControl,
+    CachePoint,
+    ChatMessage,
+    CitableBlock,
+    TextBlock,
+    ToolCallBlock,
+)
+from llama_index.core.prompts import ChatPromptTemplate
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel, Field
+
+from qllm_integrations.llama_index import QLLM, WholeDocumentIndex
+from tests.integrations.llama_index.compliance import add
+from tests.integrations.llama_index.tiny_model import save_tiny
+
+TEXTS = [f"Volume {n}. The lamp was lit at dusk. The secret number of the harbour is {n}711. " * 8 for n in range(3)]
+QUESTION = "What is the secret number?"
+
+
+class Number(BaseModel):
+    """A number."""
+
+    value: int = Field(ge=0, le=9)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> QLLM:
+    memory = {"n_local": 128, "exec_block_size": 32, "block_size": 16, "n_init": 8, "topk": 4}
+    return QLLM(model=save_tiny(tmp_path_factory.mktemp("tiny")), max_tokens=6, memory=memory)
+
+
+@pytest.fixture
+def index(llm: QLLM) -> WholeDocumentIndex:
+    documents = [Document(text=text, id_=str(n), metadata={"file_name": f"{n}.txt"}) for n, text in enumerate(TEXTS)]
+    return WholeDocumentIndex.from_documents(documents, llm=llm, mode="read_once", system_prompt="Be brief.")
+
+
+def cached(response: Any) -> int:
+    return int(response.metadata["qllm"]["usage"]["cache_read_tokens"])
+
+
+def check_offsets(index: WholeDocumentIndex, response: Any) -> None:
+    wholes = {node.ref_doc_id: node.get_content() for node in index.whole_nodes()}
+    assert response.source_nodes
+    for found in response.source_nodes:
+        node = found.node
+        assert wholes[node.ref_doc_id][node.start_char_idx : node.end_char_idx] == node.get_content()
+
+
+async def test_index_asks_one_memory_many_times(index: WholeDocumentIndex) -> None:
+    engine = index.as_query_engine()
+    first = engine.query(QUESTION)
+    assert cached(first) > sum(map(len, TEXTS))
+    assert cached(engine.query("And the lamp?")) == cached(first)
+    assert str(await engine.aquery(QUESTION)) == str(first)
+    assert str(index.as_query_engine(streaming=True).query(QUESTION)) == str(first)
+    check_offsets(index, first)
+
+
+def test_changes_are_read_on_top(index: WholeDocumentIndex) -> None:
+    engine = index.as_query_engine()
+    engine.query(QUESTION)
+    index.refresh_ref_docs([Document(text="Volume 1, rewritten. " * 10, id_="1", metadata={"file_name": "1.txt"})])
+    index.insert(Document(text="Volume 3, a new one. " * 10, id_="3"))
+    response = engine.query(QUESTION)
+    check_offsets(index, response)
+    fresh = WholeDocumentIndex(nodes=index.whole_nodes(), llm=index._llm, mode="read_once", system_prompt="Be brief.")
+    assert str(fresh.as_query_engine().query(QUESTION)) == str(response)
+    assert cached(response) == cached(fresh.as_query_engine().query(QUESTION))
+
+
+def test_accumulate_reads_each_alone(index: WholeDocumentIndex) -> None:
+    response = index.as_query_engine(response_mode="accumulate").query(QUESTION)
+    assert [told["usage"]["cache_read_tokens"] > 0 for told in response.metadata["qllm"]] == [True] * 3
+
+
+def test_structured_answers_from_a_memory(index: WholeDocumentIndex) -> None:
+    assert isinstance(index.as_query_engine(output_cls=Number, max_tokens=40).query(QUESTION).response, Number)
+
+
+def test_templates_with_system_text(index: WholeDocumentIndex) -> None:
+    template = ChatPromptTemplate(
+        [ChatMessage("Read closely.", role="system"), ChatMessage("{context_str} {query_str}")]
+    )
+    for mode in ("read_once", "query_aware"):
+        response = index.as_query_engine(text_qa_template=template, mode=mode).query(QUESTION)
+        check_offsets(index, response)
+
+
+@pytest.mark.parametrize("mode", ["read_once", "query_aware"])
+async def test_conversations(index: WholeDocumentIndex, mode: Any) -> None:
+    greeting = [ChatMessage("How can I help?", role="assistant")]
+    chat = index.as_chat_engine(mode=mode, chat_history=greeting)
+    check_offsets(index, chat.chat(QUESTION))
+    check_offsets(index, await chat.achat("And the lamp?"))
+    answer = chat.stream_chat("And now?")
+    assert "".join(answer.response_gen)
+    check_offsets(index, answer)
+    assert len(chat.chat_history) == 7
+
+
+def test_tools_beside_a_memory(llm: QLLM) -> None:
+    memory = llm.read(TEXTS[0], system_prompt="Be brief.")
+    tool = FunctionTool.from_defaults(add)
+    messages = [ChatMessage("Be brief.", role="system"), ChatMessage(QUESTION)]
+    response = llm.chat_with_tools([tool], chat_history=messages, tool_required=True, memory=memory, max_tokens=120)
+    assert [block.tool_name for block in response.message.blocks if isinstance(block, ToolCallBlock)] == ["add"]
+    assert response.raw["usage"]["cache_read_tokens"] == memory.n_tokens
+
+
+def test_cache_point(llm: QLLM) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    systems = [ChatMessage("One.", role="system"), ChatMessage("Two.", role="system")]
+    document = CitableBlock(title="t", source="s", content=TEXTS[0])
+    usage = []
+    for question in (QUESTION, "And the lamp?"):
+        message = ChatMessage(blocks=[document, point, TextBlock(text=question)])
+        usage.append(llm.chat([*systems, message]).raw["usage"])
+    assert usage[0]["cache_creation_tokens"] == usage[1]["cache_read_tokens"] > len(TEXTS[0])
+
+
+def test_models_share_weights_and_threads_agree(llm: QLLM) -> None:
+    other = QLLM(model=llm.model, max_tokens=6, memory=llm.memory)
+    assert other.engine.model is llm.engine.model
+    expected = llm.complete(QUESTION).text
+    answers: list[str] = []
+    threads = [threading.Thread(target=lambda m=m: answers.append(m.complete(QUESTION).text)) for m in (llm, other) * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 6
+    other.close()
+    assert llm.complete(QUESTION).text == expected
+
+
+def test_forgotten_memories_are_freed(llm: QLLM) -> None:
+    index = WholeDocumentIndex.from_documents([Document(text=TEXTS[0])], llm=llm, mode="read_once")
+    memory = index._shelf._kept[0].memory
+    assert memory.nbytes > 0
+    index.close()
+    assert memory.closed
