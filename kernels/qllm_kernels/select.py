@@ -27,11 +27,9 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) 
         scores = torch.matmul(folded.to(summaries.dtype), summaries[:, 0].transpose(-1, -2)).float()
     else:
         rows = lookup.view(pieces, n_heads, group, dim).transpose(0, 1).reshape(n_heads, 1, pieces * group, dim)
-        dots = torch.matmul(
-            rows.to(summaries.dtype), summaries.transpose(-1, -2)
-        )  # [n_heads, r, pieces * group, n_blocks]
+        dots = torch.matmul(rows.to(summaries.dtype), summaries.transpose(-1, -2))
         scores = dots.float().amax(1).view(n_heads, pieces, group, -1).sum(2)
-    return scores.unflatten(0, (scopes, -1)).sum(1).transpose(0, 1)
+    return scores.reshape(scopes, -1, pieces, scores.shape[-1]).sum(1).transpose(0, 1)
 
 
 def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,65 @@
+"""Scores of blocks and the choice among them against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qllm_kernels.select import block_scores, select_blocks
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("heads", "summary_heads", "scopes"), [(4, 2, 1), (4, 2, 2), (4, 4, 1), (4, 4, 2), (6, 2, 2), (2, 2, 2), (4, 1, 1)]
+)
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_block_scores(heads, summary_heads, scopes, r, pieces):
+    lookup, summaries = random(pieces, heads, 8), random(summary_heads, r, 7, 8, seed=1)
+    expected = torch.zeros(pieces, scopes, 7, dtype=torch.double)
+    for piece in range(pieces):
+        for h in range(heads):
+            dots = summaries[h * summary_heads // heads].double() @ lookup[piece, h].double()  # [r, 7]
+            expected[piece, h * scopes // heads] += dots.amax(0)
+    actual = block_scores(lookup, summaries, scopes=scopes)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("r", [1, 2])
+def test_block_scores_of_a_slice(r):
+    """Stores hand out views of a larger buffer."""
+    lookup, buffer = random(2, 4, 8), random(2, r, 20, 8, seed=1)
+    torch.testing.assert_close(
+        block_scores(lookup, buffer[:, :, :7], scopes=1), block_scores(lookup, buffer[:, :, :7].clone(), scopes=1)
+    )
+
+
+@pytest.mark.parametrize("topk", [1, 3, 9, 40])
+@pytest.mark.parametrize("scopes", [1, 2])
+def test_select_blocks(topk, scopes):
+    eligible = [1, 2, 5, 9]
+    scores = random(4, scopes, 9)
+    ids, valid = select_blocks(scores, torch.tensor(eligible), topk)
+    assert ids.shape == valid.shape == (4, scopes, min(topk, 9))
+    for piece, count in enumerate(eligible):
+        for scope in range(scopes):
+            row = scores[piece, scope, :count].tolist()
+            best = sorted(sorted(range(count), key=lambda i, row=row: -row[i])[:topk])
+            chosen = ids[piece, scope][valid[piece, scope]].tolist()
+            assert chosen == best
+            assert valid[piece, scope].tolist() == [True] * len(best) + [False] * (min(topk, 9) - len(best))
+    assert int(ids.max()) < 9
+    assert int(ids.min()) >= 0
+
+
+def test_select_blocks_with_scores_of_minus_infinity():
+    scores = torch.full((1, 1, 4), float("-inf"))
+    scores[0, 0, 2] = 1.0
+    ids, valid = select_blocks(scores, torch.tensor([4]), 2)
+    assert bool(valid.all())
+    assert 2 in ids[0, 0].tolist()
+    assert len(set(ids[0, 0].tolist())) == 2
