@@ -21,6 +21,24 @@ FAMILY_WEIGHTS = {
 }  # fmt: skip
 BLOCK = 32
 N_INIT = 32
+FIRST_WEIGHT = 3.0
+Span = tuple[int, int]
+# Spans of the question, of its answer and of the facts it needs.
+Ask = tuple[Span, Span, list[Span]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded sample; the fields are those of a row of :class:`Batch`, with the spans of document and facts."""
+
+    ids: list[int]
+    weights: list[float]
+    value: list[int]
+    families: list[str]
+    asks: list[Ask]
+    pinned: Span
+    document: Span
+    places: list[Span]
 
 
 @dataclass
@@ -43,8 +61,8 @@ class Batch:
     weights: NDArray[np.float32]
     value: NDArray[np.int64]
     keep: NDArray[np.bool_]
-    asks: list[list[tuple[tuple[int, int], tuple[int, int], list[tuple[int, int]]]]]
-    pinned: list[tuple[int, int]]
+    asks: list[list[Ask]]
+    pinned: list[Span]
     families: list[list[str]]
 
 
@@ -59,7 +77,9 @@ class Sampler:
         evaluation: Draw names, words and numbers from the evaluation side.
     """
 
-    def __init__(self, seed: int, tokenizer: Tokenizer, prose: Sequence[Prose], words: Sequence[str], evaluation: bool = False) -> None:
+    def __init__(
+        self, seed: int, tokenizer: Tokenizer, prose: Sequence[Prose], words: Sequence[str], evaluation: bool = False
+    ) -> None:
         self.rng = random.Random(seed)
         self.tokenizer = tokenizer
         self.prose = prose
@@ -74,7 +94,7 @@ class Sampler:
     def facts(self, length: int, simple: bool = False) -> FactSet:
         """Facts and questions for a sample of ``length`` tokens; ``simple`` leaves out the hard families."""
         rng, maker = self.rng, self.maker
-        budget = length * rng.uniform(0.18, 0.45)
+        budget = length * rng.uniform(0.12, 0.4)
         absent = int(rng.random() < 0.45 and not simple)
         families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
         if simple:
@@ -90,6 +110,8 @@ class Sampler:
         sets: list[FactSet] = []
         while budget > 0:
             family = rng.choices(families, weights)[0]
+            if family == "passkey" and any(q.family == family for s in sets for q in s.questions):
+                continue
             if family == "multi":
                 facts = maker.multi(rng.randint(2, 3), rng.randint(0, 2))
             elif family == "two_hop":
@@ -101,39 +123,38 @@ class Sampler:
             budget -= 16 * len(facts.statements)
         return merge(sets)
 
-    def sample(self, length: int, simple: bool = False) -> tuple[list[int], list[float], list[int], list[Question], dict[str, object]]:
+    def sample(self, length: int, simple: bool = False) -> Sample:
         """One sample of at most ``length`` tokens."""
         rng = self.rng
         self.maker.canonical = simple
         facts = self.facts(length, simple)
         questions = list(facts.questions)
         rng.shuffle(questions)
-        limit = max(1, int(length * rng.uniform(0.25, 0.8) / 28))
+        limit = max(1, int(length * rng.uniform(0.2, 0.7) / 28))
         questions = questions[:limit]
         own_line = rng.random() < 0.2
-        title = f"[{self.maker.pools.word()}{rng.choice(('.txt', '.md', '.pdf', '.html', ' ' + self.maker.pools.number(1, 2)))}]\n"
+        ending = rng.choice((".txt", ".md", ".pdf", ".html", " " + self.maker.pools.number(1, 2)))
+        title = f"[{self.maker.pools.word()}{ending}]\n"
         head = self.encode(title) if rng.random() < 0.5 else []
         pin = rng.random() < 0.45
         turns = [self.turn(q) for q in questions]
         first = turns[0][0]
-        used = 4 + len(head) + len(first) * (2 if pin else 1) + sum(len(t[0]) + len(t[1]) + 4 for t in turns[1:]) + len(turns[0][1])
-        used += sum(len(self.encode(s)) + 1 for s in facts.statements)
+        around = 8 + len(head) + len(first) * int(pin) + sum(len(t[0]) + len(t[1]) + 4 for t in turns)
+        used = around + sum(len(self.encode(s)) + 1 for s in facts.statements)
         prose = rng.choice(self.prose)
         chars = int((length - used) * 3.3)
         sentences = prose.sentences(rng, chars) if chars > 20 else []
-        document, spans, encoding = "", [], None
         state = rng.getstate()
-        for _ in range(6):
+        while True:
             rng.setstate(state)
             document, spans = weave(rng, sentences, facts.statements, None, own_line)
             encoding = self.tokenizer.encode(document, add_special_tokens=False)
-            over = used - sum(len(self.encode(s)) + 1 for s in facts.statements) + len(encoding.ids) + 4 - length
-            if over <= 0:
+            over = around + len(encoding.ids) - length
+            if over <= 0 or not sentences:
                 break
             drop = 0
             while sentences and drop < over * 3:
                 drop += len(sentences.pop())
-        assert encoding is not None
         ids = [BOS, USER]
         pinned = (len(ids), len(ids) + len(first)) if pin else (0, 0)
         if pin:
@@ -142,7 +163,7 @@ class Sampler:
         start = len(ids)
         ids += encoding.ids
         stop = len(ids)
-        weights = [0.1 if rng.random() < 0.2 else 0.0 for _ in ids]
+        weights = [0.05 if rng.random() < 0.2 else 0.0 for _ in ids]
         value = [0] * len(ids)
         places = [token_span(encoding.offsets, s, start) for s in spans]
         asks = []
@@ -153,28 +174,39 @@ class Sampler:
             a_span = (len(ids), len(ids) + len(a_ids))
             ids += a_ids
             weights += [0.0] * (a_span[0] - len(weights)) + a_weights
-            value += [0] * (a_span[0] - len(value)) + [n + 1 if w == 1.0 else 0 for w in a_weights]
+            value += [0] * (a_span[0] - len(value)) + [n + 1 if w >= 1.0 else 0 for w in a_weights]
             asks.append((q_span, a_span, [places[i] for i in question.needs]))
-        info: dict[str, object] = {"asks": asks, "pinned": pinned, "document": (start, stop), "places": places}
-        return ids, weights, value, questions, info
+        return Sample(ids, weights, value, [q.family for q in questions], asks, pinned, (start, stop), places)
 
     def turn(self, question: Question) -> tuple[list[int], list[int], list[float]]:
         """Question tokens, answer tokens with the end mark, and the weights of the latter."""
         encoding = self.tokenizer.encode(question.answer, add_special_tokens=False)
-        weights = [0.2] * len(encoding.ids)
-        weights[0] = 0.5
+        # The first two tokens decide between answering and declining.
+        decide = 1.0 if question.values else 2.0
+        weights = [decide if i < 2 else 0.1 for i in range(len(encoding.ids))]
         wanted = question.values or ("text",)
         at = 0
         for v in wanted:
-            at = question.answer.find(v, question.answer.rfind(" is ") if len(wanted) == 1 and not question.short and question.values else at)
+            at = question.answer.find(
+                v, question.answer.rfind(" is ") if len(wanted) == 1 and not question.short and question.values else at
+            )
             at = question.answer.find(v) if at < 0 else at
             a, b = token_span(encoding.offsets, (at, at + len(v)), 0)
             for i in range(a, min(b + 1, len(weights))):
-                weights[i] = 1.0
+                weights[i] = FIRST_WEIGHT if i == a and question.values else decide
             at += len(v)
         return self.encode(question.text), [*encoding.ids, END], [*weights, 1.0 if question.short else 0.3]
 
-    def batch(self, count: int, length: int, gap_share: float = 0.6, max_gap: int = 300, drop_share: float = 0.0, easy: float = 0.0, repeat: float = 0.0) -> Batch:
+    def batch(
+        self,
+        count: int,
+        length: int,
+        gap_share: float = 0.6,
+        max_gap: int = 300,
+        drop_share: float = 0.0,
+        easy: float = 0.0,
+        repeat: float = 0.0,
+    ) -> Batch:
         """``count`` samples padded to ``length``.
 
         Args:
@@ -192,7 +224,9 @@ class Sampler:
         weights = np.zeros((count, length), np.float32)
         value = np.zeros((count, length), np.int64)
         keep = np.ones((count, length), np.bool_)
-        asks, pinned, families = [], [], []
+        asks: list[list[Ask]] = []
+        pinned: list[Span] = []
+        families: list[list[str]] = []
         for b in range(count):
             if rng.random() < repeat:
                 half = (length - 2) // 2
@@ -205,24 +239,26 @@ class Sampler:
                 continue
             simple = rng.random() < easy
             while True:
-                s_ids, s_weights, s_value, questions, info = self.sample(length, simple)
-                if len(s_ids) <= length:
+                sample = self.sample(length, simple)
+                if len(sample.ids) <= length:
                     break
-            n = len(s_ids)
-            ids[b, :n], weights[b, :n], value[b, :n] = s_ids, s_weights, s_value
-            asks.append(info["asks"])
-            pinned.append(info["pinned"])
-            families.append([q.family for q in questions])
-            start, stop = info["document"]  # type: ignore[misc]
+            n = len(sample.ids)
+            ids[b, :n], weights[b, :n], value[b, :n] = sample.ids, sample.weights, sample.value
+            asks.append(sample.asks)
+            pinned.append(sample.pinned)
+            families.append(sample.families)
+            start, stop = sample.document
             if rng.random() < gap_share:
                 for _ in range(rng.randint(1, 3)):
-                    positions[b, rng.randint(start, stop) :] += rng.randint(1, max_gap)
+                    at = rng.randint(start, stop)
+                    if not any(p < at < q for p, q in sample.places):
+                        positions[b, at:] += rng.randint(1, max_gap)
             if rng.random() < drop_share:
                 for s in range(N_INIT + (max(0, start - N_INIT) // BLOCK) * BLOCK, stop, BLOCK):
-                    clear = not any(p < s + BLOCK and q > s for p, q in info["places"])  # type: ignore[attr-defined]
+                    clear = not any(p < s + BLOCK and q > s for p, q in sample.places)
                     if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
                         keep[b, s : s + BLOCK] = False
-        return Batch(ids, positions, weights, value, keep, asks, pinned, families)  # type: ignore[arg-type]
+        return Batch(ids, positions, weights, value, keep, asks, pinned, families)
 
 
 def token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int], shift: int) -> tuple[int, int]:

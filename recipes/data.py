@@ -69,7 +69,11 @@ def common_words(texts: Sequence[str], least: int = 3) -> list[str]:
 
 
 def weave(
-    rng: random.Random, sentences: Sequence[str], statements: Sequence[str], depths: Sequence[float] | None = None, own_line: bool = False
+    rng: random.Random,
+    sentences: Sequence[str],
+    statements: Sequence[str],
+    depths: Sequence[float] | None = None,
+    own_line: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """Insert statements between sentences.
 
@@ -134,7 +138,9 @@ class Case:
     spans: tuple[tuple[int, int], ...]
 
 
-def make_facts(maker: FactMaker, family: str, distractors: int, one_template: bool, short: bool | None) -> tuple[FactSet, Question]:
+def make_facts(
+    maker: FactMaker, family: str, distractors: int, one_template: bool, short: bool | None
+) -> tuple[FactSet, Question]:
     """Facts for one question of a family among ``distractors`` like it; returns the set and the question."""
     rng = maker.rng
     if family == "multi":
@@ -164,6 +170,7 @@ def make_case(
     depth: float | None = None,
     *,
     one_template: bool = False,
+    canonical: bool = False,
     short: bool | None = None,
     evaluation: bool = True,
 ) -> Case:
@@ -177,10 +184,12 @@ def make_case(
         distractors: Facts of the same kind about other subjects, placed at random.
         depth: Place of the (first) fact asked for, 0 to 1; random when omitted.
         one_template: State the fact and its distractors in the same words.
+        canonical: State facts in the first way of their relation, RULER's for magic numbers; questions still vary.
         short: Ask for the value only, or not; drawn when omitted.
         evaluation: Draw names, words and numbers from the evaluation side.
     """
     maker = FactMaker(Pools(rng, evaluation))
+    maker.canonical = canonical
     facts, question = make_facts(maker, family, distractors, one_template, short)
     depths = [rng.random() for _ in facts.statements]
     if depth is not None and question.needs:
@@ -212,6 +221,24 @@ def is_exact(output: str, answer: str, values: Sequence[str]) -> bool:
 
 
 __all__ = [
-    "Case", "FactMaker", "FactSet", "HELD_OUT", "Pools", "Prose", "Question", "ask", "attribute", "common_words", "draw",
-    "fill", "is_exact", "make_case", "make_facts", "merge", "normalise", "read_books", "unwrap", "weave",
+    "HELD_OUT",
+    "Case",
+    "FactMaker",
+    "FactSet",
+    "Pools",
+    "Prose",
+    "Question",
+    "ask",
+    "attribute",
+    "common_words",
+    "draw",
+    "fill",
+    "is_exact",
+    "make_case",
+    "make_facts",
+    "merge",
+    "normalise",
+    "read_books",
+    "unwrap",
+    "weave",
 ]  # fmt: skip

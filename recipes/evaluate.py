@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +17,16 @@ import torch
 from qllm_runtime.samples import story
 from recipes.data import Case, Prose, is_exact, make_case, normalise, read_books, unwrap
 from recipes.facts import FAMILIES
+from recipes.scores import CHARS_PER_TOKEN, Score
 
+SETTINGS = (
+    ("books", "canonical", "query_aware"),
+    ("books", "canonical", "read_once"),
+    ("books", "one-template", "query_aware"),
+    ("books", "varied", "query_aware"),
+    ("stories", "canonical", "query_aware"),
+)
 MODELS = Path(__file__).parent.parent / "qllm_runtime" / "models"
-CHARS_PER_TOKEN = 3.05
-
-
-@dataclass(frozen=True)
-class Score:
-    """Exact matches among questions, with a 95 % Wilson interval."""
-
-    right: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Share answered exactly."""
-        return self.right / max(1, self.total)
-
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval."""
-        n, p, z = max(1, self.total), self.share, 1.96
-        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-    def to_json(self) -> dict[str, Any]:
-        """Numbers for a report."""
-        return {"right": self.right, "total": self.total, "share": round(self.share, 4), "interval": [round(x, 4) for x in self.interval()]}
 
 
 def held_out_prose(folder: Path) -> list[Prose]:
@@ -88,24 +70,37 @@ def answer_batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_n
     return texts
 
 
-def window_cases(rng: random.Random, prose: Sequence[Prose], tokens: int, per_family: int, one_template: bool) -> list[Case]:
+def window_cases(rng: random.Random, prose: Sequence[Prose], tokens: int, per_family: int, wording: str) -> list[Case]:
     """Cases that fit a window, the same number per family."""
     cases = []
     for family in FAMILIES:
         for _ in range(per_family):
             chars = int((tokens - 190) * CHARS_PER_TOKEN * rng.uniform(0.5, 1.0))
-            cases.append(make_case(rng, rng.choice(prose), chars, family, rng.randint(1, 3), one_template=one_template))
+            options = {"one_template": wording == "one-template", "canonical": wording == "canonical"}
+            cases.append(make_case(rng, rng.choice(prose), chars, family, rng.randint(1, 3), **options))
     return cases
 
 
-def in_window(folder: Path, prose: Sequence[Prose], tokens: int, per_family: int, one_template: bool, layout: str, seed: int) -> dict[str, Any]:
-    """Exact match per family within ``tokens`` tokens, with a few of the misses."""
+def in_window(
+    folder: Path, prose: Sequence[Prose], tokens: int, per_family: int, wording: str, layout: str, seed: int
+) -> dict[str, Any]:
+    """Exact match per family within ``tokens`` tokens, with a few of the misses.
+
+    Args:
+        folder: Folder of the checkpoint.
+        prose: Prose to hide facts in.
+        tokens: Longest prompt, in tokens.
+        per_family: Questions per family.
+        wording: ``canonical``, ``varied`` or ``one-template`` (varied, but all facts of a document in the same words).
+        layout: ``query_aware`` or ``read_once``.
+        seed: Seed of the cases.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rng = random.Random(f"window-{seed}-{tokens}-{one_template}")
-    cases = window_cases(rng, prose, tokens, per_family, one_template)
+    rng = random.Random(f"window-{seed}-{tokens}-{wording}")
+    cases = window_cases(rng, prose, tokens, per_family, wording)
     prompts = [prompt_ids(tokenizer, c, layout) for c in cases]
     kept = sorted((i for i in range(len(cases)) if len(prompts[i]) <= tokens), key=lambda i: len(prompts[i]))
     counts: dict[str, list[int]] = {}
@@ -123,10 +118,17 @@ def in_window(folder: Path, prose: Sequence[Prose], tokens: int, per_family: int
                 row[0] += right
                 row[1] += 1
             if not right:
-                misses.append({"family": case.family, "question": case.question, "expected": case.answer, "got": output})
+                misses.append(
+                    {"family": case.family, "question": case.question, "expected": case.answer, "got": output}
+                )
     scores = {name: Score(*row).to_json() for name, row in sorted(counts.items())}
     longer = len(cases) - len(kept)
-    return {"scores": scores, "verbatim": round(strict / max(1, len(kept)), 4), "left_out_as_too_long": longer, "misses": misses[:40]}
+    return {
+        "scores": scores,
+        "verbatim": round(strict / max(1, len(kept)), 4),
+        "left_out_as_too_long": longer,
+        "misses": misses[:40],
+    }
 
 
 def main() -> None:
@@ -137,6 +139,8 @@ def main() -> None:
     parser.add_argument("--per-family", type=int, default=46)
     parser.add_argument("--tokens", type=int, nargs="*", default=[512])
     parser.add_argument("--long", action="store_true", help="measure through the engine instead")
+    parser.add_argument("--longest", type=int, default=65_536, help="longest document of --long, in tokens")
+    parser.add_argument("--modes", nargs="*", default=["query_aware", "read_once"])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON reports")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -145,17 +149,15 @@ def main() -> None:
     if args.long:
         from recipes.evaluate_long import run
 
-        run(args.models, held_out_prose(args.text), args.out / "long.json")
+        run(args.models, held_out_prose(args.text), args.out / "long.json", args.longest, args.modes)
         return
     report: dict[str, Any] = {}
     sources = {"books": held_out_prose(args.text), "stories": story_prose()}
     for folder in args.models:
         for tokens in args.tokens:
-            for source, one_template, layout in (
-                ("books", False, "query_aware"), ("books", False, "read_once"), ("books", True, "query_aware"), ("stories", False, "query_aware"),
-            ):  # fmt: skip
-                name = f"{folder.name} {tokens} {source} {layout}{' one-template' if one_template else ''}"
-                report[name] = in_window(folder, sources[source], tokens, args.per_family, one_template, layout, 0)
+            for source, wording, layout in SETTINGS:
+                name = f"{folder.name} {tokens} {source} {wording} {layout}"
+                report[name] = in_window(folder, sources[source], tokens, args.per_family, wording, layout, 0)
                 print(name, {k: v["share"] for k, v in report[name]["scores"].items()}, flush=True)
                 (args.out / "window.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

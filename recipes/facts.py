@@ -22,7 +22,15 @@ from recipes.relations import (
 
 ABSENT = "The text does not say."
 FAMILIES = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation", "multi", "two_hop", "absent")
-SIMPLE = {"passkey": PASSKEY, "magic": MAGIC, "attribute": ATTRIBUTE, "kv": KEY_VALUE, "place": PLACE, "job": JOB, "code": CODE}
+SIMPLE = {
+    "passkey": PASSKEY,
+    "magic": MAGIC,
+    "attribute": ATTRIBUTE,
+    "kv": KEY_VALUE,
+    "place": PLACE,
+    "job": JOB,
+    "code": CODE,
+}
 SHORT_SUFFIXES = (
     "Answer with the value only.", "Answer with the value only.", "Answer in one word.", "Give only the value.",
     "Reply with just the answer.", "Short answer only.", "Answer briefly.", "Just the value, please.",
@@ -84,7 +92,11 @@ def draw(pools: Pools, kind: str) -> str:
             return f"the {pools.noun()} of {pools.place()}"
         if roll < 0.75:
             return pools.place()
-        return pools.word() if roll < 0.9 else f"{rng.choice(('Project', 'Station', 'Model', 'Unit', 'Ship'))} {pools.invented()}"
+        return (
+            pools.word()
+            if roll < 0.9
+            else f"{rng.choice(('Project', 'Station', 'Model', 'Unit', 'Ship'))} {pools.invented()}"
+        )
     if kind == "keyword":
         return pools.word() if rng.random() < 0.8 else f"{pools.rng.choice(pools.adjectives)}-{pools.noun()}"
     if kind == "magic_value":
@@ -121,16 +133,35 @@ def attribute(rng: random.Random) -> str:
 
 
 def ask(
-    rng: random.Random, question: str, answer: str, values: tuple[str, ...], family: str, needs: tuple[int, ...], short: bool | None = None
+    rng: random.Random,
+    question: str,
+    answer: str,
+    values: tuple[str, ...],
+    family: str,
+    needs: tuple[int, ...],
+    short: bool | None = None,
 ) -> Question:
     """Dress a question up and settle the form of its answer."""
     if short is None:
-        short = rng.random() < 0.35
+        short = rng.random() < 0.3
     suffix = rng.choice(SHORT_SUFFIXES if short else LONG_SUFFIXES)
     prefix = rng.choice(PREFIXES)
-    if prefix.endswith(", ") and question.split(" ")[0] in ("What", "Where", "Which", "Who", "When", "How", "What's", "In", "Whom"):
+    if prefix.endswith(", ") and question.split(" ")[0] in (
+        "What",
+        "Where",
+        "Which",
+        "Who",
+        "When",
+        "How",
+        "What's",
+        "In",
+        "Whom",
+    ):
         question = question[0].lower() + question[1:]
     text = f"{prefix}{question} {suffix}".strip() if rng.random() < 0.8 else f"{prefix}{question}\n{suffix}".strip()
+    if suffix and rng.random() < 0.4:
+        # The order for the form of the answer may come first; the subject then stands next to the answer.
+        text = f"{suffix} {prefix}{question}"
     if values and short:
         answer = ", ".join(values)
     return Question(text, answer, values, family, short, needs)
@@ -143,7 +174,7 @@ class FactMaker:
         pools: Where names, words and numbers come from.
 
     Attributes:
-        canonical: State every fact in the first way of its relation and answer in full sentences.
+        canonical: State every fact in the first way of its relation and answer mostly in full sentences.
     """
 
     def __init__(self, pools: Pools) -> None:
@@ -155,7 +186,9 @@ class FactMaker:
         """A relation of a family."""
         return SIMPLE[family] if family in SIMPLE else self.rng.choice(OTHERS)
 
-    def simple(self, family: str, count: int, one_template: bool, absent: int = 0, short: bool | None = None) -> FactSet:
+    def simple(
+        self, family: str, count: int, one_template: bool, absent: int = 0, short: bool | None = None
+    ) -> FactSet:
         """``count`` facts of one family, every one with its question, and ``absent`` questions without a fact.
 
         Args:
@@ -171,7 +204,7 @@ class FactMaker:
             count, absent = (0, 1) if absent and not count else (1, 0)
         template = rng.choice(relation.statements[:1] if self.canonical else relation.statements)
         one_template = one_template or self.canonical
-        short = False if self.canonical else short
+        short = rng.random() < 0.2 if self.canonical and short is None else short
         shared = attribute(rng) if (one_template and not self.canonical) or rng.random() < 0.3 else ""
         seen: set[tuple[str, str]] = set()
         statements: list[str] = []
@@ -194,7 +227,10 @@ class FactMaker:
             if i >= count:
                 questions.append(ask(rng, question, ABSENT, (), "absent", (), short))
                 continue
-            statement = template if one_template else rng.choice(relation.statements)
+            usual = rng.random() < 0.3
+            statement = (
+                template if one_template else relation.statements[0] if usual else rng.choice(relation.statements)
+            )
             statements.append(fill(statement, s=subject, a=name, v=value))
             answer = fill(relation.answer, s=subject, a=name, v=value)
             questions.append(ask(rng, question, answer, (value,), relation.family, (i,), short))
@@ -204,7 +240,8 @@ class FactMaker:
         """One subject with several values among others with one; the question asks for all."""
         rng, pools = self.rng, self.pools
         relation = MAGIC if rng.random() < 0.6 else ATTRIBUTE
-        template, name = rng.choice(relation.statements), attribute(rng)
+        template = rng.choice(relation.statements[:1] if self.canonical else relation.statements)
+        name = attribute(rng)
         subject = draw(pools, relation.subject)
         kind = relation.value if relation is ATTRIBUTE else "number"
         found: list[str] = []
@@ -216,7 +253,7 @@ class FactMaker:
         answer = fill(relation.plural_answer, s=subject, a=name, v=", ".join(found))
         question = fill(rng.choice(relation.plural), s=subject, a=name)
         questions = [ask(rng, question, answer, tuple(found), "multi", tuple(range(values)), short)]
-        for i in range(distractors):
+        for _ in range(distractors):
             other = draw(pools, relation.subject)
             if other == subject:
                 continue
@@ -242,7 +279,7 @@ class FactMaker:
             seen |= {key, middle}
             of = fill(hop.of, x=middle)
             n = len(statements)
-            statements.append(fill(rng.choice(hop.links), k=key, x=middle))
+            statements.append(fill(rng.choice(hop.links[:1] if self.canonical else hop.links), k=key, x=middle))
             statements.append(f"The {role} of {of} is {value}.")
             answer = f"{fill(hop.link_answer, k=key, x=middle)} The {role} of {of} is {value}."
             word = "Who" if kind == "name" else "What"

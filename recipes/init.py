@@ -1,19 +1,20 @@
 """Initialisation with induction heads in place: without them a small model needs many times the tokens to find them.
 
-Layer 0 copies earlier tokens into fixed parts of the residual stream, layers 1 and 2 compare the recent past of the query
-with the recent past of every key and copy the key's token. Everything is trained from there without constraint.
+Layer 0 copies earlier tokens into fixed parts of the residual stream, layers 1 and 2 compare the recent past of the
+query with the recent past of every key and copy the key's token. Everything is trained from there without constraint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from recipes.model import Attention, Reader, rope_frequencies
+from recipes.model import Layer, Reader, rope_frequencies
 
 OFFSETS = (1, 2, 3, 4, 5, 6, 8, 10)
 EMBED_STD = 0.05
@@ -40,7 +41,8 @@ def _offset_query(freq: Tensor, offset: int, strength: float) -> tuple[Tensor, T
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Random matrix [rows, columns] with orthonormal rows (rows <= columns)."""
-    return torch.linalg.qr(torch.randn(columns, rows, generator=generator))[0].T.contiguous()
+    q: Tensor = torch.linalg.qr(torch.randn(columns, rows, generator=generator))[0]
+    return q.T.contiguous()
 
 
 def _place(rows: Tensor, at: Sequence[int], size: int) -> Tensor:
@@ -89,7 +91,8 @@ def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
     step = min(e, len(clean) // c.kv_heads)
     views = [_place(clean[g * step : (g + 1) * step], range(step), e) for g in range(c.kv_heads)]
 
-    first: Attention = model.layers[0].self_attn
+    blocks = cast(list[Layer], list(model.layers))
+    first = blocks[0].self_attn
     first.q_proj.weight.mul_(0.2)
     first.k_proj.weight.mul_(0.2)
     for h in range(c.heads):
@@ -100,13 +103,13 @@ def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
         first.o_proj.weight[:-1, h * e : (h + 1) * e] = slots[h].T * EMBED_STD * WRITE
     by_offset = {OFFSETS[h % len(OFFSETS)]: slots[h] for h in range(c.heads)}
     for n in (1, 2):
-        att: Attention = model.layers[n].self_attn
+        att = blocks[n].self_attn
         att.q_proj.weight.mul_(0.3)
         att.k_proj.weight.mul_(0.3)
         for g in range(c.kv_heads):
             rows = slice(g * e, (g + 1) * e)
-            # Bigram heads match the current token with the one before each key, the others the last few with the few before;
-            # in layer 2 the last group leaves out the nearest ones, where facts of one template agree.
+            # Bigram heads match the current token with the one before each key, the others the last few with the few
+            # before; in layer 2 the last group leaves out the nearest ones, where facts of one template agree.
             past = () if g % 2 == 0 else (2, 3, 4, 5, 6) if n == 1 or g < c.kv_heads - 1 else (3, 4, 5, 6)
             near = 0.0 if past == (3, 4, 5, 6) else 1.0
             key = by_offset[1] * near

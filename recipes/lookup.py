@@ -16,6 +16,7 @@ from recipes.model import Reader, ReaderConfig, rotate
 
 LAYERS = (1, 2)
 BANK = 3072
+SHARPNESS = 3.0
 WINDOWS = (128, 256, 256, 256, 384, 512)
 
 
@@ -107,14 +108,24 @@ class LookupObjective:
         for n in LAYERS:
             q, k = (x.float() for x in probes[n])
             tokens = q.transpose(1, 2).reshape(-1, c.heads * c.head_dim)
-            pooled = torch.zeros(len(rows), tokens.shape[1], device=device).index_add(0, owner, tokens[at] * share[:, None])
+            pooled = torch.zeros(len(rows), tokens.shape[1], device=device).index_add(
+                0, owner, tokens[at] * share[:, None]
+            )
             far = rotate(pooled.view(-1, c.heads, c.head_dim), angle.cos(), angle.sin())
             grouped = far.view(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim).sum(2).flatten(1)
             whole = k[:, :, N_INIT : N_INIT + (length - N_INIT) // BLOCK * BLOCK]
-            means = whole.unflatten(2, (-1, BLOCK)).mean(3).transpose(1, 2).flatten(0, 1).flatten(1)[flat]
+            means = (
+                whole.reshape(*whole.shape[:2], -1, BLOCK, c.head_dim)
+                .mean(3)
+                .transpose(1, 2)
+                .flatten(0, 1)
+                .flatten(1)[flat]
+            )
             bank = self.banks.get(n)
             keys = means if bank is None else torch.cat((means, bank))
-            scores = grouped @ keys.T * (0.5 * c.head_dim**-0.5)
+            scores = grouped @ keys.T
+            # Only the order of blocks matters to a lookup, so the scale of the scores is taken out.
+            scores = scores * (SHARPNESS / (scores.detach().std(-1, keepdim=True) + 1e-6))
             # The other blocks a question needs do not count against the one at hand.
             others = scores.masked_fill(torch.nn.functional.pad(positive, (0, len(keys) - len(flat))), -torch.inf)
             rest = others.logsumexp(-1)

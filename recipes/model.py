@@ -118,7 +118,9 @@ class Attention(nn.Module):
         if angles.near is None:
             out = F.scaled_dot_product_attention(qr, kr, v, is_causal=True, enable_gqa=groups > 1)
         else:
-            assert angles.far_cos is not None and angles.far_sin is not None and angles.bias is not None
+            assert angles.far_cos is not None
+            assert angles.far_sin is not None
+            assert angles.bias is not None
             far = rotate(q, angles.far_cos, angles.far_sin)
             shape = (b, c.kv_heads, groups * t, c.head_dim)
             near_scores = (qr.reshape(shape) @ kr.transpose(-1, -2)).view(b, c.heads, t, t)
@@ -152,7 +154,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):

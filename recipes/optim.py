@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def orthogonalise(g: Tensor, steps: int = 4) -> Tensor:
     """Nearest semi-orthogonal matrix of ``g`` [n, m], by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g / (g.norm() + 1e-7)
+    x: Tensor = g / (g.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T

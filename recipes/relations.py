@@ -1,5 +1,8 @@
 """The kinds of facts, as plain English templates: how one is stated, asked for and restated."""
 
+# Word lists read better as words than as lists of strings.
+# ruff: noqa: SIM905, E501
+
 from __future__ import annotations
 
 from dataclasses import dataclass
