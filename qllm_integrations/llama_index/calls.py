@@ -73,8 +73,7 @@ def prepare(
     options.warn_unknown(given, (*options.SAMPLING_FIELDS, *options.REQUEST_FIELDS), "QLLM")
     memory, created = given.get("memory"), False
     request = to_request(messages, given.get("query"), with_memory=memory is not None)
-    settings = llm.sampling_defaults
-    sampling = options.sampling(settings, given)
+    sampling = options.sampling(llm.sampling_defaults, given)
     engine = llm.engine
     progress = progress_bar(bool(given.get("show_progress") or llm.show_progress))
     held: tuple[Document, ...] = tuple(memory.documents) if memory is not None else ()
@@ -95,7 +94,6 @@ def prepare(
         from qllm_runtime.grammar import json_schema_processor
 
         processors = [json_schema_processor(engine.tokenizer, schema, **_vocabulary(engine))]
-    rest = request.documents[len(held) :] if held and request.documents[: len(held)] == held else request.documents
     arguments: dict[str, Any] = {
         "query": request.query,
         "query_source": request.query_source,
@@ -107,7 +105,7 @@ def prepare(
         "template_kwargs": {**llm.template_kwargs, **(given.get("template_kwargs") or {})} or None,
         "progress": progress if memory is None else None,
     }
-    return Call(engine, turns, arguments, ResponseContext(llm.model, (*held, *rest), names, created))
+    return Call(engine, turns, arguments, ResponseContext(llm.model, (*held, *request.documents), names, created))
 
 
 def _bounded(engine: Engine, request: Request) -> Request:
@@ -203,6 +201,3 @@ def _ask_for_json(turns: tuple[Turn, ...], schema: Mapping[str, Any]) -> tuple[T
         return (*turns, Turn("user", (text,)))
     asked = replace(turns[last], content=(*turns[last].content, text))
     return (*turns[:last], asked, *turns[last + 1 :])
-
-
-__all__ = ["Call", "Request", "prepare", "progress_bar", "report_reading"]

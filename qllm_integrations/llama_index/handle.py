@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qllm_runtime.errors import ClosedError
+from qllm_runtime.errors import CancelledError, ClosedError
 from qllm_runtime.types import Document, Progress
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class MemoryShelf:
         self._steps = steps
         self._kept: list[_Kept] = []  # last used last
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # apart from the other: changing an index must not wait for a reading
 
     def get(
         self,
@@ -50,31 +51,32 @@ class MemoryShelf:
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
     ) -> tuple[DocumentMemory, bool]:
-        """The memory of these documents, and whether any of them was read just now. One reading at a time."""
+        """The memory of these documents, and whether any of them was read just now. One reading at a time.
+
+        Raises:
+            CancelledError: `cancel` was set, also while waiting for another reading.
+        """
         wanted = tuple(documents)
-        with self._lock:
-            now = time.monotonic()
-            self._kept = [
-                kept for kept in self._kept if not kept.memory.closed and (kept.until is None or kept.until > now)
-            ]
-            until = None if ttl is None else now + ttl
-            found = self._longest(engine, wanted, system)
-            memory = found.memory if found is not None else None
+        until = None if ttl is None else time.monotonic() + ttl
+        while not self._reading.acquire(timeout=0.05):
+            if cancel is not None and cancel.is_set():
+                raise CancelledError("Cancelled while waiting for the documents.")
+        try:
+            memory = self._longest(engine, wanted, system)
             done = len(memory.documents) if memory is not None else 0
             stride = max(1, -(-len(wanted) // self._steps))
             created = done < len(wanted)
             while done < len(wanted):
                 end = min(len(wanted), (done // stride + 1) * stride)
                 memory = engine.read(wanted[done:end], system=system, after=memory, progress=progress, cancel=cancel)
-                self._kept.append(_Kept(engine, memory, until))
+                self._keep(_Kept(engine, memory, until))
                 done = end
-            if found is not None and not created:
-                self._kept.remove(found)
-                self._kept.append(_Kept(engine, found.memory, until))
-            if self._limit is not None:
-                del self._kept[: -self._limit]  # freed with the last user of each
             assert memory is not None
+            if not created:
+                self._keep(_Kept(engine, memory, until))
             return memory, created
+        finally:
+            self._reading.release()
 
     def retain(self, keep: Callable[[Document], bool]) -> None:
         """Drop the memories that hold a document `keep` refuses."""
@@ -91,16 +93,29 @@ class MemoryShelf:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _longest(self, engine: Engine, wanted: tuple[Document, ...], system: str | None) -> _Kept | None:
+    def _keep(self, new: _Kept) -> None:
+        """Put a memory last, and let the one unused for longest go where there are too many."""
+        with self._lock:
+            self._kept = [kept for kept in self._kept if kept.memory is not new.memory]
+            self._kept.append(new)
+            if self._limit is not None:
+                del self._kept[: -self._limit]  # freed with the last user of each
+
+    def _longest(self, engine: Engine, wanted: tuple[Document, ...], system: str | None) -> DocumentMemory | None:
         """The memory that holds most of the first of these documents."""
-        fitting = [
-            kept
-            for kept in self._kept
-            if kept.engine is engine
-            and kept.memory.system == system
-            and wanted[: len(kept.memory.documents)] == kept.memory.documents
-        ]
-        return max(fitting, key=lambda kept: len(kept.memory.documents), default=None)
+        with self._lock:
+            now = time.monotonic()
+            self._kept = [
+                kept for kept in self._kept if not kept.memory.closed and (kept.until is None or kept.until > now)
+            ]
+            fitting = [
+                kept.memory
+                for kept in self._kept
+                if kept.engine is engine
+                and kept.memory.system == system
+                and wanted[: len(kept.memory.documents)] == kept.memory.documents
+            ]
+        return max(fitting, key=lambda memory: len(memory.documents), default=None)
 
 
 class EngineHandle:

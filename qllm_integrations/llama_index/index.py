@@ -19,8 +19,9 @@ from llama_index.core.schema import BaseNode, Document, TransformComponent
 from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
+from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index import options
-from qllm_integrations.llama_index.asking import DEFAULT_TEMPLATE, Asker, asking_llm
+from qllm_integrations.llama_index.asking import Asker, asking_llm
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
 from qllm_integrations.llama_index.documents import WholeDocument, engine_document, lasting_metadata, rejoin, whole_node
 from qllm_integrations.llama_index.handle import MemoryShelf
@@ -123,8 +124,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         if transformations:
             raise InvalidRequestError(
                 "WholeDocumentIndex keeps documents whole and takes no transformations; for split texts use any "
-                "other index "
-                "with QLLMSynthesizer as its response_synthesizer."
+                "other index with QLLMSynthesizer as its response_synthesizer."
             )
         options.warn_unknown(kwargs, ("llm", "mode", "system_prompt"), cls.__name__)
         known = {name: kwargs[name] for name in ("llm", "mode", "system_prompt") if name in kwargs}
@@ -228,8 +228,8 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         return refreshed
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """As `refresh_ref_docs`, which reads nothing and so returns at once."""
-        return self.refresh_ref_docs(documents, **update_kwargs)
+        """As `refresh_ref_docs`, without blocking the event loop."""
+        return await run_in_thread(lambda cancel: self.refresh_ref_docs(documents, **update_kwargs))
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """Replace a document; it keeps its place among the others."""
@@ -359,6 +359,3 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
 
 def _same_metadata(known: BaseNode, document: Document) -> bool:
     return bool(lasting_metadata(known.metadata) == lasting_metadata(document.metadata))
-
-
-__all__ = ["DEFAULT_TEMPLATE", "WholeDocumentIndex"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -244,9 +245,18 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
             system_prompt: System prompt of the calls to come.
             show_progress: Show a bar.
         """
+        return self._read(documents, system_prompt, show_progress or self.show_progress)
+
+    async def aread(self, documents: Any, *, system_prompt: str | None = None) -> DocumentMemory:
+        """As :meth:`read`, without blocking the event loop."""
+        return await run_in_thread(lambda cancel: self._read(documents, system_prompt, self.show_progress, cancel))
+
+    def _read(
+        self, documents: Any, system_prompt: str | None, show_progress: bool, cancel: threading.Event | None = None
+    ) -> DocumentMemory:
         started = time.perf_counter()
-        progress = progress_bar(show_progress or self.show_progress)
-        memory = self.engine.read(engine_documents(documents), system=system_prompt, progress=progress)
+        whole, progress = engine_documents(documents), progress_bar(show_progress)
+        memory = self.engine.read(whole, system=system_prompt, progress=progress, cancel=cancel)
         report_reading(memory, time.perf_counter() - started)
         return memory
 

@@ -84,12 +84,12 @@ def to_request(messages: Sequence[ChatMessage], query: str | None = None, *, wit
     """
     if not messages:
         raise InvalidRequestError("There are no messages to answer; pass at least one ChatMessage.")
-    turns, keep, ttl, seen_user = [], 0, None, False
+    turns: list[Turn] = []
+    keep, ttl = 0, None
     for position, message in enumerate(messages):
         turn = _to_turn(message, position)
-        if turn.role == "user" and not seen_user:
-            seen_user = True
-            keep, ttl = _cache_point(message)
+        if turn.role == "user" and all(earlier.role == "system" for earlier in turns):
+            keep, ttl = _cache_point(message)  # elsewhere the conversation does not begin with what would be kept
         turns.append(turn)
     found, source = _find_query(messages, turns, query, with_memory)
     documents = tuple(document for turn in turns for document in turn.documents)
@@ -115,7 +115,8 @@ def split_kept(request: Request) -> tuple[Request, str | None, tuple[Document, .
     opening = [Turn("system", (system,))] if system else []  # one, as the memory is read with
     user = replace(request.turns[first], content=tuple(content))
     turns = (*opening, *(turn for turn in ahead if turn.role != "system"), user, *request.turns[first + 1 :])
-    return replace(request, turns=turns, keep=0), system, tuple(kept)
+    documents = tuple(document for turn in turns for document in turn.documents)
+    return replace(request, turns=turns, documents=documents, keep=0), system, tuple(kept)
 
 
 def _to_turn(message: ChatMessage, position: int) -> Turn:
@@ -138,7 +139,7 @@ def _to_turn(message: ChatMessage, position: int) -> Turn:
             if role not in ("user", "tool"):
                 raise InvalidRequestError(
                     f"Message {position} ({message.role.value}) holds a {type(block).__name__}; documents "
-                    f"belong in user or tool messages."
+                    "belong in user or tool messages."
                 )
             content.extend(_documents(block, position))
         elif isinstance(block, ToolCallBlock):
@@ -146,9 +147,8 @@ def _to_turn(message: ChatMessage, position: int) -> Turn:
         elif not isinstance(block, (CachePoint, CitationBlock, ThinkingBlock)):
             # citations and thoughts of earlier answers are no part of the conversation's text
             raise InvalidRequestError(
-                f"Message {position} ({message.role.value}) holds a {type(block).__name__}, which this text "
-                f"model cannot read; "
-                "remove it, or describe it in words."
+                f"Message {position} ({message.role.value}) holds a {type(block).__name__}, which this text model "
+                "cannot read; remove it, or describe it in words."
             )
     return Turn(role, tuple(content), _extras(message, calls))
 
@@ -167,9 +167,8 @@ def _documents(block: CitableBlock | DocumentBlock, position: int) -> list[Docum
             )
         else:
             raise InvalidRequestError(
-                f"The CitableBlock {block.title!r} in message {position} holds a {type(part).__name__}, which "
-                f"this text model cannot read; "
-                "remove it, or describe it in words."
+                f"The CitableBlock {block.title!r} in message {position} holds a {type(part).__name__}, which this "
+                "text model cannot read; remove it, or describe it in words."
             )
         documents.append(document)
     return documents

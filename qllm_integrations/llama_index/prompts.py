@@ -75,7 +75,7 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
 
 def _blocks(context: Any) -> list[CitableBlock]:
     # one of the stock synthesizers passes a list of chunks here
-    texts = [context] if isinstance(context, str) else [str(text) for text in context]
+    texts = [str(text) for text in context] if isinstance(context, (list, tuple)) else [str(context or "")]
     return [CitableBlock(title="", source="", content=text) for text in texts if text.strip()]
 
 

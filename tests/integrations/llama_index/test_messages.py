@@ -395,3 +395,40 @@ def test_output_parser_of_the_model_constrains(engine: FakeEngine) -> None:
     assert "value" in llm.predict(PromptTemplate("{query_str}"), query_str=QUESTION)
     assert engine.requests[-1]["logits_processors"]
     assert engine.requests[-1]["query"] == QUESTION
+
+
+def test_cache_point_behind_a_greeting_is_only_a_hint(llm: QLLM, engine: FakeEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    greeting = ChatMessage("How can I help?", role="assistant")
+    llm.chat([greeting, ChatMessage(blocks=[citable(), point, TextBlock(text=QUESTION)])])
+    assert not engine.readings
+    assert engine.requests[-1]["turns"][1].documents
+
+
+def test_memory_and_the_same_document_again(llm: QLLM) -> None:
+    memory = llm.read(citable().content[0].text)
+    response = llm.chat([ChatMessage(blocks=[citable(title=""), TextBlock(text=QUESTION)])], memory=memory)
+    sources = [block.source for block in response.message.blocks if isinstance(block, CitationBlock)]
+    assert sorted(sources) == ["", "/data/"]
+
+
+async def test_aread(llm: QLLM, engine: FakeEngine) -> None:
+    memory = await llm.aread([BOOK, "More."], system_prompt="Be brief.")
+    assert (len(memory.documents), memory.system) == (2, "Be brief.")
+    with pytest.raises(InvalidRequestError, match="int"):
+        llm.read([3])
+
+
+def test_kept_documents_expire(llm: QLLM, engine: FakeEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral", ttl="0s"))
+    for _ in range(2):
+        llm.chat([ChatMessage(blocks=[citable(), point, TextBlock(text=QUESTION)])])
+    assert len(engine.readings) == 2
+
+
+def test_few_documents_are_kept(llm: QLLM, engine: FakeEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    for text in ("One.", "Two.", "Three.", "One."):
+        llm.chat([ChatMessage(blocks=[citable(text), point, TextBlock(text=QUESTION)])])
+    assert engine.read_texts == ["One.", "Two.", "Three.", "One."]
+    assert len(llm.shelf) == 2
