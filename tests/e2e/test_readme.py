@@ -1,0 +1,51 @@
+"""Every Python snippet of README.md runs as printed; the snippets of one section share their names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def sections() -> dict[str, list[str]]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for part in re.split(r"^## ", text, flags=re.MULTILINE):
+        snippets = re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)
+        if snippets:
+            found[part.splitlines()[0].lstrip("# ")] = snippets
+    return found
+
+
+@pytest.mark.parametrize("title", sections())
+def test_snippets_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "town.txt").write_text("The mayor of Ashford is Greta Holt. The baker lives in Elm Street. " * 20)
+    (data / "river.txt").write_text("The river is wide. Boats pass at dawn. " * 20)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "readme"}
+    for number, snippet in enumerate(sections()[title]):
+        exec(compile(snippet, f"README.md: {title}, snippet {number + 1}", "exec"), names)
+
+
+def test_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_commands_exist() -> None:
+    from typer.testing import CliRunner
+
+    from qllm_runtime.cli import app
+
+    out = CliRunner().invoke(app, ["--help"]).output
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    used = set(re.findall(r"qllm (ask|chat|models|bench)\b", text))
+    assert used
+    assert all(command in out for command in used)
