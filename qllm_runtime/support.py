@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qllm_runtime.errors import ModelNotFoundError, UnsupportedModelError
 from qllm_runtime.seam import examine
@@ -57,7 +57,7 @@ def check_support(model: str | os.PathLike[str] | PreTrainedConfig) -> Support:
     if not getattr(config.get_text_config(), "num_attention_heads", None):
         return Support(False, f"{kind} has no attention layers to give a memory to.")
     try:
-        stand_in = AutoModelForCausalLM.from_config(_shrunk(config), dtype=torch.float32).eval()
+        stand_in = _stand_in(config)
     except ValueError as error:
         return Support(False, f"{kind} is no decoder-only language model of transformers ({_first_line(error)})")
     except Exception as error:
@@ -81,6 +81,16 @@ def _configuration(where: str) -> PreTrainedConfig:
             f"No model {where!r}: {_first_line(error)} Give a local folder, a Hugging Face hub id that this machine "
             "can reach, or 'reader'."
         ) from error
+
+
+def _stand_in(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shrunk(config), dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # fresh norms are all ones, which hides what they do
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -48,7 +48,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, object]]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-sliding": ("mistral", {"sliding_window": 24}),
-    "ministral": ("ministral", {"layer_types": ["full_attention"] * 4}),
+    "ministral": ("ministral", {**_DIM, "layer_types": ["full_attention"] * 4}),
     "mixtral": ("mixtral", _MOE),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", _DIM),
@@ -84,6 +84,8 @@ SUPPORTED: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_oss": ("gpt_oss", {**_DIM, **_MIXED, **_MOE}),
 }
 
+_EAGER = ("gemma2", "gpt_oss", "bloom", "mamba")
+
 #: Refused by name: the reason is part of the message.
 REFUSED: dict[str, tuple[str, dict[str, object]]] = {
     "gpt2": ("gpt2", {}),
@@ -102,11 +104,9 @@ def build(model_type: str, settings: dict[str, object], seed: int = 0) -> PreTra
     kind = AutoModelForCausalLM
     if config.is_encoder_decoder:
         from transformers import AutoModelForSeq2SeqLM as kind
-    attention = "eager" if model_type in ("gemma2", "gpt_oss") else "sdpa"
-    try:
-        model = kind.from_config(config, attn_implementation=attention)
-    except (ImportError, ValueError):
-        model = kind.from_config(config)
+    # those without a stock sdpa attention are compared with their own plain one
+    stock = "sdpa" if kind is AutoModelForCausalLM and model_type not in _EAGER else "eager"
+    model = kind.from_config(config, attn_implementation=stock)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -1,0 +1,242 @@
+"""Every architecture: stock attention within the window, the definition beyond it, nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from architectures import REFUSED, SUPPORTED, build
+from naive import Naive, Rotate
+from transformers import PreTrainedModel
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.engine import QLLM
+from qllm_runtime.errors import UnsupportedModelError
+from qllm_runtime.inference import Inference
+from qllm_runtime.memory.base import LayerMemory, Scoring
+from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.seam import examine, installed
+from qllm_runtime.support import check_support
+
+N = 100
+WIDE = MemoryConfig(n_local=128, exec_block_size=16, chunk_size=32, n_init=4, block_size=16)
+NARROW = MemoryConfig(
+    n_local=16, exec_block_size=8, chunk_size=24, n_init=4, block_size=4, topk=2, repr_topk=2, query_weight=2.0
+)
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    return build(*SUPPORTED[name])
+
+
+def text(model: PreTrainedModel, n: int = N) -> torch.Tensor:
+    """Distinct tokens: repeated ones have equal keys in the first layer, hence blocks of equal score."""
+    return 3 + torch.randperm(model.config.vocab_size - 3, generator=torch.Generator().manual_seed(1))[None, :n]
+
+
+def stock(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    spread = max(1.0, expected.std().item())
+    torch.testing.assert_close(actual / spread, expected / spread, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_stock_attention_within_the_window(name: str) -> None:
+    model = model_of(name)
+    inference = Inference(model)
+    ids = text(model)
+    expected = stock(model, ids)
+    cache = inference.cache(WIDE)
+    for memory in cache.memories():
+        memory.set_query(20, 30)
+    with inference.request():
+        actual = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(48, 1)]
+    assert_same(torch.cat(actual, 1), expected)
+    # chunks without logits, then token by token
+    cache = inference.cache(WIDE)
+    with inference.request():
+        inference.read(cache, [ids[0, :90]], WIDE)
+        steps = [inference.step(cache, [int(token)]) for token in ids[0, 90:]]
+    assert_same(torch.stack(steps, 1), expected[:, 90:])
+    # and greedy decoding of the same prompt
+    tokens = QLLM(model, memory=WIDE).generate(ids, (20, 30), max_tokens=8)
+    with torch.inference_mode():
+        whole = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, N:].tolist()
+    end = model.generation_config.eos_token_id
+    assert tokens == [whole[: whole.index(end)] if end in whole else whole]
+
+
+class Recorder(LayerMemory):
+    """Notes what goes in and out of a layer's memory."""
+
+    def __init__(self, memory: LayerMemory) -> None:
+        self.memory = memory
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scoring, torch.Tensor]] = []
+
+    def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        out = self.memory.append(query, key, value, scoring)
+        self.n_seen = self.memory.n_seen
+        self.calls.append((query.clone(), key.clone(), value.clone(), scoring, out.clone()))
+        return out
+
+    def set_query(self, start: int, end: int) -> None:
+        self.memory.set_query(start, end)
+
+    def fork(self) -> Recorder:
+        raise NotImplementedError
+
+    def nbytes(self) -> int:
+        return self.memory.nbytes()
+
+
+def own_rotation(model: PreTrainedModel, layer: int) -> Rotate:
+    """The layer's rotation by way of the stock modules alone, one position at a time."""
+    facts = examine(model).layers[layer]
+    if not facts.rotary:
+        return lambda x, position: x
+    apply = sys.modules[type(facts.module).__module__].apply_rotary_pos_emb
+    rotary = model.get_decoder().rotary_emb
+    types = getattr(model.config, "layer_types", None)
+    several = hasattr(rotary, "layer_types")  # one rotary module for layers of two kinds
+
+    def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
+        arguments = (types[layer],) if several else ()
+        cos, sin = rotary(x[None], torch.tensor([[position]]), *arguments)
+        width = x.shape[-1] if model.config.model_type not in ("stablelm", "phi", "persimmon") else cos.shape[-1]
+        head = x[None, :, None, :width]
+        return torch.cat((apply(head, head, cos, sin)[0][0, :, 0], x[:, width:]), -1)
+
+    return rotate
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama", "llama-yarn", "phi3-longrope", "gemma2", "gemma3", "smollm3", "stablelm", "gpt_oss", "glm4", "qwen3_moe",
+        "cohere",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("selection", ["shared", "per_kv_head"])
+def test_definition_beyond_the_window(name: str, selection: str) -> None:
+    model = model_of(name)
+    inference = Inference(model)
+    config = NARROW.replace(selection=selection)
+    ids = text(model, 84)
+    cache = inference.cache(config)
+    for layer in cache.layers:
+        layer.rows = [Recorder(layer.rows[0])]
+    for memory in cache.memories():
+        memory.set_query(27, 31)
+    with inference.request():
+        inference.read(cache, [ids[0, :76]], config)
+        for token in ids[0, 76:]:
+            inference.step(cache, [int(token)])
+    compared = 0
+    for index, recorder in enumerate(cache.memories()):
+        if not isinstance(recorder.memory, BlockMemory) or (compared == 2 and index < 3):
+            continue
+        naive = Naive(config, own_rotation(model, index), recorder.calls[0][3], [(27, 31)])
+        # chunks are whole pieces, so reading is one feed
+        reading = [torch.cat([call[i] for call in recorder.calls[:-8]], 1) for i in range(3)]
+        out = torch.cat([call[4] for call in recorder.calls[:-8]])
+        expected = naive.feed(*reading)
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(out, expected, atol=3e-5 * scale, rtol=0)
+        for q, k, v, _, out in recorder.calls[-8:]:
+            torch.testing.assert_close(out, naive.feed(q, k, v), atol=3e-5 * scale, rtol=0)
+        assert naive.chosen
+        compared += 1
+    assert compared >= 2
+
+
+# ---------------------------------------------------------------------- life
+
+
+def hooks(model: PreTrainedModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def raise_while_installed(model: PreTrainedModel) -> None:
+    attention = model.config._attn_implementation
+    with installed(model):
+        assert model.config._attn_implementation != attention
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_nothing_is_left_behind(name: str) -> None:
+    model = build(*SUPPORTED[name], seed=3)
+    ids = text(model)
+    before, attention, n_hooks = stock(model, ids), model.config._attn_implementation, hooks(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    QLLM(model, memory=NARROW).generate(ids, (5, 9), max_tokens=2)
+    assert torch.equal(stock(model, ids), before)
+    assert (model.config._attn_implementation, hooks(model)) == (attention, n_hooks)
+    with pytest.raises(ZeroDivisionError):
+        raise_while_installed(model)
+    assert (model.config._attn_implementation, hooks(model)) == (attention, n_hooks)
+    assert torch.equal(stock(model, ids), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_an_error_inside_the_model_leaves_nothing_behind() -> None:
+    model = build(*SUPPORTED["llama"], seed=4)
+    ids = text(model)
+    before = stock(model, ids)
+    llm = QLLM(model, memory=NARROW)
+    expected = llm.generate(ids, max_tokens=3)
+    forward = model.model.layers[2].mlp.forward
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("a fuse has blown")
+
+    model.model.layers[2].mlp.forward = broken
+    with pytest.raises(RuntimeError, match="fuse"):
+        llm.generate(ids, max_tokens=3)
+    model.model.layers[2].mlp.forward = forward
+    assert torch.equal(stock(model, ids), before)
+    assert llm.generate(ids, max_tokens=3) == expected
+
+
+# ---------------------------------------------------------------------- refusals
+
+REASONS = {
+    "gpt2": "no rotary position embedding",
+    "opt": "no rotary position embedding",
+    "bloom": "no rotary position embedding",
+    "mamba": "no rotary position embedding",
+    "hunyuan": "gives other logits",
+    "t5": "encoder-decoder",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_model_and_the_reason(name: str) -> None:
+    model = build(*REFUSED[name])
+    attention, n_hooks = getattr(model.config, "_attn_implementation", None), hooks(model)
+    for _ in range(2):  # a refusal is not forgotten
+        with pytest.raises(UnsupportedModelError, match=REASONS[name]) as refusal:
+            QLLM(model, memory=NARROW).generate([[5, 6, 7]], max_tokens=1)
+        assert type(model).__name__ in str(refusal.value)
+    assert (getattr(model.config, "_attn_implementation", None), hooks(model)) == (attention, n_hooks)
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "gemma3", "smollm3", "gpt_oss"])
+def test_support_is_told_from_the_configuration(name: str) -> None:
+    support = check_support(model_of(name).config)
+    assert support.ok, support.reason
+
+
+@pytest.mark.parametrize("name", ["gpt2", "hunyuan", "mamba", "t5"])
+def test_lack_of_support_is_told_from_the_configuration(name: str) -> None:
+    support = check_support(build(*REFUSED[name]).config)
+    assert not support.ok
+    assert support.reason
