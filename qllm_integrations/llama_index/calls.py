@@ -17,7 +17,7 @@ from llama_index.core.instrumentation import get_dispatcher
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent
 from qllm_integrations.llama_index.messages import Request, split_kept, to_request
-from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response
+from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response, cut_off
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Answer, Document, Progress, Turn
 
@@ -37,17 +37,21 @@ class Call:
         turns: The conversation.
         arguments: Keyword arguments of `engine.chat`.
         context: What the responses say beside the answer.
+        is_json: The answer is held to a JSON schema.
     """
 
     engine: Engine
     turns: tuple[Turn, ...]
     arguments: Mapping[str, Any]
     context: ResponseContext
+    is_json: bool = False
 
     def respond(self, cancel: threading.Event | None = None) -> ChatResponse:
         """The whole answer."""
         answer = self.engine.chat(self.turns, **self.arguments, cancel=cancel)
         _report(answer)
+        if self.is_json and answer.finish_reason == "length" and not _is_json(answer.text):
+            raise cut_off(answer.usage.completion_tokens, "JSON")
         return chat_response(answer, self.context)
 
     def stream(self, cancel: threading.Event | None = None) -> Iterator[ChatResponse]:
@@ -105,7 +109,13 @@ def prepare(
         "template_kwargs": {**llm.template_kwargs, **(given.get("template_kwargs") or {})} or None,
         "progress": progress if memory is None else None,
     }
-    return Call(engine, turns, arguments, ResponseContext(llm.model, (*held, *request.documents), names, created))
+    return Call(
+        engine,
+        turns,
+        arguments,
+        ResponseContext(llm.model, (*held, *request.documents), names, created),
+        schema is not None,
+    )
 
 
 def _bounded(engine: Engine, request: Request) -> Request:
@@ -191,6 +201,14 @@ def _vocabulary(engine: Engine) -> dict[str, Any]:
     ends = engine.model.generation_config.eos_token_id
     width = engine.model.get_output_embeddings().weight.shape[0]
     return {"n_vocab": int(width), "eos_token_ids": [ends] if isinstance(ends, int) else ends}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _ask_for_json(turns: tuple[Turn, ...], schema: Mapping[str, Any]) -> tuple[Turn, ...]:

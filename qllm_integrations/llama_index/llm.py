@@ -267,7 +267,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
     @property
     def tokenizer_fn(self) -> Callable[[str], list[int]]:
         """The model's tokenizer as LlamaIndex wants it: `Settings.tokenizer = llm.tokenizer_fn`."""
-        return lambda text: list(self.engine.tokenizer.encode(text, add_special_tokens=False))
+        return lambda text: list(self.engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def close(self) -> None:
         """Free the engine and all kept documents; later calls raise ClosedError."""

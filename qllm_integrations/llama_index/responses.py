@@ -19,6 +19,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
+from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.toolcalls import CallSplitter, ToolCall
 from qllm_runtime.types import Answer, Document, Piece, TokenLogprob, Usage
 
@@ -92,6 +93,8 @@ class StreamAssembler:
         """The last response: whole text, tool calls, citations, usage."""
         if self._splitter is not None:
             delta += self._collect(self._splitter.finish())
+        if answer.finish_reason == "length" and any(not call.tool_name for call in self._calls):
+            raise cut_off(answer.usage.completion_tokens, "tool call")
         context = self._context
         blocks: list[ContentBlock] = [TextBlock(text=self._text)] if self._text or not self._calls else []
         blocks += self._calls
@@ -134,6 +137,13 @@ class StreamAssembler:
 
     def _message(self, blocks: list[ContentBlock]) -> ChatMessage:
         return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+
+
+def cut_off(max_tokens: int, what: str) -> InvalidRequestError:
+    """The error for an answer that is of no use because it is incomplete."""
+    return InvalidRequestError(
+        f"The answer reached max_tokens={max_tokens} before the {what} was complete; raise max_tokens."
+    )
 
 
 def _citations(answer: Answer, documents: Sequence[Document]) -> list[CitationBlock]:

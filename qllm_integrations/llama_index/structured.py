@@ -14,6 +14,7 @@ from llama_index.core.program.streaming_utils import process_streaming_content_i
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.types import PydanticProgramMode
 
+from qllm_integrations.llama_index.responses import cut_off
 from qllm_runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -117,11 +118,7 @@ def parse(response: ChatResponse | None, output_cls: type[M]) -> M:
         return cast(M, output_cls.model_validate_json(text))
     except ValidationError as error:
         if response is not None and response.raw and response.raw["finish_reason"] == "length":
-            tokens = response.raw["usage"]["completion_tokens"]
-            raise InvalidRequestError(
-                f"The answer reached max_tokens={tokens} before the {output_cls.__name__} object was complete; "
-                f"raise max_tokens."
-            ) from None
+            raise cut_off(response.raw["usage"]["completion_tokens"], f"{output_cls.__name__} object") from None
         raise InvalidRequestError(
             f"The answer follows the JSON schema of {output_cls.__name__}, but its validators refuse it: {error}"
         ) from error

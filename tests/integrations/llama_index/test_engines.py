@@ -19,6 +19,7 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine, RouterQueryEngine, SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
+from llama_index.core.schema import QueryBundle
 from llama_index.core.selectors import LLMSingleSelector, PydanticSingleSelector
 from llama_index.core.tools import QueryEngineTool
 from pydantic import BaseModel, Field
@@ -431,3 +432,18 @@ async def test_function_agent(index: WholeDocumentIndex, llm: QLLM, engine: Fake
     assert [request["query"] for request in engine.requests] == [QUESTION, "Which secret number?", QUESTION]
     last = engine.requests[-1]["turns"]
     assert [turn.role for turn in last] == ["system", "user", "assistant", "tool"]
+
+
+async def test_calls_cut_off_are_told_as_such(index: WholeDocumentIndex, llm: QLLM) -> None:
+    short = QLLM.from_engine(llm.engine, max_tokens=30)
+    router = RouterQueryEngine.from_defaults(tools(index), llm=short)
+    with pytest.raises(InvalidRequestError, match="max_tokens=30"):
+        router.query(QUESTION)
+    with pytest.raises(InvalidRequestError, match="max_tokens=30"):
+        await short.achat_with_tools(tools(index), user_msg=QUESTION, tool_required=True)
+    with pytest.raises(InvalidRequestError, match="max_tokens=30"):
+        list(short.stream_chat_with_tools(tools(index), user_msg=QUESTION, tool_required=True))
+    with pytest.raises(InvalidRequestError, match="max_tokens=30"):
+        LLMQuestionGenerator.from_defaults(llm=short).generate(
+            [tool.metadata for tool in tools(index)], QueryBundle(QUESTION)
+        )
