@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import REFUSED, SUPPORTED, build
-from naive import Naive, Rotate
+from definition import Naive, Rotate
 from transformers import PreTrainedModel
 
 from qllm_runtime.config import MemoryConfig

@@ -1,4 +1,4 @@
-"""The block memory against its definition (naive.py), and its forks."""
+"""The block memory against its definition (definition.py), and its forks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive import Naive
+from definition import Naive
 from rope import Rope
 
 from qllm_runtime.config import MemoryConfig
@@ -155,6 +155,11 @@ def test_sizes(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("selection", ["shared", "per_kv_head"])
 def test_questions(spans: list[tuple[int, int]], selection: str) -> None:
     check([60, *DECODE], spans, chunk=16, selection=selection)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "lm-infinite"])
+def test_pieces_longer_than_the_window(policy: str) -> None:
+    check([90, 5, *DECODE], policy=policy, n_local=6, exec_block_size=20, chunk_size=40)
 
 
 def test_question_announced_between_segments() -> None:
