@@ -141,6 +141,17 @@ class TestAsk:
             assert source["text"] == texts[source["document"]][source["start"] : source["end"]]
 
 
+@pytest.mark.skipif(not (ROOT / "qllm_runtime/models/reader-plain").exists(), reason="the trained readers are not here")
+def test_the_reader_finds_a_fact_and_shows_it(qllm, tmp_path):
+    fact = "The pass key is 71432."
+    path = tmp_path / "story.txt"
+    path.write_text(f"{PROSE[:1500]} {fact} {PROSE[:1500]}", encoding="utf-8")
+    status, out, _ = qllm("ask", path, "What is the pass key?", "--json")
+    assert status == 0
+    assert "71432" in json.loads(out)["answer"]
+    assert fact in json.loads(out)["sources"][0]["text"]
+
+
 class TestBadInput:
     """Exit status 2, nothing on stdout, one line on stderr."""
 
