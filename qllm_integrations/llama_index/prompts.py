@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.base import BaseLLM
@@ -50,23 +51,43 @@ def routed_messages(
             (i for i, message in enumerate(messages) if message.role is MessageRole.USER), default=len(messages) - 1
         )
         _annotate(messages, last_user, QUERY_KEY, str(query))
-    schema = parser_schema(chosen.output_parser) or parser_schema(getattr(llm, "output_parser", None))
+    schema = parser_schema(chosen.output_parser, values) or parser_schema(getattr(llm, "output_parser", None), values)
     if schema is not None:
         _annotate(messages, -1, SCHEMA_KEY, schema)
     return messages
 
 
-def parser_schema(parser: BaseOutputParser | None) -> dict[str, Any] | None:
-    """JSON schema of what one of LlamaIndex's own output parsers accepts, so that decoding can keep to it."""
+def parser_schema(parser: BaseOutputParser | None, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """JSON schema of what one of LlamaIndex's own output parsers accepts, so that decoding can keep to it.
+
+    Args:
+        parser: The parser of a prompt template, or of the model.
+        values: Values of the template's variables; they say which tools and choices there are.
+    """
     if isinstance(parser, PydanticOutputParser):
         return dict(parser.output_cls.model_json_schema())
     if isinstance(parser, SubQuestionOutputParser):
-        item = _object(sub_question={"type": "string"}, tool_name={"type": "string"})
+        name: dict[str, Any] = {"type": "string", "maxLength": 64}
+        tools = _mapping(values.get("tools_str"))
+        if tools:
+            name = {"enum": list(tools)}
+        item = _object(sub_question={"type": "string", "maxLength": 300}, tool_name=name)
         return _object(items={"type": "array", "items": item, "minItems": 1, "maxItems": 8})
     if isinstance(parser, SelectionOutputParser):
-        item = _object(choice={"type": "integer", "minimum": 1}, reason={"type": "string", "maxLength": 200})
-        return {"type": "array", "items": item, "minItems": 1, "maxItems": 8}
+        choice: dict[str, Any] = {"type": "integer", "minimum": 1}
+        if values.get("num_choices"):
+            choice["maximum"] = int(values["num_choices"])
+        item = _object(choice=choice, reason={"type": "string", "maxLength": 200})
+        return {"type": "array", "items": item, "minItems": 1, "maxItems": int(values.get("max_outputs") or 1)}
     return None
+
+
+def _mapping(text: Any) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:

@@ -434,6 +434,19 @@ async def test_function_agent(index: WholeDocumentIndex, llm: QLLM, engine: Fake
     assert [turn.role for turn in last] == ["system", "user", "assistant", "tool"]
 
 
+def test_selectors_and_sub_questions_keep_to_what_there_is(
+    index: WholeDocumentIndex, llm: QLLM, engine: FakeEngine
+) -> None:
+    engine.script = lambda query, documents: "It is 4711." if documents else '[{"choice": 7, "reason": "why not"}]'
+    router = RouterQueryEngine.from_defaults(tools(index), llm=llm, selector=LLMSingleSelector.from_defaults(llm=llm))
+    assert str(router.query(QUESTION)) == "It is 4711."
+    items = '{"items": [{"sub_question": "Which?", "tool_name": "nonsense"}]}'
+    engine.script = lambda query, documents: items
+    metadata = [tool.metadata for tool in tools(index)]
+    (asked,) = LLMQuestionGenerator.from_defaults(llm=llm).generate(metadata, QueryBundle(QUESTION))
+    assert asked.tool_name in ("book", "other")
+
+
 async def test_calls_cut_off_are_told_as_such(index: WholeDocumentIndex, llm: QLLM) -> None:
     short = QLLM.from_engine(llm.engine, max_tokens=30)
     router = RouterQueryEngine.from_defaults(tools(index), llm=short)
