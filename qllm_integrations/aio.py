@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -12,10 +13,32 @@ T = TypeVar("T")
 _Kind = Literal["item", "error", "end"]
 
 
-def _start(target: Callable[[], None]) -> None:
+_running: dict[threading.Thread, threading.Event] = {}
+
+
+def _start(target: Callable[[], None], cancel: threading.Event) -> None:
     # a thread per request: the loop's default executor has few workers, and requests may wait long for the model
     context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(target,), name="qllm-request", daemon=True).start()
+
+    def run() -> None:
+        try:
+            context.run(target)
+        finally:
+            _running.pop(thread, None)
+
+    thread = threading.Thread(target=run, name="qllm-request", daemon=True)
+    _running[thread] = cancel
+    thread.start()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Let no thread be inside the model when the interpreter goes away: that would abort the process."""
+    threads = list(_running)
+    for thread in threads:
+        _running.get(thread, threading.Event()).set()
+    for thread in threads:
+        thread.join(timeout=30)
 
 
 async def run_in_thread(call: Callable[[threading.Event], T]) -> T:
@@ -45,7 +68,7 @@ async def run_in_thread(call: Callable[[threading.Event], T]) -> T:
             error = _transportable(raised)
         _post(loop, cancel, settle, result, error)
 
-    _start(work)
+    _start(work, cancel)
     try:
         return await future
     finally:
@@ -78,7 +101,7 @@ async def stream_in_thread(items: Callable[[threading.Event], Iterator[T]]) -> A
             last = ("error", _transportable(raised))
         _post(loop, cancel, queue.put_nowait, last)
 
-    _start(work)
+    _start(work, cancel)
     try:
         while True:
             kind, value = await queue.get()

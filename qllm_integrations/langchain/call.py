@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -126,11 +126,6 @@ class Call:
 
     def _fields(self, answer: Answer) -> dict[str, Any]:
         documents = self.documents()
-        if answer.query_source == "none" and documents:
-            warnings.warn(
-                "There is no question in the messages: lookups are unguided. Pass query= or a message with text.",
-                stacklevel=2,
-            )
         n_query = self.engine.count_tokens(answer.query) if answer.query else 0
         metadata = outputs.metadata(answer, self.model, query_tokens=n_query, documents=len(documents))
         if answer.logprobs is not None:
@@ -160,6 +155,23 @@ class Call:
             ) from None
         finally:
             timer.cancel()
+
+
+def guided(request: Request, engine: QLLM) -> Request:
+    """The request as it can be guided: a message too long to be a question by itself is read, but guides no lookup.
+
+    Only a question given by name (`query=` or a marked block) is refused by the engine for being too long.
+    """
+    limit = engine.memory.n_local
+    found = request.query_source in ("message", "fallback") and engine.memory.policy != "full"
+    if found and len(request.query.encode("utf-8", "replace")) > limit and engine.count_tokens(request.query) > limit:
+        problem = f"The message has more than n_local={limit} tokens, too many for a question"
+        request = replace(request, query="", query_source="none")
+    else:
+        problem = "There is no question in the messages"
+    if request.query_source == "none" and (request.documents or request.memory_id):
+        warnings.warn(f"{problem}: lookups are unguided. Pass the question as query=.", stacklevel=2)
+    return request
 
 
 def grammar(

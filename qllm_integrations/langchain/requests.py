@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import BaseMessage
 
 from qllm_integrations.langchain import tools as tool_forms
-from qllm_integrations.langchain.call import Call, grammar, progress_bar
+from qllm_integrations.langchain.call import Call, grammar, guided, progress_bar
 from qllm_integrations.langchain.memory import DocumentHandle, find_handle
 from qllm_integrations.langchain.messages import schema_instruction, translate
 from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, warn_unknown
@@ -50,10 +50,11 @@ class ChatRequests(ChatSettings):
         tool_forms.check_names(tools or ())
         tool_forms.forced(options.get("tool_choice"), tools or ())
         model = options.get("model", self.model)
+        engine = self._engine(model)
         call = Call(
-            engine=self._engine(model),
+            engine=engine,
             model=model,
-            request=request,
+            request=guided(request, engine),
             sampling=self._sampling(stop, options),
             mode=options.get("mode", self.mode),
             template_kwargs={**self.template_kwargs, **options.get("template_kwargs", {})},

@@ -20,7 +20,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 
 from qllm_integrations.langchain import QLLMChat
-from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
+from qllm_runtime.errors import ClosedError, ContextOverflowError, InvalidConfigError, InvalidRequestError
 
 BOOK = "It was a quiet night. Call me Ishmael. Some years ago I went to sea. " * 20
 MESSAGES = [
@@ -344,6 +344,20 @@ def test_tokens_are_counted_with_the_models_own_tokenizer(tiny: QLLMChat) -> Non
     assert tiny.get_num_tokens_from_messages(MESSAGES, tools=[look]) > whole + 50
     read_once = tiny.invoke(MESSAGES, mode="read_once").usage_metadata
     assert read_once["input_tokens"] == whole
+
+
+async def test_a_long_message_is_read_but_guides_nothing(tiny: QLLMChat) -> None:
+    long = "The sea was calm. " * 100
+    assert tiny.invoke(long).response_metadata["qllm"]["query_source"] == "none"
+    with pytest.warns(UserWarning, match="too many for a question"):
+        assert tiny.invoke([HumanMessage([MESSAGES[0].content[0], {"type": "text", "text": long}])]).text == REPLY
+    assert tiny.invoke(long, query="Who?").response_metadata["qllm"]["query_source"] == "explicit"
+    with pytest.raises(ContextOverflowError, match="n_local"):
+        tiny.invoke(MESSAGES, query=long)
+    with pytest.raises(ContextOverflowError, match="n_local"):
+        list(tiny.stream(MESSAGES, query=long))
+    with pytest.raises(ContextOverflowError, match="n_local"):
+        await tiny.ainvoke(MESSAGES, query=long)
 
 
 def test_a_question_is_needed_where_it_matters(tiny: QLLMChat) -> None:
