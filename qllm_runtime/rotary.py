@@ -23,8 +23,8 @@ class RotaryTable:
         self._module = module
         self._args: tuple[Any, ...] = () if layer_type is None else (layer_type,)
         self._device = device
-        self._length = 0
-        self.cos = self.sin = torch.empty(0)
+        self._cos = self._sin = torch.empty(1, 0, 0)
+        self._last: tuple[int, int, torch.Tensor, torch.Tensor] = (0, 0, self._cos, self._sin)
         config = getattr(module, "config", None)
         parameters = getattr(config, "rope_parameters", None) or {}
         if layer_type is not None and layer_type in parameters:
@@ -36,15 +36,24 @@ class RotaryTable:
         #: Longest frame that keeps the frequencies of short texts; None when frequencies do not depend on length.
         self.comfortable_length: int | None = original if kind in _LENGTH_DEPENDENT else None
 
-    def reserve(self, length: int) -> None:
-        """Make positions [0, length) available."""
-        if length <= self._length:
+    def rows(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of cos and sin [1, n, rotary_dim] of positions start .. start + n - 1."""
+        if self._last[:2] != (start, n):  # layer after layer asks for the same rows
+            self._reserve(start + n)
+            self._last = (start, n, self._cos[:, start : start + n], self._sin[:, start : start + n])
+        return self._last[2], self._last[3]
+
+    def _reserve(self, length: int) -> None:
+        have = self._cos.shape[1]
+        if length <= have:
             return
-        self._length = length if self._length == 0 else max(length, 2 * self._length)
-        positions = torch.arange(self._length, device=self._device)[None]
+        grown = max(length, 2 * have)
+        if self.comfortable_length is not None and length <= self.comfortable_length:
+            grown = min(grown, self.comfortable_length)
+        positions = torch.arange(grown, device=self._device)[None]
         probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self._device)
         cos, sin = self._module.forward(probe, positions, *self._args)
-        self.cos, self.sin = cos.float().to(self._device), sin.float().to(self._device)
+        self._cos, self._sin = cos.float().to(self._device), sin.float().to(self._device)
 
 
 class ArchitectureRotation(Rotation):
@@ -54,17 +63,17 @@ class ArchitectureRotation(Rotation):
         self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         self._table = table
         self.comfortable_length = table.comfortable_length
-        table.reserve(8)
-        sample = torch.zeros(1, 1, 1, head_dim, device=table.cos.device)
+        cos, _ = table.rows(0, 1)
+        sample = torch.zeros(1, 1, 1, head_dim, device=cos.device)
         try:
             self._rotary_dim = head_dim
             self._rotate(sample, sample[:, :0], 0, 1)
         except RuntimeError:  # partial rotary outside the function: it is handed the rotary dimensions only
-            self._rotary_dim = table.cos.shape[-1]
+            self._rotary_dim = cos.shape[-1]
             self._rotate(sample, sample[:, :0], 0, 1)
 
     def _rotate(self, a: torch.Tensor, b: torch.Tensor, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._table.cos[:, start : start + n], self._table.sin[:, start : start + n]
+        cos, sin = self._table.rows(start, n)
         dim = self._rotary_dim
         if dim == a.shape[-1]:
             out: tuple[torch.Tensor, torch.Tensor] = self._apply(a, b, cos, sin)
@@ -74,21 +83,16 @@ class ArchitectureRotation(Rotation):
 
     @override
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        n = x.shape[1]
-        self._table.reserve(start + n)
         x4 = x[None].float()
-        return self._rotate(x4, x4[:, :0], start, n)[0][0].to(x.dtype)
+        return self._rotate(x4, x4[:, :0], start, x.shape[1])[0][0].to(x.dtype)
 
     @override
     def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        n = a.shape[1]
-        self._table.reserve(start + n)
-        a4, b4 = self._rotate(a[None].float(), b[None].float(), start, n)
+        a4, b4 = self._rotate(a[None].float(), b[None].float(), start, a.shape[1])
         return a4[0].to(a.dtype), b4[0].to(b.dtype)
 
     @override
     def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        self._table.reserve(position + 1)
         # the rows become heads of a single token, so that all of them meet the same table row
         x4 = x.float().reshape(1, -1, 1, x.shape[-1])
         return self._rotate(x4, x4[:, :0], position, 1)[0].reshape(x.shape).to(x.dtype)

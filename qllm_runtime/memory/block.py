@@ -57,6 +57,8 @@ class BlockMemory(LayerMemory):
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
+        if n == 1:
+            return self._step(query, key, value, scoring).transpose(0, 1)
         outs = []
         done = 0
         while done < n:
