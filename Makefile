@@ -33,7 +33,7 @@ format: $(FULL) ## Put style and formatting right
 type: $(FULL) ## Check types (mypy strict)
 	$(BIN)/mypy
 
-bench: $(FULL) ## Measure speed and quality; results as JSON and pictures in benchmarks/results
+bench: $(FULL) ## Measure speed on this CPU; JSON and a picture in benchmarks/results
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove what the targets made

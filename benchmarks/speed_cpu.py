@@ -1,7 +1,7 @@
 """CPU speed against plain transformers, as ratios in one run on one thread.
 
 A random Llama reads a long prompt in chunks and decodes: once through our memory, once through stock sdpa attention with
-`DynamicCache` and the same chunks. Run `python -m benchmarks.speed_cpu --help`.
+`DynamicCache` and the same chunks. Run `python -m benchmarks --help`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,23 @@ def _in_process(kind: str, length: int, steps: int) -> dict[str, float]:
     return dict(json.loads(out.strip().splitlines()[-1]))
 
 
+def _draw(runs: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of prefill, decode and peak memory."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"prefill_s": "prefill (s)", "decode_ms": "decode (ms per token)", "peak_mib": "peak memory (MiB)"}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.6))
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.barh(list(runs), [run[name] for run in runs.values()], color="#4878a8")
+        axis.set_title(title)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/speed_cpu.json"),
     steps: Annotated[int, typer.Option(help="Decode steps; the median counts.")] = 32,
@@ -108,6 +125,7 @@ def main(
               "versions": versions, "memory": MEMORY, "runs": runs, "ratios": ratios}  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
+    _draw(runs, output.with_suffix(".png"))
     for name, run in runs.items():
         print(
             f"{name:18} prefill {run['prefill_s']:7.2f} s   decode {run['decode_ms']:7.2f} ms   peak {run['peak_mib']:6.0f} MiB"
