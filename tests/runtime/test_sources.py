@@ -157,6 +157,6 @@ def test_a_million_tokens_take_no_time():
     prompt = prompt_of(document)
     assert len(prompt.ids) > 1_000_000
     mass = np.random.default_rng(0).random(len(prompt.ids))
-    start = time.perf_counter()
+    start = time.process_time()
     passages(mass, prompt, [document])
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
