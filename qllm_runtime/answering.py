@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from qllm_runtime.decoding import Sampler, TextStream
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import CancelledError, ContextOverflowError, InvalidRequestError
 from qllm_runtime.inference import Cancelled, Inference
+from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import Prompt, build_prompt
 from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import passages
@@ -56,6 +58,7 @@ class Request:
     tools: Sequence[Mapping[str, Any]] | None
     template_kwargs: Mapping[str, Any] | None
     progress: Progress | None
+    on_lookup: LayerLookupHook | None
 
 
 def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[Turn, ...]:
@@ -150,6 +153,9 @@ def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
         else:
             cache = inference.cache(config, reserve=n + request.sampling.max_tokens)
         announce(cache, 0, [span for span in prompt.query_spans if span[0] >= known], config)
+        if request.on_lookup is not None:
+            for layer, layer_memory in enumerate(cache.memories()):
+                layer_memory.on_lookup = partial(request.on_lookup, layer)
         # the published code knows one prompt; elsewhere the question starts pieces of its own
         border = known if config.faithful else max(known, prompt.read_end)
         for lo, hi in ((known, border), (border, n - 1)):

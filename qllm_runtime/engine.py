@@ -19,6 +19,7 @@ from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.inference import Inference, never
 from qllm_runtime.loading import LoadedModel, load
+from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import build_prompt, build_reading
 from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, QuerySource, Sampling, Turn
 from qllm_runtime.worker import stream
@@ -197,6 +198,7 @@ class QLLM:
         mode: Mode | None = None,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        on_lookup: LayerLookupHook | None = None,
         cancel: threading.Event | None = None,
         **sampling_fields: Any,
     ) -> Answer:
@@ -210,6 +212,7 @@ class QLLM:
             mode: "query_aware" or "read_once"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
             sampling: Decoding settings; single fields may be given as keywords instead (`max_tokens=64`).
             progress: Called with (tokens read, tokens in all).
+            on_lookup: Called with (layer, record) for every lookup while reading and writing, as it happens.
             cancel: Set it to stop within one chunk or one token.
             **sampling_fields: Fields of `Sampling`.
 
@@ -222,7 +225,7 @@ class QLLM:
         turns, memory = self._conversation(question, documents, system, history)
         return self.chat(
             turns, query=question, memory=memory, mode=mode, sampling=as_sampling(sampling, sampling_fields),
-            progress=progress, cancel=cancel,
+            progress=progress, on_lookup=on_lookup, cancel=cancel,
         )  # fmt: skip
 
     def stream(
@@ -235,6 +238,7 @@ class QLLM:
         mode: Mode | None = None,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        on_lookup: LayerLookupHook | None = None,
         cancel: threading.Event | None = None,
         **sampling_fields: Any,
     ) -> Iterator[Piece]:
@@ -242,7 +246,7 @@ class QLLM:
         turns, memory = self._conversation(question, documents, system, history)
         return self.chat_stream(
             turns, query=question, memory=memory, mode=mode, sampling=as_sampling(sampling, sampling_fields),
-            progress=progress, cancel=cancel,
+            progress=progress, on_lookup=on_lookup, cancel=cancel,
         )  # fmt: skip
 
     def _conversation(
@@ -275,6 +279,7 @@ class QLLM:
         logits_processors: Sequence[LogitsProcessor] = (),
         template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
+        on_lookup: LayerLookupHook | None = None,
         cancel: threading.Event | None = None,
     ) -> Answer:
         """Answer a conversation.
@@ -290,11 +295,13 @@ class QLLM:
             logits_processors: Fresh processors for this request, e.g. of a grammar; applied before any truncation.
             template_kwargs: Further variables for the chat template.
             progress: Called with (tokens read, tokens in all).
+            on_lookup: As in `ask`.
             cancel: Set it to stop within one chunk or one token.
         """
         request = self._request(
-            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress
-        )
+            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress,
+            on_lookup,
+        )  # fmt: skip
         cancelled = never if cancel is None else cancel.is_set
         *_, last = answering.run(request, cancelled)
         assert last.answer is not None
@@ -313,12 +320,14 @@ class QLLM:
         logits_processors: Sequence[LogitsProcessor] = (),
         template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
+        on_lookup: LayerLookupHook | None = None,
         cancel: threading.Event | None = None,
     ) -> Iterator[Piece]:
         """Like `chat`, piece by piece. Closing the iterator stops the model within one chunk or token."""
         request = self._request(
-            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress
-        )
+            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress,
+            on_lookup,
+        )  # fmt: skip
 
         def work(emit: Callable[[Piece], None], cancelled: Callable[[], bool]) -> None:
             for piece in answering.run(request, cancelled):
@@ -338,6 +347,7 @@ class QLLM:
         logits_processors: Sequence[LogitsProcessor],
         template_kwargs: Mapping[str, Any] | None,
         progress: Progress | None,
+        on_lookup: LayerLookupHook | None,
     ) -> answering.Request:
         sampling = sampling or Sampling()
         return answering.Request(
@@ -354,6 +364,7 @@ class QLLM:
             tools=tools,
             template_kwargs=template_kwargs,
             progress=progress,
+            on_lookup=on_lookup,
         )
 
     # ------------------------------------------------------------------ token ids

@@ -18,7 +18,8 @@ class Lookup:
         start: Absolute index of the piece's first token.
         length: Tokens in the piece.
         n_blocks: Blocks there were to choose from.
-        ids: Chosen blocks, ascending: [chosen] where all heads share a choice, else [kv_heads, chosen].
+        ids: Chosen blocks, ascending: [chosen] where all heads share a choice, else [kv_heads, chosen]. Block b holds
+            the `block_size` tokens from absolute index `n_init + b * block_size` on.
         scores: Score of every block, [n_blocks] or [kv_heads, n_blocks]; None without blocks.
     """
 
@@ -30,3 +31,4 @@ class Lookup:
 
 
 LookupHook = Callable[[Lookup], None]
+LayerLookupHook = Callable[[int, Lookup], None]  # (layer, lookup)
