@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -211,15 +210,17 @@ def _query(request: Request) -> tuple[str | None, QuerySource]:
 
 
 def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> None:
-    vocabulary = inference.model.get_input_embeddings().weight.shape[0]
-    if len(prompt.ids) and int(prompt.ids.max()) >= vocabulary:
+    highest = int(prompt.ids.max(initial=0))
+    if highest >= inference.vocabulary:
         raise InvalidRequestError(
-            f"The tokenizer gives token {int(prompt.ids.max())}, the model knows {vocabulary}; they do not match."
+            f"The tokenizer gives token {highest}, the model knows {inference.vocabulary}; they do not match."
         )
-    if config.policy == "full":
-        return
-    longest = max((end - start for start, end in prompt.query_spans), default=0)
-    if longest > config.n_local:
+    _check_questions(prompt.query_spans, config)
+
+
+def _check_questions(spans: Iterable[tuple[int, int]], config: MemoryConfig) -> None:
+    longest = max((end - start for start, end in spans), default=0)
+    if longest > config.n_local and config.policy != "full" and not config.faithful:
         raise ContextOverflowError(
             f"The question has {longest} tokens, the local window n_local={config.n_local}: raise n_local, ask a shorter "
             "question, or pass the long part as a document."
@@ -289,12 +290,17 @@ def _peak_memory(inference: Inference) -> int:
     device = inference.model.device
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def generate(
     inference: Inference,
+    tokenizer: Any,
     rows: Sequence[torch.Tensor],
     spans: Sequence[tuple[int, int] | None],
     config: MemoryConfig,
@@ -302,8 +308,10 @@ def generate(
     progress: Progress | None,
     cancelled: Cancelled,
 ) -> list[list[int]]:
-    """Continue rows of token ids; rows share forward passes and nothing else."""
+    """Continue rows of token ids; rows share forward passes and nothing else. The tokenizer is for stop strings only."""
+    _check_questions((span for span in spans if span is not None), config)
     samplers = [Sampler(sampling) for _ in rows]
+    texts = [TextStream(tokenizer, sampling.stop) if sampling.stop else None for _ in rows]
     ends = end_tokens(inference)
     total = sum(len(row) for row in rows)
     done = 0
@@ -325,13 +333,17 @@ def generate(
             if cancelled():
                 raise CancelledError("Cancelled while writing.")
             logits = inference.step(cache, tokens)
-            for number, sampler in enumerate(samplers):
+            if done < total:
+                advance(total - done)
+            for number, (sampler, text) in enumerate(zip(samplers, texts, strict=True)):
                 if tokens[number] is None:
                     continue
                 token = sampler.choose(logits[number])
+                tokens[number] = None
                 if token in ends:
                     sampler.ids.pop()
-                    tokens[number] = None
-                else:
-                    tokens[number] = None if len(sampler.ids) >= sampling.max_tokens else token
+                elif text is not None and text.push(token) is not None and text.stopped:
+                    sampler.ids = text.kept()
+                elif len(sampler.ids) < sampling.max_tokens:
+                    tokens[number] = token
     return [sampler.ids for sampler in samplers]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -44,38 +46,30 @@ def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Samplin
         raise InvalidConfigError(
             f"Unknown sampling setting {sorted(unknown)}; known: {sorted(Sampling.__dataclass_fields__)}."
         )
-    if isinstance(fields.get("stop"), str):
-        fields = {**fields, "stop": (fields["stop"],)}
-    changes: dict[str, Any] = {k: tuple(v) if k == "stop" else v for k, v in fields.items()}
+    changes = dict(fields)
+    if "stop" in changes:
+        stop = changes["stop"]
+        changes["stop"] = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     return replace(sampling or Sampling(), **changes)
 
 
 def as_rows(
-    input_ids: Any, query_span: Any, attention_mask: torch.Tensor | None, *, any_span: bool = False
+    input_ids: Any, query_span: Any, attention_mask: Any, *, vocabulary: int, any_span: bool = False
 ) -> tuple[list[torch.Tensor], list[tuple[int, int] | None]]:
     """Rows without padding, and each row's query span counted without it.
 
     `any_span` lets spans through that lie outside their row: the published code gives them a meaning.
 
     Raises:
-        InvalidRequestError: Shapes do not fit, a row is empty, padding is not on the left, or a span lies outside its row.
+        InvalidRequestError: Shapes do not fit, a row is empty, padding is not on the left, a token is unknown to a model of
+            `vocabulary` tokens, or a span lies outside its row.
     """
-    if isinstance(input_ids, torch.Tensor):
-        rows = list(input_ids[None] if input_ids.ndim == 1 else input_ids)
-        single = input_ids.ndim == 1
-    else:
-        single = bool(len(input_ids)) and isinstance(input_ids[0], int | np.integer)
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in ([input_ids] if single else input_ids)]
-    if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
-        raise InvalidRequestError("input_ids must be [n] or [batch, n] token ids with at least one token per row.")
-    rows = [row.long().cpu() for row in rows]
-    spans = [query_span] if query_span is None or isinstance(query_span[0], int) else list(query_span)
-    if len(spans) == 1 and len(rows) > 1:
-        spans = spans * len(rows)
-    if len(spans) != len(rows):
-        raise InvalidRequestError(f"{len(spans)} query spans for {len(rows)} rows; pass one per row.")
+    rows = _rows(input_ids, "input_ids must be [n] or [batch, n] token ids with at least one token per row.")
+    if any(len(row) == 0 for row in rows) or not rows:
+        raise InvalidRequestError("input_ids must hold at least one row, and every row at least one token.")
+    spans = _spans(query_span, len(rows))
     if attention_mask is not None:
-        masks = list((attention_mask[None] if attention_mask.ndim == 1 else attention_mask).bool().cpu())
+        masks = [mask != 0 for mask in _rows(attention_mask, "attention_mask must have the shape of input_ids.")]
         if [len(m) for m in masks] != [len(r) for r in rows]:
             raise InvalidRequestError("attention_mask must have the shape of input_ids.")
         for number, mask in enumerate(masks):
@@ -83,9 +77,46 @@ def as_rows(
             if pad == len(mask) or bool((~mask[pad:]).any()):
                 raise InvalidRequestError(f"Row {number}: padding must stand on the left and leave at least one token.")
             rows[number] = rows[number][pad:]
-            if spans[number] is not None:
-                spans[number] = (spans[number][0] - pad, spans[number][1] - pad)
+            span = spans[number]
+            if span is not None:
+                spans[number] = (span[0] - pad, span[1] - pad)
     for number, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        if int(row.min()) < 0 or int(row.max()) >= vocabulary:
+            raise InvalidRequestError(f"Row {number}: token ids must lie between 0 and {vocabulary - 1}.")
         if span is not None and not any_span and not 0 <= span[0] < span[1] <= len(row):
-            raise InvalidRequestError(f"Row {number}: query span {tuple(span)} lies outside its {len(row)} tokens.")
+            raise InvalidRequestError(f"Row {number}: query span {span} lies outside its {len(row)} tokens.")
     return rows, spans
+
+
+def _rows(values: Any, message: str) -> list[torch.Tensor]:
+    """Rows of whole numbers."""
+    try:
+        nested = isinstance(values, torch.Tensor | np.ndarray) or not np.ndim(values[0])
+        table = torch.as_tensor(values) if nested else None
+        rows = (
+            [torch.as_tensor(row) for row in values]
+            if table is None
+            else list(table[None] if table.ndim == 1 else table)
+        )
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+        raise InvalidRequestError(message) from error
+    if any(row.ndim != 1 or (len(row) and bool((row != row.long()).any())) for row in rows):
+        raise InvalidRequestError(message)
+    return [row.long().cpu() for row in rows]
+
+
+def _spans(query_span: Any, n_rows: int) -> list[tuple[int, int] | None]:
+    """One span per row; a single one counts for all."""
+    try:
+        alone = query_span is None or isinstance(query_span[0], Integral)
+        spans = [query_span] * n_rows if alone else list(query_span)
+        whole = [None if span is None else (index(span[0]), index(span[1])) for span in spans]
+        if any(span is not None and len(span) != 2 for span in spans):
+            raise ValueError("not a pair")
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise InvalidRequestError(
+            f"query_span={query_span!r} is no pair of token positions (start, end), nor one pair or None per row."
+        ) from error
+    if len(whole) != n_rows:
+        raise InvalidRequestError(f"{len(whole)} query spans for {n_rows} rows; pass one per row.")
+    return whole

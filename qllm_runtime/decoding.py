@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,24 +27,33 @@ def check_sampling(sampling: Sampling) -> None:
     Raises:
         InvalidConfigError: Names the setting, its value and the range.
     """
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1"),
-        ("temperature", sampling.temperature, sampling.temperature >= 0, "at least 0 (0 is greedy)"),
-        ("top_p", sampling.top_p, sampling.top_p is None or 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", sampling.top_k, sampling.top_k is None or sampling.top_k >= 1, "at least 1"),
-        ("min_p", sampling.min_p, sampling.min_p is None or 0 <= sampling.min_p <= 1, "between 0 and 1"),
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("max_tokens", lambda x: _whole(x) and x >= 1, "a whole number of at least 1"),
+        ("temperature", lambda x: 0 <= x < float("inf"), "at least 0 (0 is greedy)"),
+        ("top_p", lambda x: x is None or 0 < x <= 1, "above 0 and at most 1"),
+        ("top_k", lambda x: x is None or (_whole(x) and x >= 1), "a whole number of at least 1"),
+        ("min_p", lambda x: x is None or 0 <= x <= 1, "between 0 and 1"),
+        ("repetition_penalty", lambda x: x is None or 0 < x < float("inf"), "above 0"),
+        ("seed", lambda x: x is None or (_whole(x) and 0 <= x < 2**63), "a whole number from 0 to 2**63 - 1"),
         (
-            "repetition_penalty",
-            sampling.repetition_penalty,
-            sampling.repetition_penalty is None or sampling.repetition_penalty > 0,
-            "above 0",
+            "stop",
+            lambda x: not isinstance(x, str) and all(isinstance(s, str) and s for s in x),
+            "a sequence of non-empty strings",
         ),
-        ("stop", sampling.stop, all(isinstance(s, str) and s for s in sampling.stop), "a list of non-empty strings"),
-        ("logprobs", sampling.logprobs, sampling.logprobs is None or 0 <= sampling.logprobs <= 50, "between 0 and 50"),
+        ("logprobs", lambda x: x is None or (_whole(x) and 0 <= x <= 50), "a whole number from 0 to 50"),
     ]
-    for name, value, fine, expected in rules:
+    for name, rule, expected in rules:
+        value = getattr(sampling, name)
+        try:
+            fine = rule(value)
+        except TypeError:
+            fine = False
         if not fine:
             raise InvalidConfigError(f"{name}={value!r} is out of range: it must be {expected}.")
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 class Sampler:
@@ -104,8 +114,9 @@ class Sampler:
         def name(token: int) -> str:
             return "" if tokenizer is None else str(tokenizer.decode([token]))
 
-        best = logprobs.topk(self._n_logprobs) if self._n_logprobs else None
-        top = [] if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        best = logprobs.topk(min(self._n_logprobs, len(logprobs)))
+        possible = best.values > float("-inf")  # processors may have ruled out the rest
+        top = zip(best.indices[possible].tolist(), best.values[possible].tolist(), strict=True)
         token = self.ids[-1]
         return TokenLogprob(name(token), token, float(logprobs[token]), tuple((name(t), t, p) for t, p in top))
 
@@ -124,6 +135,7 @@ class TextStream:
         self._ids: list[int] = []
         self._context = self._read = 0  # tokens decoded again for context, tokens turned into text
         self._held = ""
+        self._shown = 0  # characters given out
         self.stopped = False
 
     def _decode(self, ids: list[int]) -> str:
@@ -132,11 +144,22 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that is certain after this token."""
         self._ids.append(token)
-        return self._advance(final=False)
+        return self._count(self._advance(final=False))
 
     def finish(self) -> str:
         """The text held back so far."""
-        return self._advance(final=True)
+        return self._count(self._advance(final=True))
+
+    def kept(self) -> list[int]:
+        """The tokens that lie before the stop string."""
+        ids = list(self._ids)
+        while ids and len(self._decode(ids)) > self._shown:
+            ids.pop()
+        return ids
+
+    def _count(self, text: str) -> str:
+        self._shown += len(text)
+        return text
 
     def _advance(self, final: bool) -> str:
         if self.stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Self
 
-from qllm_runtime.errors import ClosedError
+from qllm_runtime.errors import ClosedError, InvalidRequestError
 from qllm_runtime.types import Document
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class DocumentMemory:
         self.n_tokens = len(prompt.ids)
         self._prompt = prompt
         self._cache: MemoryCache | None = cache
-        self._inference = inference
+        self._inference: Inference | None = inference
 
     def __repr__(self) -> str:
         state = ", closed" if self.closed else ""
@@ -55,24 +55,28 @@ class DocumentMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and summaries held."""
-        return 0 if self._cache is None else self._cache.nbytes()
+        cache = self._cache
+        return 0 if cache is None else cache.nbytes()
 
     def contents(self, inference: Inference) -> tuple[Prompt, MemoryCache]:
         """The prompt that was read and its memories, for a request to the model behind `inference`.
 
         Raises:
             ClosedError: The memory was closed.
-            ValueError: It was read by another model.
+            InvalidRequestError: It was read by another model.
         """
-        if self._cache is None:
+        cache = self._cache  # another thread may close this memory meanwhile
+        if cache is None:
             raise ClosedError(f"Document memory {self.id} was closed; read the documents again.")
         if inference is not self._inference:
-            raise ValueError(f"Document memory {self.id} was read by another model; read the documents with this one.")
-        return self._prompt, self._cache
+            raise InvalidRequestError(
+                f"Document memory {self.id} was read by another model; read the documents with this one."
+            )
+        return self._prompt, cache
 
     def close(self) -> None:
         """Free the blocks. Answers under way still finish."""
-        self._cache = None
+        self._cache = self._inference = None
 
     def __enter__(self) -> Self:
         return self

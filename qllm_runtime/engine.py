@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from qllm_runtime import answering
 from qllm_runtime.arguments import as_documents, as_rows, as_sampling
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.decoding import Sampler
+from qllm_runtime.decoding import Sampler, check_sampling
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.inference import Inference, never
@@ -67,7 +67,7 @@ class QLLM:
         name: str | None = None,
     ) -> None:
         label = name or getattr(model, "name_or_path", "") or type(model).__name__
-        self._init(LoadedModel(label, tokenizer, Inference(model)), memory)
+        self._init(LoadedModel(label, tokenizer, Inference.of(model)), memory)
 
     def _init(self, loaded: LoadedModel, memory: MemoryConfig | None) -> None:
         self._loaded: LoadedModel | None = loaded
@@ -380,7 +380,7 @@ class QLLM:
         cancel: threading.Event | None = None,
         **sampling_fields: Any,
     ) -> list[list[int]]:
-        """Continue token ids; needs no tokenizer.
+        """Continue token ids; needs no tokenizer unless there are stop strings.
 
         Args:
             input_ids: [n] or [batch, n] token ids, padded on the left where `attention_mask` is 0; or rows of unequal length.
@@ -392,12 +392,35 @@ class QLLM:
             **sampling_fields: Fields of `Sampling`.
 
         Returns:
-            New token ids of every row, end token excluded.
+            New token ids of every row, end token and stop string excluded.
+
+        Raises:
+            InvalidRequestError: Ids, spans or mask do not fit each other or the model.
+            ContextOverflowError: A question longer than the local window.
+            InvalidConfigError: A sampling setting is out of range.
+            CancelledError: `cancel` was set.
         """
         settings = as_sampling(sampling, sampling_fields)
-        rows, spans = as_rows(input_ids, query_span, attention_mask, any_span=self.memory.faithful)
+        check_sampling(settings)
+        inference = self._inference
+        if settings.stop and self.tokenizer is None:
+            raise InvalidConfigError("Stop strings need a tokenizer; pass one to QLLM, or leave them out.")
+        rows, spans = as_rows(
+            input_ids,
+            query_span,
+            attention_mask,
+            vocabulary=inference.vocabulary,
+            any_span=self.memory.faithful,
+        )
         return answering.generate(
-            self._inference, rows, spans, self.memory, settings, progress, never if cancel is None else cancel.is_set
+            inference,
+            self.tokenizer,
+            rows,
+            spans,
+            self.memory,
+            settings,
+            progress,
+            never if cancel is None else cancel.is_set,
         )
 
     # ------------------------------------------------------------------ life

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
-from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed
+from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory
 
 Cancelled = Callable[[], bool]
 
@@ -23,6 +24,11 @@ Cancelled = Callable[[], bool]
 def never() -> bool:
     """The request is never cancelled."""
     return False
+
+
+# by the model's id, which is its own as long as its entry lives: the entry's value holds the model
+_serving: weakref.WeakValueDictionary[int, Inference] = weakref.WeakValueDictionary()
+_serving_lock = threading.Lock()
 
 
 class Inference:
@@ -36,10 +42,24 @@ class Inference:
         self.model = model
         self._lock = threading.Lock()
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Inference:
+        """The one that serves `model`, so that all its users wait for each other."""
+        with _serving_lock:
+            found = _serving.get(id(model))
+            if found is None:
+                found = _serving[id(model)] = cls(model)
+            return found
+
     @property
     def facts(self) -> ModelFacts:
         """What the probe found; raises UnsupportedModelError for architectures that cannot be served."""
         return examine(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens the model has an embedding for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @contextmanager
     def request(self, cancelled: Cancelled = never) -> Iterator[None]:
@@ -54,10 +74,8 @@ class Inference:
         try:
             with torch.inference_mode(), installed(self.model):
                 yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory(error) from error
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
                 raise self._out_of_memory(error) from error
             raise
         finally:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from qllm_runtime.inference import Inference
+from qllm_runtime.seam import is_out_of_memory
 
 _BUILTIN = Path(__file__).parent / "models"
 BUILTIN_MODELS = ("reader", "reader-plain")
@@ -72,7 +74,7 @@ def load(
         loaded = _shared.get(key)
         if loaded is None:
             network, tokenizer = _load(locate(model), revision, place, kind, token, trust_remote_code)
-            loaded = LoadedModel(str(model), tokenizer, Inference(network))
+            loaded = LoadedModel(str(model), tokenizer, Inference.of(network))
             _shared[key] = loaded
         return loaded
 
@@ -84,7 +86,9 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise InvalidConfigError(f"Unknown device {device!r}; use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if place.type == "meta":
+        raise InvalidConfigError("device='meta' holds no numbers to compute with; use 'auto', 'cpu' or 'cuda'.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise InvalidConfigError(f"device={device!r}, but this machine has no usable CUDA device; use 'auto' or 'cpu'.")
     return place
 
@@ -116,9 +120,11 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
         network = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, **common)
         network = network.to(place).eval()
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"The weights of {where!r} do not fit on {place}: {_first_line(error)}") from error
-    except (OSError, ImportError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"The weights of {where!r} do not fit on {place}: {_first_line(error)}") from error
+        raise ModelNotFoundError(f"Cannot load {where!r}: {_first_line(error)}") from error
+    except (OSError, ImportError, SafetensorError) as error:
         raise ModelNotFoundError(f"Cannot load {where!r}: {_first_line(error)} {hint}") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{where!r} is no causal language model: {_first_line(error)}") from error

@@ -243,6 +243,14 @@ def installed(model: PreTrainedModel) -> Iterator[ModelFacts]:
         yield facts
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the many ways in which host and device say that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
 class _ProbeLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
 
@@ -307,6 +315,8 @@ def probe(model: PreTrainedModel) -> ModelFacts:
         with torch.no_grad():
             model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"{name} does not run with a replaced attention: {type(error).__name__}: {error}"
         ) from error
@@ -351,6 +361,8 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
                     for part in (tokens[:, :40], tokens[:, 40:])
                 ]
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UnsupportedModelError(f"{name} does not run on a memory: {type(error).__name__}: {error}") from error
     actual = torch.cat(parts, 1).float()
     spread = expected.std().clamp(min=1e-6)
