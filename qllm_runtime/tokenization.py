@@ -16,7 +16,7 @@ from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
 
 _CACHE: weakref.WeakKeyDictionary[Any, tuple[tuple[str, int], SegmentTokenizer]] = weakref.WeakKeyDictionary()
 
-CHUNK = 65536  # characters tokenised at a time
+CHUNK = 16384  # characters tokenised at a time; short, so that event loops of other threads go on in between
 _LINE_START = re.compile(r"\n(?=\w)")
 
 
@@ -103,7 +103,8 @@ class SegmentTokenizer:
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
     def _encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        encoding = self._inert.encode(text, add_special_tokens=False)
+        # encode_batch lets other threads run, encode does not
+        encoding = self._inert.encode_batch([text], add_special_tokens=False)[0]
         ids = np.array(encoding.ids, dtype=np.int64)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         cuts = self._cuts(text, ids, offsets)

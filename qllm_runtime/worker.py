@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,16 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _DONE = object()
+_running: dict[threading.Thread, threading.Event] = {}
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Let no thread be inside the model when the interpreter goes away: that would abort the process."""
+    for event in list(_running.values()):
+        event.set()
+    for thread in list(_running):
+        thread.join(timeout=30)
 
 
 class _Failure(Generic[T]):
@@ -40,8 +51,11 @@ def stream(
             items.put(_Failure(error))
         else:
             items.put(_DONE)
+        finally:
+            _running.pop(thread, None)
 
     thread = threading.Thread(target=run, name="qllm-stream", daemon=True)
+    _running[thread] = abandoned
     thread.start()
     try:
         while (item := items.get()) is not _DONE:
