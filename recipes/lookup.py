@@ -28,7 +28,7 @@ class LookupObjective:
         weight: Weight of this loss beside the answers' loss.
     """
 
-    def __init__(self, config: ReaderConfig, weight: float = 0.12) -> None:
+    def __init__(self, config: ReaderConfig, weight: float = 0.03) -> None:
         self.config = config
         self.weight = weight
         self.banks: dict[int, Tensor] = {}

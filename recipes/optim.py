@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Both optimisers under one learning-rate factor."""
 
-    def __init__(self, model: nn.Module, matrix_lr: float = 0.015, other_lr: float = 2e-3) -> None:
+    def __init__(self, model: nn.Module, matrix_lr: float = 0.005, other_lr: float = 8e-4) -> None:
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
         self.peaks = (matrix_lr, other_lr)

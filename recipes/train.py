@@ -41,9 +41,8 @@ STAGES = {
     "trunk": (
         (0.06, 128, 32, 1.0),
         (0.16, 192, 24, 0.6),
-        (0.53, 256, 24, 0.25),
-        (0.82, 256, 24, 0.35),
-        (1.0, 512, 12, 0.3),
+        (0.75, 256, 24, 0.45),
+        (1.0, 512, 12, 0.45),
     ),
     "plain": ((0.3, 256, 24, 0.45), (0.94, 512, 12, 0.45), (1.0, 1024, 6, 0.45)),
     "reader": ((0.3, 256, 24, 0.45), (0.94, 512, 12, 0.45), (1.0, 1024, 6, 0.45)),
@@ -56,9 +55,8 @@ CHECK_EVERY_S = 60.0
 def lr_factor(phase: str, progress: float, step: int) -> float:
     """Learning rate as a share of its peak."""
     if phase == "trunk":
-        # The high rate only pays while the heads are being found; held longer, its noise keeps the loss up.
-        return min(1.0, (step + 1) / 40) if progress < 0.37 else 0.32 - 0.12 * (progress - 0.37) / 0.63
-    return max(0.005, 0.3 * (1.0 - progress))
+        return min(1.0, (step + 1) / 40) * (1.0 - 0.6 * max(0.0, (progress - 0.4) / 0.6))
+    return max(0.005, 0.4 * (1.0 - progress))
 
 
 def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenizer:
@@ -98,6 +96,16 @@ def quick_check(model: Reader, batch: Batch, device: torch.device) -> dict[str, 
             for name in ("all", family):
                 found.setdefault(name, []).append(hit)
     return {k: round(sum(v) / len(v), 3) for k, v in sorted(found.items())}
+
+
+@torch.no_grad()
+def repetition(model: Reader, device: torch.device) -> float:
+    """Share of random tokens predicted right when a run of them is repeated: whether the copying heads are whole."""
+    run = torch.randint(16, model.config.vocab_size, (8, 60), generator=torch.Generator().manual_seed(SEED))
+    ids = torch.cat((run, run), dim=1).to(device)
+    hidden, _ = model(ids, torch.arange(120, device=device).expand(8, -1))
+    best = model.logits(hidden[:, 63:-1]).argmax(-1)
+    return round(float((best == ids[:, 64:]).float().mean()), 3)
 
 
 class Run:
@@ -173,7 +181,7 @@ class Run:
             2000 if clamp else 300,
             drop_share=0.5 if clamp else 0.0,
             easy=easy,
-            repeat=0.25 if length == 128 else 0.0,
+            repeat=0.25 if length == 128 else 0.04,
         )
         ids = torch.from_numpy(batch.ids).to(self.device)
         positions = torch.from_numpy(batch.positions).to(self.device)
@@ -212,6 +220,7 @@ class Run:
                 checked = self.elapsed
                 exact = quick_check(self.model, self.dev, self.device)
                 easy = quick_check(self.model, self.dev_easy, self.device)["all"]
+                exact["repeat"] = repetition(self.model, self.device)
                 entry = {
                     "step": self.step,
                     "minutes": round(self.elapsed / 60, 2),
