@@ -80,7 +80,10 @@ class MemoryConfig(BaseModel):
         default=256, ge=1, description="Queries that share one lookup while reading (a 'piece')."
     )
     query_weight: float = Field(
-        default=1.0, ge=0, description="Weight beta of the question's term in the block score (eq. 7); unit-free."
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight beta of the question's term in the block score (eq. 7); unit-free.",
     )
     selection: Selection = Field(
         default="shared",

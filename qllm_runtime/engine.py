@@ -21,6 +21,7 @@ from qllm_runtime.inference import Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import build_prompt, build_reading
+from qllm_runtime.rotary import short_length
 from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, QuerySource, Sampling, Turn
 from qllm_runtime.worker import stream
 
@@ -74,7 +75,7 @@ class QLLM:
         self.name = loaded.name
         config = loaded.inference.model.config.get_text_config()
         self._trained_length = int(getattr(config, "max_position_embeddings", None) or 4096)
-        self.memory = memory or MemoryConfig.for_model(self._trained_length)
+        self.memory = memory or MemoryConfig.for_model(int(min(self._trained_length, short_length(config))))
 
     @classmethod
     def from_pretrained(

@@ -101,7 +101,9 @@ class Inference:
 
         def make(layer: int, row: int) -> LayerMemory:
             info = facts.layers[layer]
-            rotation = facts.rotation(layer, next(info.module.parameters()).device)
+            held = config.n_init + config.n_local + config.block_size + config.exec_block_size
+            frame = info.sliding_window or (reserve if config.policy == "full" else held)
+            rotation = facts.rotation(layer, next(info.module.parameters()).device, frame)
             if info.sliding_window is not None:
                 return DenseMemory(rotation, info.sliding_window)
             if config.policy == "full":

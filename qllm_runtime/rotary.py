@@ -13,13 +13,34 @@ from qllm_runtime.memory.base import Rotation
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 
 
+def short_length(config: Any) -> float:
+    """Length up to which a model of this configuration keeps the rotary frequencies of short texts; mostly unlimited."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    limits = [
+        kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") in _LENGTH_DEPENDENT
+    ]
+    return min((limit for limit in limits if limit), default=float("inf"))
+
+
 class RotaryTable:
     """cos and sin of one rotary module (and layer type) for positions 0, 1, 2, ...; grown on demand.
 
     The table is computed by the stock module, bypassing hooks, so every `rope_scaling` is included.
+
+    Where frequencies depend on the length of the text, positions up to `comfortable_length` have those of short texts,
+    whatever longer texts were read before; positions behind it have those of long texts.
+
+    Args:
+        module: The stock module.
+        layer_type: Passed on to it, if it takes one.
+        device: Where the table lives.
+        long: Give all positions the frequencies of long texts.
     """
 
-    def __init__(self, module: torch.nn.Module, layer_type: str | None, device: torch.device) -> None:
+    def __init__(
+        self, module: torch.nn.Module, layer_type: str | None, device: torch.device, long: bool = False
+    ) -> None:
         self._module = module
         self._args: tuple[Any, ...] = () if layer_type is None else (layer_type,)
         self._device = device
@@ -35,9 +56,18 @@ class RotaryTable:
         )
         #: Longest frame that keeps the frequencies of short texts; None when frequencies do not depend on length.
         self.comfortable_length: int | None = original if kind in _LENGTH_DEPENDENT else None
+        self._beyond: RotaryTable | None = None
+        self._least = 0
+        if long and self.comfortable_length is not None:
+            self._least, self.comfortable_length = self.comfortable_length + 1, None
 
     def rows(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of cos and sin [1, n, rotary_dim] of positions start .. start + n - 1."""
+        if self.comfortable_length is not None and start + n > self.comfortable_length:
+            if self._beyond is None:
+                layer_type = self._args[0] if self._args else None
+                self._beyond = RotaryTable(self._module, layer_type, self._device, long=True)
+            return self._beyond.rows(start, n)
         if self._last[:2] != (start, n):  # layer after layer asks for the same rows
             self._reserve(start + n)
             self._last = (start, n, self._cos[:, start : start + n], self._sin[:, start : start + n])
@@ -47,8 +77,8 @@ class RotaryTable:
         have = self._cos.shape[1]
         if length <= have:
             return
-        grown = max(length, 2 * have)
-        if self.comfortable_length is not None and length <= self.comfortable_length:
+        grown = max(length, 2 * have, self._least)
+        if self.comfortable_length is not None:
             grown = min(grown, self.comfortable_length)
         positions = torch.arange(grown, device=self._device)[None]
         probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self._device)

@@ -52,17 +52,22 @@ class ModelFacts:
     rotary: torch.nn.Module
     takes_layer_type: bool
     layers: dict[int, LayerFacts] = field(default_factory=dict)
-    tables: dict[tuple[str | None, torch.device], RotaryTable] = field(default_factory=dict)
+    tables: dict[tuple[str | None, torch.device, bool], RotaryTable] = field(default_factory=dict)
 
-    def rotation(self, layer_idx: int, device: torch.device) -> Rotation:
-        """The layer's rotation on `device`; tables are shared between layers of one kind."""
+    def rotation(self, layer_idx: int, device: torch.device, frame: int = 0) -> Rotation:
+        """The layer's rotation on `device`, for positions below `frame`; tables are shared between layers of one kind."""
         facts = self.layers[layer_idx]
         if not facts.rotary:
             return NoRotation()
         layer_type = facts.layer_type if self.takes_layer_type else None
-        key = (layer_type, device)
+        key = (layer_type, device, False)
         if key not in self.tables:
             self.tables[key] = RotaryTable(self.rotary, layer_type, device)
+        short = self.tables[key].comfortable_length
+        if short is not None and frame > short:  # one kind of frequencies throughout
+            key = (layer_type, device, True)
+            if key not in self.tables:
+                self.tables[key] = RotaryTable(self.rotary, layer_type, device, long=True)
         return ArchitectureRotation(facts.module, self.tables[key], facts.head_dim)
 
 

@@ -157,6 +157,37 @@ def test_definition_beyond_the_window(name: str, selection: str) -> None:
     assert compared >= 2
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_frequencies_that_depend_on_the_length(kind: str) -> None:
+    """Short texts keep theirs, whatever was read before; long ones have one kind throughout."""
+    factors: dict[str, Any] = {"factor": 4.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0 + i for i in range(8)], "long_factor": [3.0 + 2 * i for i in range(8)]}
+    rope = {"rope_theta": 10000.0, "rope_type": kind, "original_max_position_embeddings": 64, **factors}
+    extra = {"original_max_position_embeddings": 64} if kind == "longrope" else {"max_position_embeddings": 64}
+    model = build("phi3" if kind == "longrope" else "llama", {"rope_parameters": rope, **extra})
+    assert QLLM(model).memory.n_local <= 64
+    ids = text(model)
+    short, long = ids[:, :60], ids[:, :100]
+    dense = MemoryConfig(policy="full", chunk_size=16)
+    small = MemoryConfig(n_init=2, n_local=40, block_size=4, exec_block_size=8, chunk_size=512)
+
+    def ours(part: torch.Tensor, config: MemoryConfig) -> torch.Tensor:
+        inference = Inference.of(model)
+        with inference.request():
+            cache = inference.cache(config, reserve=part.shape[1])
+            pieces = part.split(config.chunk_size if config is dense else 20, 1)
+            return torch.cat([model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in pieces], 1)
+
+    for _ in range(2):
+        assert_same(ours(short, dense), stock(model, short))
+        assert_same(ours(short[:, :40], small), stock(model, short[:, :40]))
+        if kind == "longrope":
+            assert_same(ours(long, dense), stock(model, long))
+        else:
+            ours(long, dense)
+
+
 # ---------------------------------------------------------------------- life
 
 
