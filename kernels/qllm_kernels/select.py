@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -52,3 +54,25 @@ def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> 
     ids = torch.where(valid, ids, n_blocks).sort(dim=-1).values
     valid = ids < n_blocks
     return ids.clamp(max=n_blocks - 1), valid
+
+
+def top_blocks(
+    lookup: torch.Tensor, summaries: torch.Tensor, counts: Sequence[int], topk: int, *, scopes: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Score the blocks and choose the best eligible ones for every piece.
+
+    Args:
+        lookup, summaries, scopes: As in `block_scores`.
+        counts: How many of the first blocks each piece may choose from.
+        topk: Blocks wanted.
+
+    Returns:
+        ids and valid as in `select_blocks`, valid None when all are; and the scores of `block_scores`.
+    """
+    scores = block_scores(lookup, summaries, scopes=scopes)
+    n_blocks = scores.shape[-1]
+    k = min(topk, n_blocks)
+    if min(counts) == n_blocks:
+        return scores.topk(k, dim=-1).indices.sort(dim=-1).values, None, scores
+    ids, valid = select_blocks(scores, torch.tensor(counts, device=scores.device), topk)
+    return ids, None if min(counts) >= k else valid, scores

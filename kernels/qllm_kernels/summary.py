@@ -57,6 +57,23 @@ def top_keys(key: torch.Tensor, token_scores: torch.Tensor, repr_topk: int) -> t
     return key.gather(2, index[..., None].expand(*index.shape, key.shape[-1])).transpose(1, 2)
 
 
+def linear_top_keys(
+    key: torch.Tensor, key_rotated: torch.Tensor, query_prefix: torch.Tensor, n_local: int, repr_topk: int
+) -> torch.Tensor:
+    """The `repr_topk` keys of each block with the highest linear score (paper eq. 4), in order of position.
+
+    Args:
+        key: [kv_heads, n_blocks, block_size, head_dim], un-rotated.
+        key_rotated, query_prefix, n_local: As in `linear_token_scores`, n = n_blocks * block_size.
+        repr_topk: Representatives per block.
+
+    Returns:
+        [kv_heads, repr_topk, n_blocks, head_dim].
+    """
+    scores = linear_token_scores(key_rotated, query_prefix, n_local)
+    return top_keys(key, scores.view(key.shape[:3]), repr_topk)
+
+
 def softmax_mass(
     query: torch.Tensor,
     key: torch.Tensor,

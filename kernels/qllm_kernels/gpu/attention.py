@@ -1,0 +1,295 @@
+"""Attention of pieces to window, pages and loose far keys under one softmax; few queries split the keys over programs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qllm_kernels.attention import FarSegment
+from qllm_kernels.gpu.shapes import power_of_2, refusal
+
+LARGEST_GROUP = 16
+_LOG2E = math.log2(math.e)
+_PROGRAMS = 256  # wanted at least, where keys can be split
+
+
+@triton.jit
+def fold_tile(
+    b_q, p_k, p_v, m_n, m_visible, b_m, b_l, b_o, factor, cap, o_d, o_v,
+    D: tl.constexpr, DV: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Take one tile of keys into the running softmax: rows' maxima and sums in base 2, un-normalised output.
+
+    m_n [BN] are the keys that exist, m_visible those a row sees, [BM, BN] or broadcastable to it; both None: all.
+    """
+    # [1, BD], [1, BV], with m_n [BN, BD], [BN, BV]
+    m_k, m_v = (o_d < D)[None, :], (o_v < DV)[None, :]
+    if m_n is not None:
+        m_k, m_v = m_n[:, None] & m_k, m_n[:, None] & m_v
+    b_k = tl.load(p_k, mask=m_k, other=0.0)
+    b_v = tl.load(p_v, mask=m_v, other=0.0)
+    # [BM, BN]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (e^2x + 1)
+        b_s = cap * (1.0 - 2.0 / (tl.exp2(b_s) + 1.0))
+    if m_visible is not None:
+        b_s = tl.where(m_visible, b_s, float("-inf"))
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+    # rows that have seen nothing yet keep zeros
+    b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_keep = tl.exp2(b_m - b_base)
+    b_l = b_l * b_keep + tl.sum(b_p, 1)
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision="ieee")
+    return b_m_new, b_l, b_o
+
+
+@triton.jit(do_not_specialize=["slot", "back", "length", "n_loose", "k"])  # they change from call to call
+def segment_attention(
+    near, far, out, lse,
+    window_key, window_value, loose_key, loose_value, hidden, page_key, page_value, table, n_chosen,
+    stride_near_head, stride_near_row, stride_far_head, stride_far_row,
+    stride_window_key_head, stride_window_key_row, stride_window_value_head, stride_window_value_row,
+    stride_loose_key_head, stride_loose_key_piece, stride_loose_key_row,
+    stride_loose_value_head, stride_loose_value_piece, stride_loose_value_row,
+    stride_page_key_head, stride_page_key_page, stride_page_value_head, stride_page_value_page,
+    slot, back, length, n_loose, k, factor, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCOPES: tl.constexpr,
+    LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys."""
+    i_m, i_h, i_p = tl.program_id(0) // SPLITS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_split = tl.program_id(0) % SPLITS
+    kv_heads, pieces = tl.num_programs(1), tl.num_programs(2)
+    # [BM]
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_t = o_m // GROUP
+    m_m = o_t < length
+    o_head, o_row = i_h * GROUP + o_m % GROUP, i_p * length + o_t
+    o_n, o_d, o_v = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
+    m_q = m_m[:, None] & (o_d < D)[None, :]
+    i_scope = i_h * SCOPES // kv_heads
+
+    # tiles: window keys all rows see, window keys at the rows' own tokens, pages, loose keys
+    i_first = (i_m * BM) // GROUP
+    n_window = back + tl.minimum((i_m * BM + BM - 1) // GROUP + 1, length)
+    t_full = (back + i_first + 1) // BN
+    t_window = tl.cdiv(n_window, BN)
+    t_pages = t_window
+    t_all = t_window
+    if PAGES:
+        n_paged = tl.minimum(tl.load(n_chosen + i_p), k) * PAGE
+        t_pages += tl.cdiv(n_paged, BN)
+        t_all = t_pages
+    if LOOSE:
+        t_all = t_pages + tl.cdiv(n_loose, BN)
+    t_begin, t_end = 0, t_all
+    if SPLITS > 1:
+        t_begin = tl.cdiv(t_all, SPLITS) * i_split
+        t_end = tl.minimum(t_begin + tl.cdiv(t_all, SPLITS), t_all)
+
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_o = tl.zeros([BM, BV], tl.float32)
+
+    # [BM, BD]
+    b_q = tl.load(
+        near + o_head[:, None] * stride_near_head + o_row[:, None] * stride_near_row + o_d[None, :], mask=m_q, other=0.0
+    )
+    p_k = window_key + i_h * stride_window_key_head + (slot + i_p * length) * stride_window_key_row
+    p_v = window_value + i_h * stride_window_value_head + (slot + i_p * length) * stride_window_value_row
+    for i_t in range(t_begin, tl.minimum(t_end, t_full)):
+        o_k = (i_t * BN + o_n).to(tl.int64)
+        b_m, b_l, b_o = fold_tile(
+            b_q, p_k + o_k[:, None] * stride_window_key_row + o_d[None, :],
+            p_v + o_k[:, None] * stride_window_value_row + o_v[None, :],
+            None, None, b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+        )  # fmt: skip
+    for i_t in range(tl.maximum(t_begin, t_full), tl.minimum(t_end, t_window)):
+        o_k = (i_t * BN + o_n).to(tl.int64)
+        b_m, b_l, b_o = fold_tile(
+            b_q, p_k + o_k[:, None] * stride_window_key_row + o_d[None, :],
+            p_v + o_k[:, None] * stride_window_value_row + o_v[None, :],
+            o_k < n_window, o_k[None, :] <= back + o_t[:, None], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+        )  # fmt: skip
+
+    if PAGES or LOOSE:
+        # [BM, BD]
+        b_q = tl.load(
+            far + o_head[:, None] * stride_far_head + o_row[:, None] * stride_far_row + o_d[None, :],
+            mask=m_q,
+            other=0.0,
+        )
+    if PAGES:
+        p_table = table + (i_p * SCOPES + i_scope) * k
+        for i_t in range(tl.maximum(t_begin, t_window), tl.minimum(t_end, t_pages)):
+            o_k = (i_t - t_window) * BN + o_n
+            m_n = o_k < n_paged
+            # [BN]
+            b_page = tl.load(p_table + o_k // PAGE, mask=m_n, other=0).to(tl.int64)
+            o_in = (o_k % PAGE).to(tl.int64)
+            p_page_key = page_key + i_h * stride_page_key_head + (b_page * stride_page_key_page + o_in * D)[:, None]
+            p_page_value = (
+                page_value + i_h * stride_page_value_head + (b_page * stride_page_value_page + o_in * DV)[:, None]
+            )
+            b_m, b_l, b_o = fold_tile(
+                b_q, p_page_key + o_d[None, :], p_page_value + o_v[None, :],
+                m_n, m_n[None, :], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+            )  # fmt: skip
+    if LOOSE:
+        p_k = loose_key + i_h * stride_loose_key_head + i_p * stride_loose_key_piece
+        p_v = loose_value + i_h * stride_loose_value_head + i_p * stride_loose_value_piece
+        for i_t in range(tl.maximum(t_begin, t_pages), t_end):
+            o_k = ((i_t - t_pages) * BN + o_n).to(tl.int64)
+            m_n = o_k < n_loose
+            m_seen = m_n
+            if HIDDEN:
+                m_seen = m_n & (tl.load(hidden + (i_p * SCOPES + i_scope) * n_loose + o_k, mask=m_n, other=1) == 0)
+            b_m, b_l, b_o = fold_tile(
+                b_q, p_k + o_k[:, None] * stride_loose_key_row + o_d[None, :],
+                p_v + o_k[:, None] * stride_loose_value_row + o_v[None, :],
+                m_n, m_seen[None, :], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+            )  # fmt: skip
+
+    # a split may have seen nothing: zeros that weigh nothing
+    b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+    b_lse = (b_m + tl.log2(b_l)) * 0.6931471805599453
+    o_out = (i_split * kv_heads * GROUP + o_head) * (pieces * length) + o_row
+    m_out = m_m[:, None] & (o_v < DV)[None, :]
+    tl.store(out + o_out[:, None] * DV + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_out)
+    tl.store(lse + o_out, tl.where(b_l == 0.0, float("-inf"), b_lse), mask=m_m)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def merge_splits(
+    parts, part_lse, out, lse, rows, SPLITS: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr
+):
+    """Join one row's partial results into the softmax over all keys."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_s, o_v = tl.arange(0, BS).to(tl.int64), tl.arange(0, BV)
+    # [BS]
+    b_lse = tl.load(part_lse + o_s * rows + i_row, mask=o_s < SPLITS, other=float("-inf"))
+    b_m = tl.max(b_lse, 0)
+    b_w = tl.exp(b_lse - b_m)
+    # [BS, BV]
+    p_part = parts + (o_s[:, None] * rows + i_row) * DV + o_v[None, :]
+    b_part = tl.load(p_part, mask=(o_s < SPLITS)[:, None] & (o_v < DV)[None, :], other=0.0)
+    b_sum = tl.sum(b_w, 0)
+    b_o = tl.sum(b_part * b_w[:, None], 0) / b_sum
+    tl.store(out + i_row * DV + o_v, b_o.to(out.dtype.element_ty), mask=o_v < DV)
+    tl.store(lse + i_row, b_m + tl.log(b_sum))
+
+
+def cannot_serve(
+    near: torch.Tensor, window_key: torch.Tensor, window_value: torch.Tensor, far: FarSegment | None
+) -> str | None:
+    """Why `attend_pieces` does not take these arguments, or None."""
+    group = near.shape[0] // window_key.shape[0]
+    if group > LARGEST_GROUP:
+        return f"{group} heads share a key/value head, more than {LARGEST_GROUP}"
+    others = () if far is None else (far.query, far.key, far.value, far.page_key, far.page_value)
+    return refusal(near, window_key, window_value, *others)
+
+
+def constants(rows: int, dim: int, value_dim: int, size: int, *, wgmma: bool = True) -> dict[str, Any]:
+    """Sizes of the tiles for `rows` packed query rows and elements of `size` bytes, and launch options.
+
+    Where there are no instructions of warp groups (`wgmma` False: before Hopper), larger tiles spill.
+    """
+    b_d, b_v = power_of_2(dim, 16), power_of_2(value_dim, 16)
+    wide = max(b_d, b_v)
+    if size == 4:
+        tile = (min(64, power_of_2(rows, 16)), 32, 4, 1) if wide <= 128 else (min(32, power_of_2(rows, 16)), 16, 4, 1)
+    elif rows <= 16:
+        tile = (16, 64 if wide <= 128 else 32, 4, 3 if wide <= 128 else 2)
+    elif (wgmma and rows <= 64) or rows <= 32 or wide > 128:
+        tile = (power_of_2(min(rows, 64), 16), 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 2)
+    else:
+        tile = (128, 64, 8, 2) if wgmma else (64, 64, 8, 2)
+    return {
+        **dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True)),
+        "BD": b_d,
+        "BV": b_v,
+    }
+
+
+def attend_pieces(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    window_value: torch.Tensor,
+    far: FarSegment | None,
+    *,
+    slot: int,
+    back: int,
+    length: int,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`qllm_kernels.attention.attend_pieces`."""
+    heads, rows, dim = near.shape
+    kv_heads, value_dim = window_key.shape[0], window_value.shape[-1]
+    group, pieces = heads // kv_heads, rows // length
+    wgmma = near.device.type != "cuda" or torch.cuda.get_device_capability(near.device)[0] in (9, 10)
+    sizes = constants(group * length, dim, value_dim, near.element_size(), wgmma=wgmma)
+    tiles_m = triton.cdiv(group * length, sizes["BM"])
+    loose = None if far is None else far.key
+    paged = None if far is None else far.table
+    n_loose = 0 if loose is None else loose.shape[2]
+    k, page, scopes = 0, 1, 1
+    if far is not None and paged is not None:
+        assert far.page_key is not None
+        scopes, k, page = paged.shape[1], paged.shape[2], far.page_key.shape[2]
+    if far is not None and far.hidden is not None:
+        scopes = far.hidden.shape[1]
+    n_tiles = (
+        triton.cdiv(back + length, sizes["BN"]) + triton.cdiv(n_loose, sizes["BN"]) + triton.cdiv(k * page, sizes["BN"])
+    )
+    splits = 1
+    if tiles_m == 1 and length <= 4:
+        splits = max(1, min(n_tiles, _PROGRAMS // (kv_heads * pieces), 64))
+        splits = 1 << (splits.bit_length() - 1)  # few, as each number is compiled for
+    out = near.new_empty(heads, rows, value_dim)
+    lse = torch.empty(heads, rows, device=near.device)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = torch.empty(splits, heads, rows, value_dim, device=near.device)
+        part_lse = torch.empty(splits, heads, rows, device=near.device)
+    chosen = None if far is None else far.n_chosen
+    if paged is not None and chosen is None:
+        chosen = torch.full((pieces,), k, dtype=torch.int32, device=near.device)
+    absent = window_key  # never read
+    far_query = near if far is None else far.query
+    loose_key, loose_value = absent, absent
+    if far is not None and far.key is not None and far.value is not None:
+        loose_key, loose_value = far.key, far.value
+    page_key, page_value = absent, absent
+    if far is not None and far.page_key is not None and far.page_value is not None:
+        page_key, page_value = far.page_key, far.page_value
+    hidden = None if far is None or far.hidden is None else far.hidden.contiguous().view(torch.uint8)
+    factor, cap = (scale * _LOG2E, 0.0) if softcap is None else (2 * scale * _LOG2E / softcap, softcap * _LOG2E)
+    segment_attention[(tiles_m * splits, kv_heads, pieces)](
+        near, far_query, parts, part_lse, window_key, window_value, loose_key, loose_value,
+        absent if hidden is None else hidden, page_key, page_value,
+        absent if paged is None else paged.contiguous(), absent if chosen is None else chosen,
+        *near.stride()[:2], *far_query.stride()[:2], *window_key.stride()[:2], *window_value.stride()[:2],
+        *_strides(loose_key, 3), *_strides(loose_value, 3), *_strides(page_key, 2), *_strides(page_value, 2),
+        slot, back, length, n_loose, k, factor, cap,
+        GROUP=group, D=dim, DV=value_dim, PAGE=page, SCOPES=scopes, LOOSE=n_loose > 0, HIDDEN=hidden is not None,
+        PAGES=k > 0, SOFTCAP=softcap is not None, SPLITS=splits, **sizes,
+    )  # fmt: skip
+    if splits > 1:
+        merge_splits[(heads * rows,)](
+            parts, part_lse, out, lse, heads * rows,
+            SPLITS=splits, DV=value_dim, BS=power_of_2(splits), BV=sizes["BV"], num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def _strides(x: torch.Tensor, n: int) -> tuple[int, ...]:
+    return x.stride()[:n] if x.ndim == 4 else (0,) * n

@@ -1,0 +1,28 @@
+"""What the kernels have in common: sizes of tiles and what they refuse."""
+
+from __future__ import annotations
+
+import torch
+
+LARGEST_HEAD = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is neither below `n` nor below `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def refusal(*tensors: torch.Tensor | None) -> str | None:
+    """Why no kernel serves these tensors [..., head_dim], or None."""
+    given = [x for x in tensors if x is not None]
+    for x in given:
+        if x.dtype not in _DTYPES:
+            return f"dtype {x.dtype} is not float32, float16 or bfloat16"
+        if x.shape[-1] > LARGEST_HEAD:
+            return f"head size {x.shape[-1]} is above {LARGEST_HEAD}"
+        if x.stride(-1) != 1:
+            return "head vectors are not contiguous"
+    if len({x.dtype for x in given}) > 1:
+        return "queries, keys and values differ in dtype"
+    return None

@@ -1,0 +1,93 @@
+"""Block selection of the Triton kernels against the torch functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qllm_kernels import select
+from qllm_kernels.gpu import select as gpu
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(lookup: torch.Tensor, summaries: torch.Tensor, counts: list[int], topk: int, scopes: int) -> None:
+    expected = select.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+    actual = gpu.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+    torch.testing.assert_close(actual[2], expected[2], atol=1e-4, rtol=1e-4)
+    assert torch.equal(actual[0], expected[0])
+    assert (actual[1] is None) == (expected[1] is None)
+    if expected[1] is not None:
+        assert torch.equal(actual[1], expected[1])
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(
+    group=st.sampled_from([1, 2, 3, 7, 16]),
+    summary_heads=st.sampled_from([1, 2, 4]),
+    per_head=st.booleans(),
+    r=st.sampled_from([1, 2, 4]),
+    dim=st.sampled_from([20, 32, 64]),
+    n_blocks=st.integers(1, 150),
+    topk=st.integers(1, 40),
+    pieces=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_top_blocks(group, summary_heads, per_head, r, dim, n_blocks, topk, pieces, seed):
+    counts = sorted(torch.randint(0, n_blocks + 1, (pieces,), generator=torch.Generator().manual_seed(seed)).tolist())
+    counts[-1] = n_blocks
+    lookup = random(pieces, summary_heads * group, dim, seed=seed)
+    # a view of a larger buffer whose unused places would spoil everything
+    buffer = torch.full((summary_heads, r, n_blocks + 3, dim), float("nan"))
+    buffer[:, :, :n_blocks] = random(summary_heads, r, n_blocks, dim, seed=seed + 1)
+    check(lookup, buffer[:, :, :n_blocks], counts, topk, summary_heads if per_head else 1)
+
+
+def test_more_pieces_than_rows_of_a_tile():
+    check(random(70, 1, 16), random(1, 1, 9, 16, seed=1), [3] * 69 + [9], 2, 1)
+
+
+def test_ties_go_to_the_lower_block():
+    summaries = torch.zeros(1, 1, 200, 16)
+    summaries[0, 0, [5, 77, 130, 131, 199], 0] = 1.0
+    summaries[0, 0, 7, 0] = -0.0
+    lookup = torch.zeros(1, 1, 16)
+    lookup[0, 0, 0] = 1.0
+    assert gpu.top_blocks(lookup, summaries, [200], 3, scopes=1)[0].tolist() == [[[5, 77, 130]]]
+    assert gpu.top_blocks(lookup, summaries, [200], 7, scopes=1)[0].tolist() == [[[0, 1, 5, 77, 130, 131, 199]]]
+    assert gpu.top_blocks(-lookup, summaries, [200], 2, scopes=1)[0].tolist() == [[[0, 1]]]
+
+
+def test_half_precision():
+    lookup, summaries = random(2, 4, 32), random(2, 2, 70, 32, seed=1).half()
+    ids, _, scores = gpu.top_blocks(lookup, summaries, [70, 70], 4, scopes=1)
+    expected = select.block_scores(lookup.half().float(), summaries.float(), scopes=1)
+    torch.testing.assert_close(scores, expected, atol=2e-2, rtol=1e-2)
+    assert torch.equal(ids, scores.topk(4).indices.sort().values)
+
+
+def test_what_is_refused():
+    summaries = random(1, 1, 4, 16)
+    assert gpu.cannot_serve(random(1, 4, 16), summaries, 4) is None
+    assert "topk 300" in gpu.cannot_serve(random(1, 4, 16), summaries, 300)
+    assert "17 heads" in gpu.cannot_serve(random(1, 17, 16), summaries, 4)
+    assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512), 4)
+    assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double(), 4)
+
+
+@pytest.mark.parametrize("scopes", [1, 2])
+def test_dispatch(monkeypatch, scopes):
+    from qllm_kernels import dispatch
+
+    lookup, summaries = random(2, 4, 16), random(2, 1, 6, 16, seed=1)
+    dispatch.backend.cache_clear()
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    called = []
+    monkeypatch.setattr(gpu, "top_blocks", lambda *args, **options: called.append(options) or (None, None, None))
+    dispatch.top_blocks(lookup, summaries, [6, 6], 2, scopes=scopes)
+    assert called == [{"scopes": scopes}]
+    dispatch.backend.cache_clear()
