@@ -19,14 +19,13 @@ from typing import Self
 import torch
 from typing_extensions import override
 
-from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
+from qllm_kernels.attention import FarSegment, apply_sinks, segment_logits
+from qllm_kernels.dispatch import attend_pieces, backend
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
 from qllm_runtime.memory.outside import Outside
 from qllm_runtime.memory.window import Window
-
-_TILE = 128  # queries that share one span of window keys
 
 
 class BlockMemory(LayerMemory):
@@ -43,7 +42,6 @@ class BlockMemory(LayerMemory):
         self._outside = Outside(config, rotation, reserve // config.block_size)
         self._window = Window(config, rotation)
         self._n_blocks = 0  # blocks that left the window; those of streaming policies are not kept
-        self._biases: dict[tuple[int, int, int], torch.Tensor] = {}
 
     @override
     def set_query(self, start: int, end: int) -> None:
@@ -57,14 +55,16 @@ class BlockMemory(LayerMemory):
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
+        # kernels give no weights
+        single = self._launch if self.on_weights is None and backend(query.device) == "triton" else self._step
         if n == 1:
-            return self._step(query, key, value, scoring).transpose(0, 1)
+            return single(query, key, value, scoring).transpose(0, 1)
         outs = []
         done = 0
         while done < n:
             size = self._launch_size(n - done)
             rows = slice(done, done + size)
-            launch = self._step if size == 1 else self._launch
+            launch = single if size == 1 else self._launch
             outs.append(launch(query[:, rows], key[:, rows], value[:, rows], scoring))
             done += size
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)
@@ -120,9 +120,21 @@ class BlockMemory(LayerMemory):
         outs = []
         for starts, length in self._batches(first, n):
             rows = slice(starts[0] - first, starts[-1] - first + length)
-            out, lse = self._local(near[:, rows], starts, length, scoring)
+            oldest = self._oldest(self._eligible(starts[0]))
+            far = None
             if self._eligible(starts[0]) and not self._outside.empty:
-                out, lse = merge(self._far(query[:, rows], starts, length, scoring), (out, lse))
+                far = self._far(query[:, rows], starts, length)
+            out, lse = attend_pieces(
+                near[:, rows],
+                self._window.key,
+                self._window.value,
+                far,
+                slot=oldest - self._window.base,
+                back=starts[0] - oldest,
+                length=length,
+                scale=scoring.scale,
+                softcap=scoring.softcap,
+            )
             if scoring.sinks is not None:
                 out, lse = apply_sinks(out, lse, scoring.sinks)
             self._window.note_lse(starts[0], lse)
@@ -150,83 +162,15 @@ class BlockMemory(LayerMemory):
         if run:
             yield run, piece
 
-    def _local(
-        self, near: torch.Tensor, starts: list[int], length: int, scoring: Scoring
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to the window: output [heads, rows, value_dim] and log-sum-exp [heads, rows]."""
-        window = self._window
-        kv_heads = window.key.shape[0]
-        pieces, heads, dim = len(starts), near.shape[0], near.shape[-1]
-        group = heads // kv_heads
-        oldest = self._oldest(self._eligible(starts[0]))
-        back, slot = starts[0] - oldest, oldest - window.base
-        queries = near.reshape(kv_heads, group, pieces, length, dim).permute(2, 0, 1, 3, 4)
-        outs, lses = [], []
-        for row in range(0, length, _TILE):
-            size = min(_TILE, length - row)
-            span = back + row + size
-
-            def tiles(x: torch.Tensor, span: int = span) -> torch.Tensor:
-                width = x.shape[-1]
-                # overlapping views, one per piece; nothing is copied
-                return x.as_strided(
-                    (pieces, kv_heads, span, width), (length * width, x.stride(0), width, 1), slot * width
-                )
-
-            out, lse = attend(
-                queries[:, :, :, row : row + size].reshape(pieces, kv_heads, group * size, dim),
-                tiles(window.key),
-                tiles(window.value),
-                scale=scoring.scale,
-                bias=self._causal_bias(group, size, span, near),
-                softcap=scoring.softcap,
-            )
-            outs.append(out.reshape(pieces, kv_heads, group, size, -1))
-            lses.append(lse.reshape(pieces, kv_heads, group, size))
-        out = (outs[0] if len(outs) == 1 else torch.cat(outs, 3)).permute(1, 2, 0, 3, 4)
-        lse = (lses[0] if len(lses) == 1 else torch.cat(lses, 3)).permute(1, 2, 0, 3)
-        return out.reshape(heads, pieces * length, -1), lse.reshape(heads, pieces * length)
-
-    def _causal_bias(self, group: int, size: int, span: int, like: torch.Tensor) -> torch.Tensor:
-        """[group * size, span]: the last `size` keys are the queries' own tokens."""
-        if (group, size, span) not in self._biases:
-            if len(self._biases) > 8:
-                self._biases.clear()
-            later = torch.ones(size, span, dtype=torch.bool, device=like.device).triu(span - size + 1)
-            bias = torch.zeros(size, span, dtype=like.dtype, device=like.device).masked_fill_(later, float("-inf"))
-            self._biases[group, size, span] = bias.repeat(group, 1)
-        return self._biases[group, size, span]
-
-    def _far(
-        self, query: torch.Tensor, starts: list[int], length: int, scoring: Scoring
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to everything outside the window: output [heads, rows, value_dim] and log-sum-exp [heads, rows]."""
-        heads, rows, dim = query.shape
-        pieces = len(starts)
+    def _far(self, query: torch.Tensor, starts: list[int], length: int) -> FarSegment:
+        """What pieces see outside their windows."""
+        heads, _, dim = query.shape
         far = self._outside.far(query)
-        means = far.reshape(heads, pieces, length, dim).float().mean(2).transpose(0, 1)
+        means = far.reshape(heads, len(starts), length, dim).float().mean(2).transpose(0, 1)
         counts = [self._eligible(start) for start in starts]
         oldest = [self._oldest(count) for count in counts]
         seen = self._outside.keys(means, counts, oldest, starts, length, self.on_lookup)
-        key, value = seen.key, seen.value
-        bias = None
-        if seen.hidden is not None:
-            mask = seen.hidden[:, :, None]
-            bias = key.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))
-        kv_heads = key.shape[0]
-        group = heads // kv_heads
-        queries = far.reshape(kv_heads, group, pieces, length, dim).permute(2, 0, 1, 3, 4)
-        out, lse = attend(
-            queries.reshape(pieces, kv_heads, group * length, dim),
-            key.transpose(0, 1),
-            value.transpose(0, 1),
-            scale=scoring.scale,
-            bias=bias,
-            softcap=scoring.softcap,
-        )
-        out = out.reshape(pieces, kv_heads, group, length, -1).permute(1, 2, 0, 3, 4)
-        lse = lse.reshape(pieces, kv_heads, group, length).permute(1, 2, 0, 3)
-        return out.reshape(heads, rows, -1), lse.reshape(heads, rows)
+        return FarSegment(far, seen.key, seen.value, seen.hidden)
 
     # -------------------------------------------------------------- attention of one token
 

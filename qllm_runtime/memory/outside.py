@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from qllm_kernels.select import block_scores, select_blocks
+from qllm_kernels.dispatch import top_blocks
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.query import PinnedQuery
@@ -105,14 +105,7 @@ class Outside:
             lookup = lookup + self._guide[1]
         summaries = self.store.summaries()[:, :, : counts[-1]]
         scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
-        scores = block_scores(lookup, summaries, scopes=scopes)
-        valid = None
-        if counts[0] == counts[-1]:
-            ids = scores.topk(min(config.topk, counts[0]), dim=-1).indices.sort(dim=-1).values
-        else:
-            ids, valid = select_blocks(scores, torch.tensor(counts, device=scores.device), config.topk)
-            if counts[0] >= config.topk:
-                valid = None
+        ids, valid, scores = top_blocks(lookup, summaries, counts, config.topk, scopes=scopes)
         if hook is not None:
             shared = config.selection == "shared"
             for piece, (start, count) in enumerate(zip(starts, counts, strict=True)):

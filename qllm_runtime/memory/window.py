@@ -7,7 +7,8 @@ from typing import Self
 
 import torch
 
-from qllm_kernels.summary import linear_token_scores, mean_keys, softmax_mass, top_keys
+from qllm_kernels.dispatch import linear_top_keys, mean_keys
+from qllm_kernels.summary import softmax_mass, top_keys
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation, Scoring
 
@@ -117,30 +118,23 @@ class Window:
             return key, value, mean_keys(key)
         if not (self._ranks_tokens or self.weighs_tokens):
             return key, value, key.transpose(1, 2)
-        scores = self._token_scores(lo, n_blocks * size, scoring).view(-1, n_blocks, size)
-        representatives = top_keys(key, scores, config.repr_topk)
-        return (
-            key,
-            value,
-            mean_keys(representatives.transpose(1, 2)) if config.summary == "published" else representatives,
-        )
-
-    def _token_scores(self, lo: int, n: int, scoring: Scoring) -> torch.Tensor:
-        """Representative scores of the tokens in slots lo .. lo + n: [kv_heads or heads, n]."""
-        reach = n + self._config.n_local - 1
+        n = n_blocks * size
+        reach = n + config.n_local - 1
         query = self._rotation.rotate(self._query[:, lo : lo + reach + 1], lo)
-        key = self.key[:, lo : lo + n]
+        rotated = self.key[:, lo : lo + n]
         if self._ranks_tokens:
             prefix = torch.nn.functional.pad(query.float().cumsum(1), (0, 0, 1, 0))
-            return linear_token_scores(key, prefix, self._config.n_local)
-        return softmax_mass(
+            return key, value, linear_top_keys(key, rotated, prefix, config.n_local, config.repr_topk)
+        scores = softmax_mass(
             query[:, :reach],
-            key,
+            rotated,
             self._lse[:, lo : lo + reach],
-            n_local=self._config.n_local,
+            n_local=config.n_local,
             scale=scoring.scale,
             softcap=scoring.softcap,
         )
+        best = top_keys(key, scores.view(-1, n_blocks, size), config.repr_topk)
+        return key, value, mean_keys(best.transpose(1, 2))
 
     def fork(self) -> Self:
         """An independent copy."""
