@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -216,6 +217,13 @@ def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> N
             f"The tokenizer gives token {highest}, the model knows {inference.vocabulary}; they do not match."
         )
     _check_questions(prompt.query_spans, config)
+    trained = getattr(inference.model.config.get_text_config(), "max_position_embeddings", None)
+    if config.policy == "full" and trained and len(prompt.ids) > trained:
+        warnings.warn(
+            f"policy 'full' reads {len(prompt.ids)} tokens with a model trained for {trained}; expect poor answers. The "
+            "policies 'qllm' and 'infllm' stay within the trained window.",
+            stacklevel=2,
+        )
 
 
 def _check_questions(spans: Iterable[tuple[int, int]], config: MemoryConfig) -> None:

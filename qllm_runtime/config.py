@@ -73,8 +73,8 @@ class MemoryConfig(BaseModel):
         ge=1,
         description="Local window L: every query sees at least this many preceding tokens, at their true distance.",
     )
-    block_size: int = Field(default=64, ge=1, description="Tokens per memory block B.")
-    topk: int = Field(default=16, ge=0, description="Blocks looked up per piece and layer (blocks).")
+    block_size: int = Field(default=64, ge=1, le=4096, description="Tokens per memory block B.")
+    topk: int = Field(default=16, ge=0, le=4096, description="Blocks looked up per piece and layer (blocks).")
     repr_topk: int = Field(default=4, ge=1, description="Representative tokens r_k per block (tokens).")
     exec_block_size: int = Field(
         default=256, ge=1, description="Queries that share one lookup while reading (a 'piece')."

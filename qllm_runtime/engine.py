@@ -1,4 +1,7 @@
-"""`QLLM`: ask questions of whole documents."""
+"""`QLLM`: ask questions of whole documents.
+
+Longer than 400 lines because ask, stream, chat and chat_stream each spell out their arguments for editors and readers.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +79,11 @@ class QLLM:
         config = loaded.inference.model.config.get_text_config()
         self._trained_length = int(getattr(config, "max_position_embeddings", None) or 4096)
         self.memory = memory or MemoryConfig.for_model(int(min(self._trained_length, short_length(config))))
+        if self.memory.n_local > self._trained_length and not self.memory.faithful:
+            raise InvalidConfigError(
+                f"n_local={self.memory.n_local} exceeds the {self._trained_length} tokens that {loaded.name!r} was trained "
+                "for; lower n_local."
+            )
 
     @classmethod
     def from_pretrained(
@@ -123,7 +131,7 @@ class QLLM:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text by itself, without special tokens."""
-        return len(self._need_tokenizer()(text, add_special_tokens=False).input_ids)
+        return len(self._need_tokenizer()(text, add_special_tokens=False, verbose=False).input_ids)
 
     def count_prompt_tokens(
         self,

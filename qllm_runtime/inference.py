@@ -71,7 +71,10 @@ class Inference:
         while not self._lock.acquire(timeout=0.05):
             if cancelled():
                 raise CancelledError("Cancelled while waiting for the model.")
+        training = self.model.training
         try:
+            if training:
+                self.model.eval()
             with torch.inference_mode(), installed(self.model):
                 yield
         except (MemoryError, RuntimeError) as error:
@@ -79,6 +82,8 @@ class Inference:
                 raise self._out_of_memory(error) from error
             raise
         finally:
+            if training:
+                self.model.train()
             self._lock.release()
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
