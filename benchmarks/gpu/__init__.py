@@ -1,0 +1,1 @@
+"""Benchmarks that need a GPU; `run.sh` runs all of them."""

@@ -1,0 +1,168 @@
+"""Each operation as the dispatcher serves it: its error against double precision and its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.timing import in_turn, seconds
+from qllm_kernels import attention, dispatch, select
+from qllm_kernels.attention import FarSegment
+
+Segments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, FarSegment]
+
+COPIES = 4  # of the data a bandwidth-bound call reads, more than a cache holds
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's attention and the memory it is served with."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int = 128
+    n_local: int = 4096
+    block: int = 64
+    topk: int = 32
+    piece: int = 256
+    pieces: int = 32
+    n_blocks: int = 16384
+    r: int = 4
+    n_init: int = 64
+
+
+SHAPES = (Shape("Llama-3-8B", 32, 8), Shape("Qwen2.5-1.5B", 12, 2))
+
+
+def tiny(shape: Shape) -> Shape:
+    """The same heads with little to do."""
+    return replace(
+        shape, heads=4, kv_heads=2, dim=32, n_local=64, block=16, topk=2, piece=16, pieces=2, n_blocks=40, n_init=4
+    )
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of what is expected."""
+    difference = actual.double().cpu() - expected.double()
+    return (difference.pow(2).mean().sqrt() / expected.double().pow(2).mean().sqrt()).item()
+
+
+def _as_double(x: torch.Tensor) -> torch.Tensor:
+    return x.cpu().double() if x.is_floating_point() else x.cpu()
+
+
+class Operations:
+    """Random data of one shape on one device.
+
+    Args:
+        shape: Sizes.
+        device, dtype: Where and as what.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def _random(self, *sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=self._generator, device=self.device, dtype=self.dtype)
+
+    def _lookup(self, pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
+        s = self.shape
+        return self._random(pieces, s.heads, s.dim).float(), self._random(s.kv_heads, s.r, s.n_blocks, s.dim)
+
+    def _segments(self, pieces: int, length: int, *, paged: bool) -> tuple[Segments, dict[str, Any]]:
+        s = self.shape
+        near, query = (self._random(s.heads, pieces * length, s.dim) for _ in range(2))
+        slots = s.n_local + pieces * length
+        key, value = (self._random(s.kv_heads, slots, s.dim) for _ in range(2))
+        if paged:
+            pages = [self._random(s.kv_heads, 4 * s.topk, s.block, s.dim) for _ in range(2)]
+            order = torch.rand(pieces, 1, 4 * s.topk, generator=self._generator, device=self.device).argsort(-1)
+            loose = [self._random(s.kv_heads, pieces, s.n_init, s.dim) for _ in range(2)]
+            table = order[:, :, : s.topk].sort(-1).values
+            far = FarSegment(query, loose[0], loose[1], page_key=pages[0], page_value=pages[1], table=table)
+        else:
+            m = s.n_init + s.topk * s.block
+            far = FarSegment(
+                query, self._random(s.kv_heads, pieces, m, s.dim), self._random(s.kv_heads, pieces, m, s.dim)
+            )
+        return (near, key, value, far), {"slot": 0, "back": s.n_local, "length": length, "scale": s.dim**-0.5}
+
+    # -------------------------------------------------------------- correctness
+
+    def errors(self) -> dict[str, dict[str, Any]]:
+        """Of every operation: error of what serves, error of the torch function in the same dtype, and whether that is fine."""
+        rows = {}
+        for name, pieces in (("selection, decode", 1), ("selection, prefill", self.shape.pieces)):
+            rows[name] = self._selection_error(pieces)
+        for name, pieces, length in (("attention, decode", 1, 1), ("attention, prefill", 2, self.shape.piece)):
+            for paged in (False, True):
+                rows[f"{name}, {'pages' if paged else 'gathered'}"] = self._attention_error(pieces, length, paged=paged)
+        return rows
+
+    def _selection_error(self, pieces: int) -> dict[str, Any]:
+        lookup, summaries = self._lookup(pieces)
+        counts, topk = [self.shape.n_blocks] * pieces, self.shape.topk
+        ids, _, scores = dispatch.top_blocks(lookup, summaries, counts, topk, scopes=1)
+        dtype = summaries.dtype
+        expected = select.block_scores(lookup.to(dtype).double().cpu(), summaries.double().cpu(), scopes=1)
+        plain = select.block_scores(lookup, summaries, scopes=1)
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
+        return self._verdict(_error(scores, expected), _error(plain, expected), bool(torch.equal(ids, best)))
+
+    def _attention_error(self, pieces: int, length: int, *, paged: bool) -> dict[str, Any]:
+        inputs, sizes = self._segments(pieces, length, paged=paged)
+        out, lse = dispatch.attend_pieces(*inputs, **sizes)
+        plain, _ = attention.attend_pieces(*inputs, **sizes)
+        near, key, value, far = inputs
+        double: dict[str, Any] = {name: x if x is None else _as_double(x) for name, x in vars(far).items()}
+        expected, expected_lse = attention.attend_pieces(
+            _as_double(near), _as_double(key), _as_double(value), replace(far, **double), **sizes
+        )
+        finite = bool(torch.isfinite(out).all()) and _error(lse, expected_lse) < 1e-2
+        return self._verdict(_error(out, expected), _error(plain, expected), finite)
+
+    @staticmethod
+    def _verdict(error: float, plain: float, sound: bool) -> dict[str, Any]:
+        return {"error": error, "torch_error": plain, "ok": sound and error < max(2 * plain, 1e-5)}
+
+    # -------------------------------------------------------------- speed
+
+    def speeds(self) -> dict[str, dict[str, float]]:
+        """Of every operation: microseconds, and GB/s or TFLOP/s of what it must read or multiply."""
+        s = self.shape
+        rows = {}
+        for name, pieces in (("selection, decode", 1), ("selection, prefill", s.pieces)):
+            data = [self._lookup(pieces) for _ in range(COPIES)]
+            calls = [self._selection(lookup, summaries, pieces) for lookup, summaries in data]
+            rows[name] = self._bandwidth(calls, data[0][1].nbytes)
+            del data, calls
+        for paged in (False, True):
+            kind = "pages" if paged else "gathered"
+            given = [self._segments(1, 1, paged=paged) for _ in range(COPIES)]
+            keys = s.n_local + 1 + s.n_init + s.topk * s.block
+            read = 2 * s.kv_heads * keys * s.dim * self.dtype.itemsize
+            rows[f"attention, decode, {kind}"] = self._bandwidth([self._attention(*each) for each in given], read)
+            inputs, sizes = self._segments(s.pieces, s.piece, paged=paged)
+            # a query sees the window before its piece and half the piece on average
+            seen = s.n_local + (s.piece + 1) / 2 + s.n_init + s.topk * s.block
+            work = 4 * s.heads * s.pieces * s.piece * seen * s.dim
+            spent = seconds(self._attention(inputs, sizes), self.device, repeats=5)
+            rows[f"attention, prefill, {kind}"] = {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
+        return rows
+
+    def _bandwidth(self, calls: list[Callable[[], object]], read: int) -> dict[str, float]:
+        spent = seconds(in_turn(calls), self.device)
+        return {"us": spent * 1e6, "gb_s": read / spent / 1e9}
+
+    def _selection(self, lookup: torch.Tensor, summaries: torch.Tensor, pieces: int) -> Callable[[], object]:
+        counts = [self.shape.n_blocks] * pieces
+        return lambda: dispatch.top_blocks(lookup, summaries, counts, self.shape.topk, scopes=1)
+
+    @staticmethod
+    def _attention(inputs: Segments, sizes: dict[str, Any]) -> Callable[[], object]:
+        return lambda: dispatch.attend_pieces(*inputs, **sizes)
