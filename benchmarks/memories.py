@@ -24,7 +24,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "query_weight 4": ({"query_weight": 4.0}, "query_aware"),
     "summary mean": ({"summary": "mean"}, "query_aware"),
     "summary published": ({"summary": "published"}, "query_aware"),
+    "8 representatives": ({"repr_topk": 8}, "query_aware"),
+    "16 representatives": ({"repr_topk": 16}, "query_aware"),
+    "blocks of 16, topk 32": ({"block_size": 16, "topk": 32}, "query_aware"),
+    "blocks of 8, topk 64": ({"block_size": 8, "topk": 64}, "query_aware"),
+    "blocks of 16, every key": ({"block_size": 16, "topk": 32, "repr_topk": 16}, "query_aware"),
     "summary every key": ({"repr_topk": 32}, "query_aware"),
+    "every key, query_weight 4": ({"repr_topk": 32, "query_weight": 4.0}, "query_aware"),
+    "every key, infllm": ({"repr_topk": 32, "policy": "infllm"}, "query_aware"),
     "summary every key, read_once": ({"repr_topk": 32}, "read_once"),
     "per_kv_head": ({"selection": "per_kv_head"}, "query_aware"),
     "infllm": ({"policy": "infllm"}, "query_aware"),
@@ -53,7 +60,7 @@ def main(
     cells = report.setdefault("settings", {})
     for name, (changes, mode) in SETTINGS.items():
         rows = cells.setdefault(name, {"right": []})["right"]
-        llm = QLLM.from_pretrained(model, memory=MemoryConfig(**BASE, **changes))
+        llm = QLLM.from_pretrained(model, memory=MemoryConfig(**{**BASE, **changes}))
         for number in range(len(rows), questions):
             rng = random.Random(f"memories-{tokens}-{number}")
             chars, family = int((tokens - 150) * CHARS_PER_TOKEN), FAMILIES[number % len(FAMILIES)]

@@ -148,7 +148,8 @@ class MemoryConfig(BaseModel):
         """Defaults for a model trained on contexts of `max_position_embeddings` tokens.
 
         Half of the trained window (at most 4096 tokens) is local, as much again is looked up: positions never leave the
-        trained range and the attention cost per token stays constant however long the document is.
+        trained range and the attention cost per token stays constant however long the document is. Every key represents its
+        block (`repr_topk == block_size`): with fewer, facts that nothing attended to yet are not found again (docs/results.md).
 
         Args:
             max_position_embeddings: Length the model was trained for, in tokens.
@@ -156,11 +157,13 @@ class MemoryConfig(BaseModel):
         """
         n_local = min(4096, max(64, 2 ** int(math.log2(max(128, max_position_embeddings) / 2))))
         block = 64 if n_local >= 1024 else 32
+        size = overrides.get("block_size", block)
         defaults: dict[str, Any] = {
             "n_init": block,
             "n_local": n_local,
             "block_size": block,
             "topk": min(32, n_local // block),
+            "repr_topk": min(4, size) if overrides.get("faithful") else size,
             "exec_block_size": min(256, n_local // 2),
             "chunk_size": max(2048, min(8192, 2 * n_local)),
         }

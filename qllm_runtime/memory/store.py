@@ -24,6 +24,8 @@ class BlockStore:
         self._reserve = reserve
         self._n = 0
         self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._joined: torch.Tensor | None = None  # summaries of parent and own blocks in a row, for scoring
+        self._n_joined = 0
 
     def __len__(self) -> int:
         return self._offset + self._n
@@ -65,8 +67,18 @@ class BlockStore:
         if self._parent is None or len(self._parent) == 0:
             assert own is not None
             return own
-        base = self._parent.summaries()[:, :, : self._offset]
-        return base if own is None else torch.cat((base, own), dim=2)
+        if own is None:
+            return self._parent.summaries()[:, :, : self._offset]
+        if self._joined is None or self._joined.shape[2] < len(self):
+            base = self._parent.summaries()[:, :, : self._offset]
+            self._joined = base.new_empty(*base.shape[:2], self._offset + 2 * self._n + 8, base.shape[3])
+            self._joined[:, :, : self._offset] = base
+            self._n_joined = 0
+        new = slice(self._n_joined, self._n)
+        if new.start < new.stop:
+            self._joined[:, :, self._offset + new.start : self._offset + new.stop] = own[:, :, new]
+            self._n_joined = self._n
+        return self._joined[:, :, : len(self)]
 
     def gather(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks.
