@@ -24,7 +24,7 @@ class ReaderConfig:
         intermediate_size: Width of the gated MLP.
         rope_theta: Base of the rotary frequencies.
         rms_eps: Epsilon of the RMS norms.
-        max_positions: Longest sequence seen in training, in tokens.
+        max_positions: Context the model is declared for, in tokens; the last minute of training goes up to twice that.
     """
 
     vocab_size: int = 2048
@@ -36,7 +36,7 @@ class ReaderConfig:
     intermediate_size: int = 640
     rope_theta: float = 5e5
     rms_eps: float = 1e-6
-    max_positions: int = 1024
+    max_positions: int = 512
 
     def to_llama(self) -> dict[str, object]:
         """Keyword arguments of ``transformers.LlamaConfig`` for this network."""

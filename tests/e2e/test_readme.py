@@ -42,7 +42,7 @@ def test_links_lead_somewhere() -> None:
 def test_commands_exist() -> None:
     from typer.testing import CliRunner
 
-    from qllm_runtime.cli import app
+    from qllm_runtime.commands import app
 
     out = CliRunner().invoke(app, ["--help"]).output
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -101,7 +101,7 @@ def test_memories_that_cannot_be_used_are_refused(tiny: QLLMChat, other_path: st
     with pytest.raises(InvalidRequestError, match="another model"):
         QLLMChat(model=other_path).with_memory(handle)
     with pytest.raises(InvalidRequestError, match="another model"):
-        QLLMChat(model=tiny.model, memory=MemoryConfig()).bind(file_id=handle.id).invoke("hi")
+        QLLMChat(model=tiny.model, memory=MemoryConfig(n_local=256)).bind(file_id=handle.id).invoke("hi")
     assert QLLMChat(model=tiny.model, max_tokens=3).with_memory(handle).invoke("hi").text == REPLY[:3]
     with pytest.raises(InvalidRequestError, match="no document memory 'nowhere'"):
         tiny.invoke([HumanMessage([{"type": "text-plain", "file_id": "nowhere"}, {"type": "text", "text": "hi"}])])
