@@ -16,8 +16,8 @@ from recipes.pools import Pools
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
 
 FAMILY_WEIGHTS = {
-    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 0.9, "job": 0.9, "code": 1.0, "relation": 2.2,
-    "multi": 1.3, "two_hop": 1.5,
+    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.4, "code": 1.0, "relation": 2.8,
+    "multi": 1.2, "two_hop": 1.8,
 }  # fmt: skip
 BLOCK = 32
 N_INIT = 32
@@ -95,7 +95,7 @@ class Sampler:
         """Facts and questions for a sample of ``length`` tokens; ``simple`` leaves out the hard families."""
         rng, maker = self.rng, self.maker
         budget = length * rng.uniform(0.12, 0.4)
-        absent = int(rng.random() < 0.45 and not simple)
+        absent = 0 if simple else rng.choices((0, 1, 2), (0.4, 0.4, 0.2))[0]
         families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
         if simple:
             families, weights = families[:-2], weights[:-2]

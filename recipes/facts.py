@@ -143,7 +143,7 @@ def ask(
 ) -> Question:
     """Dress a question up and settle the form of its answer."""
     if short is None:
-        short = rng.random() < 0.3
+        short = rng.random() < 0.4
     suffix = rng.choice(SHORT_SUFFIXES if short else LONG_SUFFIXES)
     prefix = rng.choice(PREFIXES)
     if prefix.endswith(", ") and question.split(" ")[0] in (
@@ -204,7 +204,7 @@ class FactMaker:
             count, absent = (0, 1) if absent and not count else (1, 0)
         template = rng.choice(relation.statements[:1] if self.canonical else relation.statements)
         one_template = one_template or self.canonical
-        short = rng.random() < 0.2 if self.canonical and short is None else short
+        short = rng.random() < 0.35 if self.canonical and short is None else short
         shared = attribute(rng) if (one_template and not self.canonical) or rng.random() < 0.3 else ""
         seen: set[tuple[str, str]] = set()
         statements: list[str] = []
