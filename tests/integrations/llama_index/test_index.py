@@ -11,6 +11,8 @@ from llama_index.core import Document, Settings, SimpleDirectoryReader, StorageC
 from llama_index.core.llms.mock import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import ImageDocument
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
 
 from qllm_integrations.llama_index import QLLM, DocumentsReadEvent, WholeDocumentIndex
 from qllm_integrations.llama_index.documents import page_label
@@ -81,14 +83,27 @@ def test_page_labels() -> None:
     assert page_label(None, 0, 1) is None
 
 
-def test_pdf_through_the_directory_reader(tmp_path: Path, llm: QLLM) -> None:
-    for n in (1, 2):
-        (tmp_path / f"{n}.txt").write_text(f"File {n}. {BOOK}")
+def test_pdf_and_text_through_the_directory_reader(tmp_path: Path, llm: QLLM, engine: FakeEngine) -> None:
+    written = ["Chapter one. It rained.\nNobody spoke; the secret", "number is 4711. A lamp was lit.", "Café fin. The end."]
+    with PdfPages(tmp_path / "book.pdf") as pdf:
+        for text in written:
+            page = Figure()
+            page.text(0.1, 0.9, text, va="top")
+            pdf.savefig(page)
+    (tmp_path / "note.txt").write_text(f"A note. {OTHER}")
     documents = SimpleDirectoryReader(str(tmp_path)).load_data()
+    assert [document.text for document in documents] == [*written, f"A note. {OTHER}"]  # a document per page
     index = WholeDocumentIndex.from_documents(documents, llm=llm)
-    assert texts(index) == [f"File {n}. {BOOK}" for n in (1, 2)]
+    assert texts(index) == ["\n\n".join(written), f"A note. {OTHER}"]
     response = index.as_query_engine().query(QUESTION)
-    assert {found.node.metadata["file_name"] for found in response.source_nodes} == {"1.txt", "2.txt"}
+    assert [document.title for document in engine.requests[-1]["turns"][-1].documents] == ["book.pdf", "note.txt"]
+    found = {source.node.metadata["file_name"]: source.node for source in response.source_nodes}
+    assert found["book.pdf"].text == "It rained.\nNobody spoke; the secret\n\nnumber is 4711"
+    assert found["book.pdf"].metadata["page_label"] == "1-2"
+    for node in found.values():
+        whole = index.docstore.get_node(node.parent_node.node_id)
+        assert whole.get_content()[node.start_char_idx : node.end_char_idx] == node.text
+    assert index.refresh_ref_docs(SimpleDirectoryReader(str(tmp_path)).load_data()) == [False] * 4
 
 
 def test_bad_documents(llm: QLLM) -> None:
