@@ -47,11 +47,11 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON report.")] = Path("benchmarks/results/memories.json"),
 ) -> None:
     """Fill the table, setting by setting."""
+    from qllm_bench.questions.data import is_exact, make_case
+    from qllm_bench.scores import CHARS_PER_TOKEN, Score
     from qllm_runtime import QLLM, MemoryConfig
-    from recipes.data import is_exact, make_case
     from recipes.evaluate import held_out_prose
     from recipes.evaluate_long import FAMILIES
-    from recipes.scores import CHARS_PER_TOKEN, Score
 
     prose = held_out_prose(text)
     report: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from recipes.data import Prose, weave
-from recipes.facts import FactMaker, FactSet, Question, merge
-from recipes.pools import Pools
+from qllm_bench.questions.data import Prose, weave
+from qllm_bench.questions.facts import FactMaker, FactSet, Question, merge
+from qllm_bench.questions.pools import Pools
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
 
 FAMILY_WEIGHTS = {

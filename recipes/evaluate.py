@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from qllm_bench.questions.data import Case, Prose, is_exact, make_case, normalise, read_books, unwrap
+from qllm_bench.questions.facts import FAMILIES
+from qllm_bench.scores import CHARS_PER_TOKEN, Score
 from qllm_runtime.samples import story
-from recipes.data import Case, Prose, is_exact, make_case, normalise, read_books, unwrap
-from recipes.facts import FAMILIES
-from recipes.scores import CHARS_PER_TOKEN, Score
 
 SETTINGS = (
     ("books", "canonical", "query_aware"),

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qllm_bench.questions.data import Prose, is_exact, make_case
+from qllm_bench.scores import CHARS_PER_TOKEN, Score
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
-from recipes.data import Prose, is_exact, make_case
-from recipes.scores import CHARS_PER_TOKEN, Score
 
 FAMILIES = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
 # (tokens, questions, policies)

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from qllm_bench.questions.data import Prose, common_words, make_case, read_books, unwrap
 from qllm_runtime.samples import story
 from recipes.batches import FAMILY_WEIGHTS, Batch, Sampler
-from recipes.data import Prose, common_words, make_case, read_books, unwrap
 from recipes.export import export, plot_curve
 from recipes.init import initialise
 from recipes.lookup import LookupObjective

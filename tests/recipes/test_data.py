@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from qllm_bench.questions.data import Prose, is_exact, make_case, weave
+from qllm_bench.questions.facts import FAMILIES, FactMaker
+from qllm_bench.questions.pools import Pools, is_eval
 from qllm_runtime.samples import sample_document, story
-from recipes.data import Prose, is_exact, make_case, weave
-from recipes.facts import FAMILIES, FactMaker
-from recipes.pools import Pools, is_eval
 
 PROSE = Prose.of("\n\n".join(story(random.Random("test"), 20_000)))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from recipes.data import make_case
+from qllm_bench.questions.data import make_case
 from recipes.evaluate import MODELS, in_window, prompt_ids, story_prose
 
 NAMES = ("reader", "reader-plain")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from recipes.pools import Pools
-from recipes.relations import (
+from qllm_bench.questions.pools import Pools
+from qllm_bench.questions.relations import (
     ATTRIBUTE,
     ATTRIBUTES,
     CODE,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.facts import FactMaker, FactSet, Question, ask, attribute, draw, fill, merge
-from recipes.pools import Pools
+from qllm_bench.questions.facts import FactMaker, FactSet, Question, ask, attribute, draw, fill, merge
+from qllm_bench.questions.pools import Pools
 
 HELD_OUT = ("dracula", "emma", "the-war-of-the-worlds")
 SENTENCE_END = re.compile(r'(?<=[.!?;])["”’)]*\s+|\n\n+')
@@ -180,7 +180,7 @@ def make_case(
         rng: Source of all randomness; the same state makes the same case.
         prose: Prose to hide it in.
         n_chars: Characters of prose, about.
-        family: One of ``recipes.facts.FAMILIES``.
+        family: One of ``qllm_bench.questions.facts.FAMILIES``.
         distractors: Facts of the same kind about other subjects, placed at random.
         depth: Place of the (first) fact asked for, 0 to 1; random when omitted.
         one_template: State the fact and its distractors in the same words.

@@ -1,0 +1,1 @@
+"""Facts, the prose they are hidden in, and questions about them. Needs no torch."""
