@@ -52,13 +52,13 @@ class Request:
     query: str | None
     query_source: QuerySource
     memory: DocumentMemory | None
-    mode: Mode | None
     sampling: Sampling
     sampler: Sampler
-    tools: Sequence[Mapping[str, Any]] | None
-    template_kwargs: Mapping[str, Any] | None
-    progress: Progress | None
-    on_lookup: LayerLookupHook | None
+    mode: Mode | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    on_lookup: LayerLookupHook | None = None
 
 
 def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[Turn, ...]:

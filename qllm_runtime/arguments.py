@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from numbers import Integral
 from operator import index
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qllm_runtime.errors import DocumentError, InvalidConfigError, InvalidRequestError
-from qllm_runtime.types import Document, Sampling
+from qllm_runtime.errors import DocumentError, InvalidRequestError
+from qllm_runtime.types import Document
 
 
 def as_documents(documents: str | Document | Sequence[str | Document]) -> tuple[Document, ...]:
@@ -33,24 +32,6 @@ def as_documents(documents: str | Document | Sequence[str | Document]) -> tuple[
             raise DocumentError(f"Document {number} ({document.title or 'untitled'}) has no text.")
         whole.append(document)
     return tuple(whole)
-
-
-def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
-    """Sampling settings with single fields replaced.
-
-    Raises:
-        InvalidConfigError: A field has an unknown name.
-    """
-    unknown = set(fields) - set(Sampling.__dataclass_fields__)
-    if unknown:
-        raise InvalidConfigError(
-            f"Unknown sampling setting {sorted(unknown)}; known: {sorted(Sampling.__dataclass_fields__)}."
-        )
-    changes = dict(fields)
-    if "stop" in changes:
-        stop = changes["stop"]
-        changes["stop"] = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    return replace(sampling or Sampling(), **changes)
 
 
 def as_rows(

@@ -1,7 +1,4 @@
-"""`QLLM`: ask questions of whole documents.
-
-Longer than 400 lines because ask, stream, chat and chat_stream each spell out their arguments for editors and readers.
-"""
+"""`QLLM`: ask questions of whole documents."""
 
 from __future__ import annotations
 
@@ -9,23 +6,23 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qllm_runtime import answering
-from qllm_runtime.arguments import as_documents, as_rows, as_sampling
+from qllm_runtime.arguments import as_documents, as_rows
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, check_sampling
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
-from qllm_runtime.inference import Inference, never
+from qllm_runtime.inference import Cancelled, Inference, never
 from qllm_runtime.loading import LoadedModel, load
-from qllm_runtime.memory.record import LayerLookupHook
+from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
 from qllm_runtime.prompt import build_prompt, build_reading
 from qllm_runtime.rotary import short_length
-from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, QuerySource, Sampling, Turn
+from qllm_runtime.types import Answer, Document, Piece, Progress, QuerySource, Turn
 from qllm_runtime.worker import stream
 
 #: What may be passed as documents.
@@ -204,12 +201,7 @@ class QLLM:
         *,
         system: str | None = None,
         history: Sequence[Turn] = (),
-        mode: Mode | None = None,
-        sampling: Sampling | None = None,
-        progress: Progress | None = None,
-        on_lookup: LayerLookupHook | None = None,
-        cancel: threading.Event | None = None,
-        **sampling_fields: Any,
+        **options: Unpack[AskOptions],
     ) -> Answer:
         """Answer a question about documents.
 
@@ -218,24 +210,17 @@ class QLLM:
             documents: Text, `Document`s, or a `DocumentMemory` that was read before.
             system: System text.
             history: Earlier user and assistant turns about the same documents.
-            mode: "query_aware" or "read_once"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
-            sampling: Decoding settings; single fields may be given as keywords instead (`max_tokens=64`).
-            progress: Called with (tokens read, tokens in all).
-            on_lookup: Called with (layer, record) for every lookup while reading and writing, as it happens.
-            cancel: Set it to stop within one chunk or one token.
-            **sampling_fields: Fields of `Sampling`.
+            **options: `mode`, `progress`, `on_lookup`, `cancel` (see `AskOptions`), and how tokens are chosen: `sampling`, or
+                single fields of `Sampling` such as `max_tokens=64`.
 
         Raises:
-            InvalidRequestError: Empty question, or no document.
+            InvalidRequestError: Empty question, no document, or mode "query_aware" for documents that were read before.
             DocumentError: A document without text.
-            InvalidConfigError: A sampling setting is out of range.
+            InvalidConfigError: An option is unknown or out of range.
             CancelledError: `cancel` was set.
         """
         turns, memory = self._conversation(question, documents, system, history)
-        return self.chat(
-            turns, query=question, memory=memory, mode=mode, sampling=as_sampling(sampling, sampling_fields),
-            progress=progress, on_lookup=on_lookup, cancel=cancel,
-        )  # fmt: skip
+        return self.chat(turns, query=question, memory=memory, **options)
 
     def stream(
         self,
@@ -244,19 +229,11 @@ class QLLM:
         *,
         system: str | None = None,
         history: Sequence[Turn] = (),
-        mode: Mode | None = None,
-        sampling: Sampling | None = None,
-        progress: Progress | None = None,
-        on_lookup: LayerLookupHook | None = None,
-        cancel: threading.Event | None = None,
-        **sampling_fields: Any,
+        **options: Unpack[AskOptions],
     ) -> Iterator[Piece]:
         """Like `ask`, piece by piece; the last piece carries the whole answer. Closing the iterator stops the model."""
         turns, memory = self._conversation(question, documents, system, history)
-        return self.chat_stream(
-            turns, query=question, memory=memory, mode=mode, sampling=as_sampling(sampling, sampling_fields),
-            progress=progress, on_lookup=on_lookup, cancel=cancel,
-        )  # fmt: skip
+        return self.chat_stream(turns, query=question, memory=memory, **options)
 
     def _conversation(
         self, question: str, documents: Documents | None, system: str | None, history: Sequence[Turn]
@@ -282,36 +259,19 @@ class QLLM:
         query: str | None = None,
         query_source: QuerySource = "explicit",
         memory: DocumentMemory | None = None,
-        mode: Mode | None = None,
-        sampling: Sampling | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
-        on_lookup: LayerLookupHook | None = None,
-        cancel: threading.Event | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Answer:
         """Answer a conversation.
 
         Args:
             turns: All turns; documents stand in user or tool turns.
-            query: Text routed to the lookup. None: the last user turn's own text.
+            query: Text routed to the lookup. None: the last user turn's own text; "": none. A text that stands in no user
+                turn is put into the prompt, ahead of the last user turn's own text at the latest.
             query_source: Which rule found `query`; reported back.
             memory: Documents read before; they count as the first ones of the first user turn.
-            mode: As in `ask`.
-            sampling: Decoding settings.
-            tools: Tools in the format of OpenAI functions, for the chat template.
-            logits_processors: Fresh processors for this request, e.g. of a grammar; applied before any truncation.
-            template_kwargs: Further variables for the chat template.
-            progress: Called with (tokens read, tokens in all).
-            on_lookup: As in `ask`.
-            cancel: Set it to stop within one chunk or one token.
+            **options: As in `ask`, and `tools`, `logits_processors`, `template_kwargs` (see `ChatOptions`).
         """
-        request = self._request(
-            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress,
-            on_lookup,
-        )  # fmt: skip
-        cancelled = never if cancel is None else cancel.is_set
+        request, cancelled = self._request(turns, query, query_source, memory, options)
         *_, last = answering.run(request, cancelled)
         assert last.answer is not None
         return last.answer
@@ -323,26 +283,16 @@ class QLLM:
         query: str | None = None,
         query_source: QuerySource = "explicit",
         memory: DocumentMemory | None = None,
-        mode: Mode | None = None,
-        sampling: Sampling | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
-        on_lookup: LayerLookupHook | None = None,
-        cancel: threading.Event | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Iterator[Piece]:
         """Like `chat`, piece by piece. Closing the iterator stops the model within one chunk or token."""
-        request = self._request(
-            turns, query, query_source, memory, mode, sampling, tools, logits_processors, template_kwargs, progress,
-            on_lookup,
-        )  # fmt: skip
+        request, _ = self._request(turns, query, query_source, memory, options)
 
-        def work(emit: Callable[[Piece], None], cancelled: Callable[[], bool]) -> None:
+        def work(emit: Callable[[Piece], None], cancelled: Cancelled) -> None:
             for piece in answering.run(request, cancelled):
                 emit(piece)
 
-        return stream(work, cancel)
+        return stream(work, options.get("cancel"))
 
     def _request(
         self,
@@ -350,16 +300,16 @@ class QLLM:
         query: str | None,
         query_source: QuerySource,
         memory: DocumentMemory | None,
-        mode: Mode | None,
-        sampling: Sampling | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        logits_processors: Sequence[LogitsProcessor],
-        template_kwargs: Mapping[str, Any] | None,
-        progress: Progress | None,
-        on_lookup: LayerLookupHook | None,
-    ) -> answering.Request:
-        sampling = sampling or Sampling()
-        return answering.Request(
+        options: ChatOptions,
+    ) -> tuple[answering.Request, Cancelled]:
+        sampling, rest = split(options, ChatOptions)
+        if memory is not None and rest.get("mode") == "query_aware":
+            raise InvalidRequestError(
+                f"mode='query_aware' reads the documents for the question, but those of {memory.id} were read before; leave "
+                "mode out, or pass the documents themselves."
+            )
+        cancel = rest.pop("cancel", None)
+        request = answering.Request(
             inference=self._inference,
             tokenizer=self._need_tokenizer(),
             config=self.memory,
@@ -367,14 +317,11 @@ class QLLM:
             query=query,
             query_source=query_source,
             memory=memory,
-            mode=mode,
             sampling=sampling,
-            sampler=Sampler(sampling, logits_processors),
-            tools=tools,
-            template_kwargs=template_kwargs,
-            progress=progress,
-            on_lookup=on_lookup,
+            sampler=Sampler(sampling, rest.pop("logits_processors", ())),
+            **rest,
         )
+        return request, never if cancel is None else cancel.is_set
 
     # ------------------------------------------------------------------ token ids
 
@@ -384,10 +331,9 @@ class QLLM:
         query_span: tuple[int, int] | Sequence[tuple[int, int] | None] | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
-        sampling: Sampling | None = None,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
-        **sampling_fields: Any,
+        **options: Unpack[SamplingOptions],
     ) -> list[list[int]]:
         """Continue token ids; needs no tokenizer unless there are stop strings.
 
@@ -395,10 +341,9 @@ class QLLM:
             input_ids: [n] or [batch, n] token ids, padded on the left where `attention_mask` is 0; or rows of unequal length.
             query_span: Half-open token span of the question within the row (padding included), or one per row.
             attention_mask: [batch, n], 0 on padding.
-            sampling: Decoding settings; single fields may be given as keywords instead.
             progress: Called with (tokens read, tokens in all).
             cancel: Set it to stop within one chunk or one token.
-            **sampling_fields: Fields of `Sampling`.
+            **options: How tokens are chosen: `sampling`, or single fields of `Sampling` such as `max_tokens=64`.
 
         Returns:
             New token ids of every row, end token and stop string excluded.
@@ -406,10 +351,10 @@ class QLLM:
         Raises:
             InvalidRequestError: Ids, spans or mask do not fit each other or the model.
             ContextOverflowError: A question longer than the local window.
-            InvalidConfigError: A sampling setting is out of range.
+            InvalidConfigError: An option is unknown or out of range.
             CancelledError: `cancel` was set.
         """
-        settings = as_sampling(sampling, sampling_fields)
+        settings, _ = split(options, SamplingOptions)
         check_sampling(settings)
         inference = self._inference
         if settings.stop and self.tokenizer is None:

@@ -14,6 +14,7 @@ from qllm_integrations.langchain.memory import DocumentHandle, find_handle
 from qllm_integrations.langchain.messages import schema_instruction, translate
 from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, warn_unknown
 from qllm_integrations.langchain.structured import response_schema
+from qllm_runtime.types import Mode
 
 if TYPE_CHECKING:
     from qllm_runtime.engine import QLLM
@@ -66,15 +67,18 @@ class ChatRequests(ChatSettings):
             call.engine, tools, options.get("tool_choice"), options.get("parallel_tool_calls", False), response_format
         )
         call.tools = tools if show_tools else None
-        self._attach_memory(call)
+        self._attach_memory(call, options.get("mode"))
         return call
 
-    def _attach_memory(self, call: Call) -> None:
+    def _attach_memory(self, call: Call, mode: Mode | None) -> None:
+        """Ask the request of the memory it names, or of one that is kept for it. `mode` is the one given to the call."""
         key = self._engine_key(call.model)
         if call.request.memory_id is not None:
             handle = find_handle(call.request.memory_id, key)
             call.engine, call.memory = handle.engine, handle.memory
-        elif call.request.cache:
+            call.mode = mode  # the model's own is for documents in messages
+        elif call.request.cache and mode != "query_aware":
+            call.mode = None
             documents, system = call.request.documents, call.request.system
 
             def read() -> DocumentHandle:

@@ -81,7 +81,7 @@ def prepare(
     engine = llm.engine
     progress = progress_bar(bool(given.get("show_progress") or llm.show_progress))
     held: tuple[Document, ...] = tuple(memory.documents) if memory is not None else ()
-    if request.keep and memory is None:
+    if request.keep and memory is None and given.get("mode") != "query_aware":
         request, system, held = split_kept(request)
         started = time.perf_counter()
         memory, created = llm.shelf.get(engine, held, system, ttl=request.ttl, progress=progress, cancel=cancel)
@@ -102,7 +102,7 @@ def prepare(
         "query": request.query,
         "query_source": request.query_source,
         "memory": memory,
-        "mode": None if memory is not None else given.get("mode") or llm.mode,
+        "mode": given.get("mode") or (llm.mode if memory is None else None),
         "sampling": sampling,
         "tools": tools,
         "logits_processors": processors,

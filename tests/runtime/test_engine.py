@@ -174,6 +174,11 @@ def test_modes(llm: QLLM) -> None:
     aware, once = (llm.ask(QUESTION, BOOK, mode=mode, max_tokens=4) for mode in ("query_aware", "read_once"))
     assert (aware.mode, once.mode) == ("query_aware", "read_once")
     assert aware.usage.prompt_tokens > once.usage.prompt_tokens
+    with llm.read(BOOK) as memory:
+        assert llm.ask(QUESTION, memory, mode="read_once", max_tokens=4).text == once.text
+        for ask in (llm.ask, llm.stream):
+            with pytest.raises(InvalidRequestError, match="read before; leave mode out"):
+                ask(QUESTION, memory, mode="query_aware")
 
 
 # ---------------------------------------------------------------------- stopping
@@ -408,6 +413,7 @@ def test_bad_requests(llm: QLLM) -> None:
         (ContextOverflowError, "n_local", lambda: llm.ask("Who? " * 20, BOOK)),
         (InvalidConfigError, "max_tokens", lambda: llm.ask(QUESTION, BOOK, max_tokens=0)),
         (InvalidConfigError, "beams", lambda: llm.ask(QUESTION, BOOK, beams=3)),
+        (InvalidConfigError, "tools", lambda: llm.generate([1, 2], tools=[])),
         (InvalidConfigError, "temperature", lambda: llm.stream(QUESTION, BOOK, temperature=-1)),
         (InvalidRequestError, "", lambda: llm.chat([])),
         (InvalidConfigError, "no tokenizer", lambda: QLLM(llm.model).ask(QUESTION, BOOK)),

@@ -9,7 +9,7 @@ import torch
 from qllm_runtime.engine import QLLM
 from qllm_runtime.memory.record import Lookup
 from qllm_runtime.prompt import build_prompt
-from qllm_runtime.types import Document, Sampling, Turn
+from qllm_runtime.types import Answer, Document, Sampling, Turn
 
 BOOK = "The cat sat there. The fox ran.\n\n" * 12
 QUESTION = "Who ran?"
@@ -73,3 +73,26 @@ def test_an_error_of_the_hook_reaches_the_caller(llm: QLLM) -> None:
 def test_policies_without_lookups_report_none(llm: QLLM, policy: str) -> None:
     other = QLLM(llm.model, llm.tokenizer, tiny.MEMORY.replace(policy=policy))
     other.ask(QUESTION, BOOK[:200], max_tokens=3, on_lookup=lambda *_: pytest.fail("no blocks, no lookup"))
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_query_that_stands_in_no_turn_guides(llm: QLLM, read_before: bool) -> None:
+    def ask(text: str, query: str) -> tuple[Answer, dict[tuple[int, int], torch.Tensor]]:
+        found: list[Record] = []
+        answer = llm.chat(
+            [Turn("user", (text,) if read_before else (Document(BOOK), text))],
+            query=query,
+            memory=llm.read(BOOK) if read_before else None,
+            mode="read_once",
+            max_tokens=3,
+            on_lookup=lambda *record: found.append(record),
+        )
+        return answer, {(layer, step.start): step.scores for layer, step in found if step.scores is not None}
+
+    guided, scores = ask("Hello.", QUESTION)
+    unguided, others = ask(f"{QUESTION}\n\nHello.", "")  # the same tokens
+    assert (guided.query, guided.query_source) == (QUESTION, "explicit")
+    assert (unguided.query, unguided.query_source) == ("", "none")
+    assert guided.usage.prompt_tokens == unguided.usage.prompt_tokens
+    last = max(step for step in scores)
+    assert not torch.allclose(scores[last], others[last])

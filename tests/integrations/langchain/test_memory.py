@@ -137,6 +137,18 @@ def test_cache_control_keeps_the_reading(tiny_path: str) -> None:
     llm.close()
 
 
+def test_a_mode_that_a_memory_cannot_have_is_refused(tiny: QLLMChat, tiny_path: str) -> None:
+    with tiny.add_documents(BOOK) as handle, pytest.raises(InvalidRequestError, match="leave mode out"):
+        tiny.with_memory(handle).invoke("Who speaks?", mode="query_aware")
+    aware = QLLMChat(model=tiny_path, mode="query_aware")  # its own mode is for documents in messages
+    with aware.add_documents(BOOK) as handle:
+        assert aware.with_memory(handle).invoke("Who speaks?").response_metadata["qllm"]["mode"] == "read_once"
+    asked = aware.invoke(marked(BOOK), mode="query_aware")
+    assert asked.response_metadata["qllm"]["mode"] == "query_aware"
+    assert details(asked) == {"cache_read": 0, "cache_creation": 0}
+    aware.close()
+
+
 def test_cache_control_keeps_a_few_readings_only() -> None:
     llm = QLLMChat.from_engine(FakeEngine())
     for i in range(6):

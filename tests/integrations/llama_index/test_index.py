@@ -84,7 +84,11 @@ def test_page_labels() -> None:
 
 
 def test_pdf_and_text_through_the_directory_reader(tmp_path: Path, llm: QLLM, engine: FakeEngine) -> None:
-    written = ["Chapter one. It rained.\nNobody spoke; the secret", "number is 4711. A lamp was lit.", "Café fin. The end."]
+    written = [
+        "Chapter one. It rained.\nNobody spoke; the secret",
+        "number is 4711. A lamp was lit.",
+        "Café fin. The end.",
+    ]
     with PdfPages(tmp_path / "book.pdf") as pdf:
         for text in written:
             page = Figure()

@@ -20,6 +20,7 @@ from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 
 from qllm_integrations.llama_index import QLLM, WholeDocumentIndex
+from qllm_runtime.errors import InvalidRequestError
 from tests.integrations.llama_index.compliance import add
 from tests.integrations.llama_index.tiny_model import save_tiny
 
@@ -127,6 +128,10 @@ def test_cache_point(llm: QLLM) -> None:
         message = ChatMessage(blocks=[document, point, TextBlock(text=question)])
         usage.append(llm.chat([*systems, message]).raw["usage"])
     assert usage[0]["cache_creation_tokens"] == usage[1]["cache_read_tokens"] > len(TEXTS[0])
+    response = llm.chat([*systems, message], mode="query_aware")  # what a call says outweighs the hint
+    assert (response.raw["mode"], response.raw["usage"]["cache_read_tokens"]) == ("query_aware", 0)
+    with llm.read(TEXTS[0]) as memory, pytest.raises(InvalidRequestError, match="leave mode out"):
+        llm.complete(QUESTION, memory=memory, mode="query_aware")
 
 
 def test_models_share_weights_and_threads_agree(llm: QLLM) -> None:

@@ -1,0 +1,84 @@
+"""What a request may be told beside its question: the keyword arguments of `QLLM.ask`, `stream`, `chat`, `generate`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.types import Mode, Progress, Sampling
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor
+
+    from qllm_runtime.memory.record import LayerLookupHook
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen: the fields of `Sampling` one by one, or all of them as `sampling`."""
+
+    sampling: Sampling | None
+    max_tokens: int
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+
+
+class AskOptions(SamplingOptions, total=False):
+    """Options of `QLLM.ask` and `QLLM.stream`.
+
+    Attributes:
+        mode: "query_aware" or "read_once"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
+        progress: Called with (tokens read, tokens in all).
+        on_lookup: Called with (layer, record) for every lookup while reading and writing, as it happens.
+        cancel: Set it to stop within one chunk or one token.
+    """
+
+    mode: Mode | None
+    progress: Progress | None
+    on_lookup: LayerLookupHook | None
+    cancel: threading.Event | None
+
+
+class ChatOptions(AskOptions, total=False):
+    """Options of `QLLM.chat` and `QLLM.chat_stream`.
+
+    Attributes:
+        tools: Tools in the format of OpenAI functions, for the chat template.
+        logits_processors: Fresh processors for this request, e.g. of a grammar; applied before any truncation.
+        template_kwargs: Further variables for the chat template.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None
+    logits_processors: Sequence[LogitsProcessor]
+    template_kwargs: Mapping[str, Any] | None
+
+
+def split(options: Mapping[str, Any], kind: type) -> tuple[Sampling, dict[str, Any]]:
+    """The sampling settings of a request, and its other options.
+
+    Args:
+        options: Keyword arguments of the caller.
+        kind: One of the classes above: what is known.
+
+    Raises:
+        InvalidConfigError: An option has an unknown name.
+    """
+    known: frozenset[str] = kind.__optional_keys__  # type: ignore[attr-defined]
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise InvalidConfigError(f"Unknown option {', '.join(unknown)}; known are: {', '.join(sorted(known))}.")
+    rest = dict(options)
+    sampling = rest.pop("sampling", None) or Sampling()
+    changes = {name: rest.pop(name) for name in Sampling.__dataclass_fields__ if name in rest}
+    if "stop" in changes:
+        stop = changes["stop"]
+        changes["stop"] = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    return replace(sampling, **changes), rest
