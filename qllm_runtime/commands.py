@@ -1,4 +1,4 @@
-"""The commands `qllm ask`, `qllm chat` and `qllm models`. Nothing heavy is imported before a model is needed."""
+"""The commands `qllm ask`, `qllm chat`, `qllm models` and `qllm bench`. Nothing heavy is imported before a model is needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qllm_runtime.bench_command import bench
 from qllm_runtime.config import MemoryConfig, Policy, Selection, Summary
 from qllm_runtime.errors import DocumentError, InvalidRequestError
 from qllm_runtime.types import Document, Mode
@@ -207,6 +208,11 @@ def models(
     verdicts = [inventory.print_support(name) for name in model]
     if not all(verdicts):
         raise typer.Exit(1)
+
+
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)(bench)
 
 
 def _load(names: Sequence[str]) -> list[Document]:

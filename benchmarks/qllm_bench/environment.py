@@ -1,0 +1,51 @@
+"""The machine and the versions that results were made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("qllm-integrations", "torch", "transformers", "tokenizers", "triton", "numpy")
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Hardware and versions for a report; ``device`` is the one measured on."""
+    import torch
+
+    hardware: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.startswith("cuda"):
+        place = torch.device(device)
+        facts = torch.cuda.get_device_properties(place)
+        hardware["gpu"] = facts.name
+        hardware["gpu_memory_gib"] = round(facts.total_memory / 2**30, 1)
+        hardware["cuda"] = torch.version.cuda
+    return {"hardware": hardware, "versions": _versions()}

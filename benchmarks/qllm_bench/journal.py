@@ -1,0 +1,113 @@
+"""Results on disk: one JSON object per line, appended as soon as a case is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qllm_bench.environment import environment
+from qllm_runtime.errors import DocumentError, InvalidRequestError
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """The results of one benchmark, ``<out>/<name>.jsonl``.
+
+    Three kinds of lines: ``{"subject": ...}`` (the first: what is measured), ``{"run": ...}`` (one per start: date, arguments,
+    machine) and results, each with its ``key``. A file that is there is continued; a last line that was cut off is dropped.
+
+    Args:
+        out: Folder, made when it isn't there.
+        name: Name of the benchmark.
+        subject: What must be the same for results to stand in one file: model, fingerprint of its weights, prose, seed ...
+            Whatever is part of the keys (lengths, policies, number of cases) doesn't belong here.
+
+    Attributes:
+        rows: Results so far, in order of appearance.
+
+    Raises:
+        InvalidRequestError: The file holds results of another subject.
+        DocumentError: The file is no journal, or the folder can't be written.
+    """
+
+    def __init__(self, out: Path, name: str, subject: Mapping[str, Any]) -> None:
+        self.name = name
+        self.path = out / f"{name}.jsonl"
+        self.subject: Row = json.loads(json.dumps(subject))
+        self.rows: list[Row] = []
+        self.runs: list[Row] = []
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lines = self._lines()
+            if not lines:
+                self._write({"subject": self.subject})
+        except OSError as error:
+            raise DocumentError(f"Cannot keep results in {str(out)!r}: {error.strerror or error}.") from None
+        for line in lines[1:]:
+            (self.runs if "run" in line else self.rows).append(line)
+        before = lines[0]["subject"] if lines else self.subject
+        if before != self.subject:
+            different = sorted(k for k in {*before, *self.subject} if before.get(k) != self.subject.get(k))
+            was = ", ".join(f"{k}={before.get(k)!r} (now {self.subject.get(k)!r})" for k in different)
+            raise InvalidRequestError(
+                f"{self.path} holds results of {was}; give another --out, or remove the file to start anew."
+            )
+        self.keys = {row["key"] for row in self.rows}
+
+    def _lines(self) -> list[Row]:
+        """What the file holds; cuts a line off that was being written when the run ended."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        try:
+            lines = [json.loads(line) for line in data[:whole].splitlines()]
+            if lines and ("subject" not in lines[0] or not all("run" in x or "key" in x for x in lines[1:])):
+                raise ValueError
+        except (ValueError, TypeError):
+            raise DocumentError(
+                f"{self.path} is no journal of this benchmark; give another --out, or remove it."
+            ) from None
+        return lines
+
+    def _write(self, line: Row) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def begin(self, arguments: Mapping[str, Any], device: str = "cpu") -> None:
+        """Note a start: when, with which arguments, on which machine."""
+        run = {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "arguments": json.loads(json.dumps(arguments, default=str)),
+            **environment(device),
+        }
+        self.runs.append({"run": run})
+        self._write(self.runs[-1])
+
+    def append(self, row: Row) -> None:
+        """Add a result; it is on disk when this returns."""
+        self._write(row)
+        self.rows.append(row)
+        self.keys.add(row["key"])
+
+    def report(self, **tables: Any) -> Path:
+        """Write ``<name>.json`` beside the journal: subject, runs and tables; returns its path."""
+        path = self.path.with_suffix(".json")
+        report = {
+            "benchmark": self.name,
+            "subject": self.subject,
+            "runs": [line["run"] for line in self.runs],
+            "cases": len(self.rows),
+            **tables,
+        }
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path

@@ -1,0 +1,215 @@
+"""`qllm bench needle`: facts at chosen depths of documents of chosen lengths, per policy."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from qllm_bench import figures, tables
+from qllm_bench.arguments import short
+from qllm_bench.harness import Job, Label, run
+from qllm_bench.journal import Journal
+from qllm_bench.prose import Library
+from qllm_bench.questions.data import Case, is_exact
+from qllm_bench.questions.facts import FAMILIES
+from qllm_bench.questions.haystack import make_haystack
+from qllm_bench.scores import cells
+from qllm_bench.subject import Example, Order, Setting, Subject
+from qllm_runtime.errors import InvalidRequestError
+
+#: Families whose answer is one value, so that a score says whether that one fact was found.
+SIMPLE = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
+_ROOM = 48  # tokens of template and separators
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of the documents.
+
+    Attributes:
+        lengths: Tokens of the whole prompt; documents fill it as far as they can.
+        documents: Documents per length.
+        needles: Facts asked for in each document.
+        depths: Number of depths, evenly from start to end.
+        distractors: Further facts of the same kind per needle.
+        families: Families of the facts, in turn.
+        seed: Of documents and facts.
+    """
+
+    lengths: Sequence[int]
+    documents: int
+    needles: int
+    depths: int
+    distractors: int
+    families: Sequence[str]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if "passkey" in self.families and self.needles > len(self.families):
+            raise InvalidRequestError(
+                f"A document can hold one pass key only; lower --needles to {len(self.families)} or leave passkey out."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What every row of a journal has in common."""
+        return {
+            "families": list(self.families), "needles": self.needles, "depths": self.depths,
+            "distractors": self.distractors, "seed": self.seed,
+        }  # fmt: skip
+
+    def families_of(self, document: int) -> list[str]:
+        """The families asked for in a document."""
+        return [self.families[(document * self.needles + n) % len(self.families)] for n in range(self.needles)]
+
+    def depths_of(self, document: int) -> list[float]:
+        """Their depths; over the documents every family comes to every depth."""
+        cycle = math.lcm(len(self.families), self.depths)
+        counts = range(document * self.needles, (document + 1) * self.needles)
+        steps = max(1, self.depths - 1)
+        return [round((n + n // cycle) % self.depths / steps, 3) if self.depths > 1 else 0.5 for n in counts]
+
+
+class Haystacks:
+    """The documents of a plan, each made when it is needed.
+
+    Args:
+        subject: Its tokenizer measures them.
+        library: Prose.
+        plan: What they hold.
+    """
+
+    def __init__(self, subject: Subject, library: Library, plan: Plan) -> None:
+        self._subject, self._library, self._plan = subject, library, plan
+        self._ratio = subject.chars_per_token(library.sample())
+        self.of = lru_cache(maxsize=2)(self._make)
+
+    def check(self) -> None:
+        """Make the first document of the shortest length.
+
+        Raises:
+            InvalidRequestError: The facts alone are longer.
+        """
+        self.of(min(self._plan.lengths), 0)
+
+    def _make(self, tokens: int, number: int) -> list[Case]:
+        """Cases of one document that fits ``tokens`` tokens with question and template."""
+        plan = self._plan
+        n_chars = round((tokens - _ROOM) * self._ratio)
+        while n_chars > 0:
+            rng = random.Random(f"needle-{self._library.split}-{plan.seed}-{tokens}-{number}")
+            prose = self._library.draw(rng, n_chars)
+            cases = make_haystack(
+                rng, prose, n_chars, plan.families_of(number), plan.depths_of(number), plan.distractors
+            )
+            count = self._subject.llm.count_tokens
+            room = _ROOM + 2 * max(count(case.question) for case in cases)
+            excess = count(cases[0].document) + room - tokens
+            if excess <= 0:
+                return cases
+            n_chars -= int(excess * self._ratio * 1.05) + 8
+        raise InvalidRequestError(
+            f"{plan.needles} facts with {plan.distractors} distractors each do not fit {tokens} tokens; raise --lengths, or "
+            "lower --needles or --distractors."
+        )
+
+
+def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Haystacks, plan: Plan) -> list[Job]:
+    """Every question under every setting, short documents first."""
+    found = []
+    for tokens in plan.lengths:
+        for setting in settings:
+            for document in range(plan.documents):
+                for needle, (family, depth) in enumerate(
+                    zip(plan.families_of(document), plan.depths_of(document), strict=True)
+                ):
+                    labels: dict[str, Label] = {
+                        "policy": setting.name, "order": setting.order, "tokens": tokens, "document": document,
+                        "depth": depth, "family": family,
+                    }  # fmt: skip
+                    key = f"{setting.name}/{setting.order}/{tokens}/{document}/{needle}"
+                    work = partial(_ask, subject, setting, haystacks, tokens, document, needle)
+                    shared = setting.order == "last" and needle > 0
+                    found.append(Job(key, labels, 64 if shared else tokens, work))
+    return found
+
+
+def _ask(
+    subject: Subject,
+    setting: Setting,
+    haystacks: Haystacks,
+    tokens: int,
+    document: int,
+    needle: int,
+    progress: Callable[[int, int], None],
+) -> Mapping[str, Any]:
+    return subject.ask(
+        setting, example(haystacks.of(tokens, document)[needle], reading=f"{tokens}/{document}"), progress
+    )
+
+
+def example(case: Case, reading: str | None = None) -> Example:
+    """A case of the generator, scored by its exact-match rule."""
+    return Example(
+        document=case.document,
+        question=case.question,
+        expected=case.answer,
+        score=lambda output: float(is_exact(output, case.answer, case.values)),
+        spans=case.spans,
+        reading=reading,
+    )
+
+
+def bench(
+    subject: Subject, library: Library, plan: Plan, policies: Sequence[str], orders: Sequence[Order], out: Path
+) -> Journal:
+    """Run the plan under every policy and order; writes ``needle.jsonl``, ``.json``, ``.md`` and figures to ``out``."""
+    settings = [subject.setting(policy, order) for policy in policies for order in orders]
+    subject.check_fits(settings, max(plan.lengths))
+    haystacks = Haystacks(subject, library, plan)
+    haystacks.check()
+    about = {**subject.describe(), "prose": library.name, "split": library.split, **plan.describe()}
+    journal = Journal(out, "needle", {**about, "memory": subject.base.model_dump()})
+    arguments = {"lengths": plan.lengths, "documents": plan.documents, "policies": policies, "orders": orders}
+    journal.begin(arguments, subject.device)
+    try:
+        run(journal, jobs(subject, settings, haystacks, plan))
+    finally:
+        subject.forget()
+    report(journal)
+    return journal
+
+
+def report(journal: Journal) -> str:
+    """Write JSON, Markdown and figures of what the journal holds; returns the Markdown."""
+    rows = sorted(journal.rows, key=lambda row: row["tokens"])
+    by_length = cells(rows, ("policy", "order", "tokens"))
+    by_depth = cells(rows, ("policy", "order", "tokens", "depth"))
+    by_family = cells(rows, ("policy", "order", "tokens", "family"))
+    journal.report(by_length=by_length, by_depth=by_depth, by_family=by_family)
+    lengths = sorted({row["tokens"] for row in rows})
+    names = {n: short(n) for n in lengths}
+    text = "\n\n".join(
+        (
+            tables.pivot(by_length, ("policy", "order"), "tokens", names),
+            tables.pivot(by_family, ("policy", "order", "family"), "tokens", names),
+        )
+    )
+    path = journal.path
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    for name, label, found in (("depth", "depth", by_depth), ("family", "family", by_family)):
+        panels: dict[str, dict[tuple[int, Any], Any]] = {}
+        for c in found:
+            panels.setdefault(f"{c['policy']}, question {c['order']}", {})[c["tokens"], c[label]] = c
+        kinds = {c[label] for c in found}
+        order = sorted(kinds) if label == "depth" else [f for f in FAMILIES if f in kinds]
+        figures.heatmaps(path.with_name(f"needle_{name}.png"), panels, lengths, order, label)
+    series: dict[str, list[tuple[float, Any]]] = {}
+    for c in by_length:
+        series.setdefault(f"{c['policy']}, {c['order']}", []).append((c["tokens"], c))
+    figures.lines(path.with_name("needle_length.png"), series, "tokens in the prompt")
+    return text

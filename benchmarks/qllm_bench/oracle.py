@@ -1,0 +1,67 @@
+"""The oracle: lookups that can't miss, the ceiling for any better way of choosing blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.memory.outside import Outside
+from qllm_runtime.memory.record import Lookup, LookupHook
+from qllm_runtime.prompt import Prompt
+
+
+def needed_tokens(prompt: Prompt, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens of the prompt that hold characters of the spans of its (first) document."""
+    document = prompt.document_spans[0]
+    first, last = document.offsets[:, 0], document.offsets[:, 1]
+    hits = np.zeros(len(first), dtype=bool)
+    for start, end in spans:
+        hits |= (first < end) & (last > start)
+    return [int(n) + document.start for n in np.flatnonzero(hits)]
+
+
+@contextmanager
+def forced(tokens: Sequence[int], memory: MemoryConfig) -> Iterator[None]:
+    """While it lasts, every lookup of every layer chooses the blocks of these tokens first.
+
+    The other places go to the blocks that score best, so the attention budget stays the same.
+
+    Args:
+        tokens: Absolute indices of tokens.
+        memory: Block size and initial tokens; blocks begin behind the latter.
+    """
+    blocks = sorted({(t - memory.n_init) // memory.block_size for t in tokens if t >= memory.n_init})
+    original = Outside.look_up
+
+    def look_up(
+        self: Outside,
+        lookup: torch.Tensor,
+        counts: Sequence[int],
+        starts: Sequence[int],
+        length: int,
+        hook: LookupHook | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        seen: list[Lookup] = []
+        ids, valid = original(self, lookup, counts, starts, length, seen.append)
+        for piece, record in enumerate(seen):
+            if record.scores is None or record.n_blocks <= ids.shape[2]:
+                continue  # all of them are chosen
+            scores = record.scores.clone().reshape(-1, record.n_blocks)
+            scores[:, [block for block in blocks if block < record.n_blocks]] = float("inf")
+            ids[piece] = scores.topk(ids.shape[2]).indices.sort().values.to(ids)
+        if hook is not None:
+            for record in seen:
+                hook(record)
+        return ids, valid
+
+    patched: Any = Outside
+    patched.look_up = look_up
+    try:
+        yield
+    finally:
+        patched.look_up = original

@@ -1,0 +1,81 @@
+"""Prose to hide facts in: generated stories or one's own books, development and test documents apart."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from pathlib import Path
+from typing import Literal
+
+from qllm_bench.questions.data import HELD_OUT, Prose, unwrap
+from qllm_runtime.errors import DocumentError
+from qllm_runtime.samples import story
+
+Split = Literal["development", "test"]
+
+
+class Library:
+    """The prose of one split.
+
+    Args:
+        split: Settings are chosen on "development" and reported on "test"; the two share no text.
+        text: Folder of .txt files; None: stories made on the spot. Where the folder has books that the readers were not
+            trained on (`HELD_OUT`), these are the test documents and all others are for development; elsewhere a hash of
+            each file decides.
+
+    Attributes:
+        name: What it is, for reports.
+
+    Raises:
+        DocumentError: No such folder, or too few files for two splits.
+    """
+
+    def __init__(self, split: Split, text: Path | None = None) -> None:
+        self.split = split
+        self.name = "generated stories" if text is None else text.name
+        self._books: list[Prose] = []
+        if text is not None:
+            self._books = [Prose.of(book) for book in _books(text, split)]
+
+    def draw(self, rng: random.Random, n_chars: int) -> Prose:
+        """Prose of at least ``n_chars`` characters: a story of its own, or books from a random one on.
+
+        Books that hold less in all are repeated.
+        """
+        if not self._books:
+            seed = rng.getrandbits(64)
+            return Prose.of("\n\n".join(story(random.Random(f"{self.split}-{seed}"), max(n_chars, 2_000))))
+        first = rng.randrange(len(self._books))
+        order = [*self._books[first:], *self._books[:first]]
+        chosen: list[str] = []
+        for book in order:
+            chosen.append(book.text)
+            if sum(map(len, chosen)) >= n_chars:
+                break
+        return order[0] if len(chosen) == 1 else Prose.of("\n\n".join(chosen))
+
+    def sample(self, n_chars: int = 20_000) -> str:
+        """A piece of it, to see how many characters make a token."""
+        return self.draw(random.Random(0), n_chars).text[:n_chars]
+
+
+def _books(folder: Path, split: Split) -> list[str]:
+    """Texts of a split, line ends made uniform; as printed and with the lines of a paragraph joined."""
+    if not folder.is_dir():
+        raise DocumentError(f"{str(folder)!r} is no folder; --text takes a folder of .txt files.")
+    try:
+        files = {path.stem: path.read_text(encoding="utf-8-sig") for path in sorted(folder.glob("*.txt"))}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"A .txt file of {str(folder)!r} cannot be read as UTF-8: {error}.") from None
+    held = any(name in HELD_OUT for name in files)
+    chosen = []
+    for name, text in files.items():
+        is_test = name in HELD_OUT if held else zlib.crc32(text.encode()) % 2 == 1
+        if text.strip() and is_test == (split == "test"):
+            chosen.append(text.replace("\r\n", "\n").strip())
+    if not chosen:
+        raise DocumentError(
+            f"{str(folder)!r} has no {split} documents among its {len(files)} .txt files; a hash of each file decides which "
+            "side it is on, so add more."
+        )
+    return [*chosen, *map(unwrap, chosen)]

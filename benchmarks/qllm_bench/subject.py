@@ -1,0 +1,246 @@
+"""The model under test, the settings it is tested in, and one question asked of it."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from qllm_bench.oracle import forced, needed_tokens
+from qllm_runtime.config import MemoryConfig, Policy
+from qllm_runtime.document_memory import DocumentMemory
+from qllm_runtime.engine import QLLM
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
+from qllm_runtime.prompt import build_prompt
+from qllm_runtime.types import Document, Mode, Progress, Sampling, Turn
+
+Order = Literal["first", "last", "both"]
+POLICIES: tuple[str, ...] = (*get_args(Policy), "oracle")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a document is read for a question.
+
+    Attributes:
+        name: Stands in keys and tables.
+        memory: Layout and lookup.
+        order: Where the question stands: ahead of the document, behind it, or both (the paper's layout).
+        oracle: Force the blocks that hold the answer into every lookup: the ceiling of what a better lookup could reach.
+    """
+
+    name: str
+    memory: MemoryConfig
+    order: Order = "both"
+    oracle: bool = False
+
+    @property
+    def mode(self) -> Mode:
+        """The engine's name of the layout."""
+        return "read_once" if self.order == "last" else "query_aware"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document with a question and what an answer is worth.
+
+    Attributes:
+        document: The text.
+        question: The question; routed to the lookup.
+        expected: The right answer, for the reader of the journal.
+        score: Gives an answer a score from 0 to 1.
+        spans: Character spans of the document that the answer rests on; needed for the oracle.
+        system: System text ahead of everything.
+        max_tokens: Most tokens of an answer.
+        reading: Names the document; where ``order`` is "last", examples in a row with the same name share one reading.
+    """
+
+    document: str = field(repr=False)
+    question: str
+    expected: str
+    score: Callable[[str], float]
+    spans: tuple[tuple[int, int], ...] = ()
+    system: str | None = None
+    max_tokens: int = 96
+    reading: str | None = None
+
+
+class Subject:
+    """A model with the settings of its memory.
+
+    Args:
+        model, revision, device, dtype: As in `QLLM.from_pretrained`.
+        changes: Memory settings that win over those fitted to the model.
+
+    Attributes:
+        llm: The engine; its memory is set per question.
+        base: Memory settings that policies are derived from.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.llm = QLLM.from_pretrained(model, revision=revision, device=device, dtype=dtype)
+        if self.llm.tokenizer is None:
+            raise InvalidConfigError(f"{model!r} has no tokenizer; benchmarks of quality need one.")
+        self.base = changed(self.llm.memory, changes or {})
+        self._reading: tuple[str, DocumentMemory] | None = None
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens the model was trained for."""
+        config = self.llm.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 4096)
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return str(self.llm.model.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that change with the weights."""
+        import torch
+
+        crc = 0
+        for name, weight in self.llm.model.named_parameters():
+            sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 256)].to("cpu", torch.float32)
+            crc = zlib.crc32(sample.numpy().tobytes(), zlib.crc32(name.encode(), crc))
+        return f"{crc:08x}"
+
+    def describe(self) -> dict[str, Any]:
+        """Model and weights, for the journal's subject."""
+        network = self.llm.model
+        return {"model": self.llm.name, "weights": self.fingerprint, "dtype": str(network.dtype).removeprefix("torch.")}
+
+    def chars_per_token(self, sample: str) -> float:
+        """Characters per token of a text."""
+        return len(sample) / max(1, self.llm.count_tokens(sample))
+
+    # ------------------------------------------------------------------ settings
+
+    def setting(self, policy: str, order: Order = "both", name: str | None = None, **changes: Any) -> Setting:
+        """A policy under test: one of the engine's, or ``oracle`` (qllm with the right blocks forced in).
+
+        Policies without lookups get a window as large as window and lookups of the others together, as far as the model
+        was trained for it.
+
+        Raises:
+            InvalidRequestError: No such policy.
+            InvalidConfigError: Settings that don't fit each other or the model.
+        """
+        check_policies([policy])
+        memory = changed(self.base, changes)
+        if policy in ("streaming", "lm-infinite"):
+            memory = memory.replace(policy=policy, n_local=min(memory.window, self.trained_length))
+        else:
+            memory = memory.replace(policy="qllm" if policy == "oracle" else policy)
+        if memory.n_local > self.trained_length:
+            raise InvalidConfigError(
+                f"n_local={memory.n_local} exceeds the {self.trained_length} tokens that {self.llm.name!r} was trained for."
+            )
+        return Setting(name or policy, memory, order, policy == "oracle")
+
+    def check_fits(self, settings: Sequence[Setting], tokens: int) -> None:
+        """Refuse prompts of ``tokens`` tokens that a setting can't read.
+
+        Raises:
+            InvalidRequestError: Dense attention over more tokens than the model was trained for.
+        """
+        for setting in settings:
+            if setting.memory.policy == "full" and tokens > self.trained_length:
+                raise InvalidRequestError(
+                    f"{self.llm.name!r} was trained for {self.trained_length:,} tokens, so policy 'full' cannot read "
+                    f"{tokens:,}; leave that length or that policy out, or take a larger model."
+                )
+
+    # ------------------------------------------------------------------ questions
+
+    def ask(self, setting: Setting, example: Example, progress: Progress | None = None) -> dict[str, Any]:
+        """Ask, and score the answer.
+
+        Returns:
+            Columns of a row: ``score``, ``output``, ``expected``, ``question``, ``prompt_tokens``, ``read_s``, ``decode_s``.
+        """
+        llm = self.llm
+        llm.memory = setting.memory
+        document = Document(example.document)
+        turns = [Turn("user", (document, example.question) if setting.order != "first" else (document,))]
+        if example.system is not None:
+            turns.insert(0, Turn("system", (example.system,)))
+        options: dict[str, Any] = {"query": example.question, "progress": progress}
+        reading = None
+        if setting.order == "last" and example.reading is not None:
+            reading = self._read(setting, example, progress)
+            options |= {"memory": reading}
+            turns[-1] = Turn("user", (example.question,))
+        force: Any = nullcontext()
+        if setting.oracle:
+            whole = turns if reading is None else [*turns[:-1], Turn("user", (document, example.question))]
+            prompt = build_prompt(llm.tokenizer, whole, query=example.question, mode=setting.mode)
+            force = forced(needed_tokens(prompt, example.spans), setting.memory)
+        with force:
+            answer = llm.chat(turns, mode=setting.mode, sampling=Sampling(max_tokens=example.max_tokens), **options)
+        return {
+            "score": float(example.score(answer.text)),
+            "output": answer.text,
+            "expected": example.expected,
+            "question": example.question,
+            "prompt_tokens": answer.usage.prompt_tokens,
+            "read_s": round(answer.timings.read_s, 4),
+            "decode_s": round(answer.timings.decode_s, 4),
+        }
+
+    def _read(self, setting: Setting, example: Example, progress: Progress | None) -> DocumentMemory:
+        """The document's reading; the last one is kept."""
+        name = f"{setting.name} {setting.memory.model_dump_json()} {example.system} {example.reading}"
+        if self._reading is None or self._reading[0] != name:
+            self.forget()
+            reading = self.llm.read(example.document, system=example.system, progress=progress)
+            self._reading = (name, reading)
+        return self._reading[1]
+
+    def forget(self) -> None:
+        """Free the reading that is kept."""
+        if self._reading is not None:
+            self._reading[1].close()
+            self._reading = None
+
+
+def changed(base: MemoryConfig, changes: Mapping[str, Any]) -> MemoryConfig:
+    """A memory configuration with changes; what hangs together follows.
+
+    ``exec_block_size`` stays within a smaller window; where every key represented its block it still does in blocks of
+    another size.
+    """
+    extra: dict[str, Any] = {}
+    if "n_local" in changes:
+        extra["exec_block_size"] = min(base.exec_block_size, changes["n_local"])
+    if "block_size" in changes:
+        size = changes["block_size"]
+        extra["repr_topk"] = size if base.repr_topk == base.block_size else min(base.repr_topk, size)
+    return base.replace(**{**extra, **changes})
+
+
+def check_policies(policies: Sequence[str]) -> None:
+    """Refuse unknown policies.
+
+    Raises:
+        InvalidRequestError: One that neither the engine has nor is ``oracle``, or none at all.
+    """
+    unknown = [policy for policy in policies if policy not in POLICIES]
+    if unknown or not policies:
+        raise InvalidRequestError(f"Unknown policy {', '.join(unknown) or '(none)'}; known: {', '.join(POLICIES)}.")
