@@ -9,6 +9,7 @@ import typer
 
 from qllm_bench import arguments
 from qllm_runtime.config import Selection, Summary
+from qllm_runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from qllm_bench.prose import Split
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 ORDERS = ("first", "last", "both")
 SPLITS = ("development", "test")
+SWEEPS = ("policy", "order", "budget", "query_weight", "block_size", "summary", "selection", "piece")
 
 Model = Annotated[str, typer.Option(help="reader, reader-plain, a folder, or a Hugging Face hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Revision on the hub.")]
@@ -113,6 +115,75 @@ def needle(
     subject = open_subject(model, revision, device, dtype, memory)
     journal = bench.bench(subject, library, plan, policies, cast("list[Order]", orders), out)
     show(journal.path)
+
+
+@app.command()
+def policies(
+    model: Model = "reader",
+    revision: Revision = None,
+    sweep: Annotated[str, typer.Option(help=f"What to vary, with commas: {', '.join(SWEEPS)}; or all.")] = "all",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further setting, e.g. query_weight=2,summary=mean,policy=infllm,order=last; may be repeated."
+        ),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Prompt length in tokens, e.g. 4k.")] = "4k",
+    order: Annotated[str, typer.Option(help="Where the question stands: first, last or both.")] = "both",
+    families: Annotated[str, typer.Option(help="Families of facts with commas, or all.")] = "",
+    documents: Annotated[int, typer.Option(help="Documents per split.")] = 8,
+    needles: Annotated[int, typer.Option(help="Facts asked for in each document.")] = 4,
+    distractors: Annotated[int, typer.Option(help="Further facts of the same kind per fact asked for.")] = 2,
+    text: Text = None,
+    split: Annotated[str, typer.Option(help="development, test, or both with a comma.")] = "development,test",
+    seed: Seed = 0,
+    out: Out = Path("bench-results"),
+    n_init: NInit = None,
+    n_local: NLocal = None,
+    block_size: BlockSize = None,
+    topk: TopK = None,
+    query_weight: Weight = None,
+    selection: SelectionName = None,
+    summary: SummaryName = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare settings of the memory on the same questions: policy, attention budget, query weight, blocks, summaries ...
+
+    Choose settings by the development documents and believe the test documents. "won, lost" counts the questions that
+    only the setting, and that only the base, answered rightly.
+    """
+    arguments.need("matplotlib")
+    from qllm_bench import needle as questions
+    from qllm_bench import policies as bench
+    from qllm_bench.prose import Library
+    from qllm_bench.questions.facts import FAMILIES
+    from qllm_bench.sweeps import sweep as settings_of
+
+    lengths = arguments.lengths(tokens)
+    if len(lengths) != 1:
+        raise InvalidRequestError("--tokens takes one length.")
+    chosen = arguments.choices(sweep, SWEEPS, "sweep") if sweep != "none" else []
+    [place] = arguments.choices(order, ORDERS, "order")[:1]
+    plan = questions.Plan(
+        lengths=lengths,
+        documents=arguments.at_least(documents, 1, "--documents"),
+        needles=arguments.at_least(needles, 1, "--needles"),
+        depths=5,
+        distractors=arguments.at_least(distractors, 0, "--distractors"),
+        families=arguments.choices(families, FAMILIES, "family") if families else questions.SIMPLE,
+        seed=seed,
+    )
+    libraries = [Library(cast("Split", name), text) for name in arguments.choices(split, SPLITS, "split")]
+    memory = {
+        "n_init": n_init, "n_local": n_local, "block_size": block_size, "topk": topk, "query_weight": query_weight,
+        "selection": selection, "summary": summary,
+    }  # fmt: skip
+    subject = open_subject(model, revision, device, dtype, memory)
+    sweeps = settings_of(subject, chosen, cast("Order", place), setting or ())
+    if not sweeps:
+        raise InvalidRequestError("Nothing to compare; give --sweep or --setting.")
+    show(bench.bench(subject, libraries, plan, sweeps, out).path)
 
 
 def _split(name: str) -> Split:

@@ -26,6 +26,7 @@ def heatmaps(
     lengths: Sequence[int],
     rows: Sequence[Any],
     ylabel: str,
+    wide: int = 1,
 ) -> Path:
     """Share of right answers by length and something else, a panel per setting.
 
@@ -35,9 +36,10 @@ def heatmaps(
         lengths: Columns.
         rows: Rows, top to bottom.
         ylabel: What the rows are.
+        wide: Panels side by side; 1 lets as many as fit.
     """
     plt = _plot()
-    wide = min(3, len(panels))
+    wide = wide if wide > 1 else min(3, len(panels))
     high = -(-len(panels) // wide)
     size = (1.6 + wide * max(2.2, 0.62 * len(lengths)), high * (0.9 + 0.34 * len(rows)) + 0.5)
     figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
@@ -46,11 +48,13 @@ def heatmaps(
         axis.set_axis_off()
     for axis, (title, cells) in zip(axes.flat, panels.items(), strict=False):
         table = [[cells[n, row]["share"] if (n, row) in cells else float("nan") for n in lengths] for row in rows]
-        image = axis.imshow(table, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(rows):
             for x, n in enumerate(lengths):
                 if (n, row) in cells:
-                    axis.text(x, y, f"{100 * cells[n, row]['share']:.0f}", ha="center", va="center", fontsize=7)
+                    share = cells[n, row]["share"]
+                    colour = "black" if share > 0.6 else "white"
+                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_xticks(range(len(lengths)), [short(n) for n in lengths], fontsize=8)
         axis.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=8)
         axis.set_title(title, fontsize=9)
@@ -64,7 +68,7 @@ def heatmaps(
 
 def lines(
     path: Path,
-    series: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]],
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]],
     xlabel: str,
     ylabel: str = "share of right answers",
 ) -> Path:
@@ -72,26 +76,30 @@ def lines(
 
     Args:
         path: The PNG.
-        series: Name to (x, summary) pairs.
+        panels: Title to lines; name of a line to its (x, summary) pairs.
         xlabel, ylabel: Names of the axes.
     """
     plt = _plot()
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    ticks = sorted({x for points in series.values() for x, _ in points})
-    for number, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        xs = [x for x, _ in points]
-        axis.plot(xs, [s["share"] for _, s in points], marker="o", ms=4, color=colour, label=name)
-        low, high = zip(*(s["interval"] for _, s in points), strict=True)
-        axis.fill_between(xs, low, high, color=colour, alpha=0.12)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [short(int(x)) for x in ticks], fontsize=8)
-    axis.minorticks_off()
-    axis.set_ylim(-0.02, 1.02)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    ticks = sorted({x for series in panels.values() for points in series.values() for x, _ in points})
+    size = (1.2 + 4.4 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=True):
+        for name, points in series.items():
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            xs = [x for x, _ in points]
+            axis.plot(xs, [s["share"] for _, s in points], marker="o", ms=4, color=colour, label=name)
+            low, high = zip(*(s["interval"] for _, s in points), strict=True)
+            axis.fill_between(xs, low, high, color=colour, alpha=0.1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [short(int(x)) for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.set_ylim(-0.02, 1.02)
+        axis.set_xlabel(xlabel)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(fontsize=8)
     return _save(plt, figure, path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class Plan:
             "families": list(self.families), "needles": self.needles, "depths": self.depths,
             "distractors": self.distractors, "seed": self.seed,
         }  # fmt: skip
+
+    def of_length(self, tokens: int) -> Plan:
+        """The same for documents of another length."""
+        return replace(self, lengths=[tokens])
 
     def families_of(self, document: int) -> list[str]:
         """The families asked for in a document."""
@@ -132,13 +136,13 @@ def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Haystacks, pl
                         "depth": depth, "family": family,
                     }  # fmt: skip
                     key = f"{setting.name}/{setting.order}/{tokens}/{document}/{needle}"
-                    work = partial(_ask, subject, setting, haystacks, tokens, document, needle)
+                    work = partial(ask, subject, setting, haystacks, tokens, document, needle)
                     shared = setting.order == "last" and needle > 0
                     found.append(Job(key, labels, 64 if shared else tokens, work))
     return found
 
 
-def _ask(
+def ask(
     subject: Subject,
     setting: Setting,
     haystacks: Haystacks,
@@ -147,6 +151,7 @@ def _ask(
     needle: int,
     progress: Callable[[int, int], None],
 ) -> Mapping[str, Any]:
+    """The work of a job: ask for one needle of one document."""
     return subject.ask(
         setting, example(haystacks.of(tokens, document)[needle], reading=f"{tokens}/{document}"), progress
     )
@@ -201,15 +206,16 @@ def report(journal: Journal) -> str:
     )
     path = journal.path
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    for name, label, found in (("depth", "depth", by_depth), ("family", "family", by_family)):
+    wide = len({row["order"] for row in rows})
+    for label, found in (("depth", by_depth), ("family", by_family)):
         panels: dict[str, dict[tuple[int, Any], Any]] = {}
         for c in found:
             panels.setdefault(f"{c['policy']}, question {c['order']}", {})[c["tokens"], c[label]] = c
         kinds = {c[label] for c in found}
         order = sorted(kinds) if label == "depth" else [f for f in FAMILIES if f in kinds]
-        figures.heatmaps(path.with_name(f"needle_{name}.png"), panels, lengths, order, label)
-    series: dict[str, list[tuple[float, Any]]] = {}
+        figures.heatmaps(path.with_name(f"needle_{label}.png"), panels, lengths, order, label, wide)
+    lines: dict[str, dict[str, list[tuple[float, Any]]]] = {}
     for c in by_length:
-        series.setdefault(f"{c['policy']}, {c['order']}", []).append((c["tokens"], c))
-    figures.lines(path.with_name("needle_length.png"), series, "tokens in the prompt")
+        lines.setdefault(f"question {c['order']}", {}).setdefault(c["policy"], []).append((c["tokens"], c))
+    figures.lines(path.with_name("needle_length.png"), lines, "tokens in the prompt")
     return text

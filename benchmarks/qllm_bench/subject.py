@@ -19,6 +19,7 @@ from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document, Mode, Progress, Sampling, Turn
 
 Order = Literal["first", "last", "both"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 POLICIES: tuple[str, ...] = (*get_args(Policy), "oracle")
 
 

@@ -1,0 +1,132 @@
+"""`qllm bench policies`: accuracy against every setting of the memory, on development and on test documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qllm_bench import figures, tables
+from qllm_bench.harness import Job, Label, run
+from qllm_bench.journal import Journal
+from qllm_bench.needle import Haystacks, Plan, ask
+from qllm_bench.prose import Library, Split
+from qllm_bench.scores import summarise
+from qllm_bench.subject import Setting, Subject
+from qllm_bench.sweeps import BASE, Named, identity
+
+WITHIN = "within the window"
+
+
+def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Mapping[Split, Haystacks], plan: Plan) -> list[Job]:
+    """Every question under every setting; settings of two names are asked once."""
+    found = []
+    for tokens in plan.lengths:
+        for setting in {identity(s): s for s in settings}.values():
+            for split, stacks in haystacks.items():
+                for document in range(plan.documents):
+                    for needle, family in enumerate(plan.families_of(document)):
+                        name = identity(setting)
+                        labels: dict[str, Label] = {
+                            "setting": name, "tokens": tokens, "split": split, "document": document, "family": family,
+                        }  # fmt: skip
+                        key = f"{name}/{tokens}/{split}/{document}/{needle}"
+                        work = partial(ask, subject, setting, stacks, tokens, document, needle)
+                        shared = setting.order == "last" and needle > 0
+                        found.append(Job(key, labels, 64 if shared else tokens, work))
+    return found
+
+
+def bench(
+    subject: Subject, libraries: Sequence[Library], plan: Plan, sweeps: Mapping[str, Sequence[Named]], out: Path
+) -> Journal:
+    """Ask the questions of a plan (of one length) under all settings; writes ``policies.*`` to ``out``.
+
+    The same facts hidden in documents within the trained length, read with dense attention, show what the reading alone can do.
+    """
+    [tokens] = plan.lengths
+    settings = [setting for named in sweeps.values() for _, setting in named]
+    reference = subject.setting("full")
+    haystacks = {library.split: Haystacks(subject, library, plan) for library in libraries}
+    near = plan.of_length(min(tokens, subject.trained_length))
+    references = {library.split: Haystacks(subject, library, near) for library in libraries}
+    for stacks in (*haystacks.values(), *references.values()):
+        stacks.check()
+    about = {**subject.describe(), "prose": libraries[0].name, "tokens": tokens, **plan.describe()}
+    journal = Journal(out, "policies", {**about, "memory": subject.base.model_dump()})
+    names = {sweep: [[name, identity(s)] for name, s in named] for sweep, named in sweeps.items()}
+    arguments = {"documents": plan.documents, "splits": list(haystacks), "sweeps": names, WITHIN: identity(reference)}
+    journal.begin(arguments, subject.device)
+    try:
+        within = jobs(subject, [reference], references, near)
+        run(journal, [*within, *jobs(subject, settings, haystacks, plan)])
+    finally:
+        subject.forget()
+    report(journal)
+    return journal
+
+
+def report(journal: Journal) -> str:
+    """Write JSON, Markdown and figures of what the journal holds; returns the Markdown."""
+    named: dict[str, dict[str, str]] = {}
+    for line in journal.runs:
+        for sweep, settings in line["run"]["arguments"]["sweeps"].items():
+            named.setdefault(sweep, {}).update(settings)
+        reference = line["run"]["arguments"][WITHIN]
+    answers: dict[str, dict[str, dict[str, float]]] = {}
+    for row in journal.rows:
+        question = row["key"].split("/", 1)[1]
+        answers.setdefault(row["setting"], {}).setdefault(row["split"], {})[question] = row["score"]
+    splits = list(dict.fromkeys(row["split"] for row in journal.rows))
+    sections: dict[str, list[dict[str, Any]]] = {}
+    within = {"setting": WITHIN, **_scores(answers.get(reference, {}), {})}
+    for sweep, settings in named.items():
+        base = answers.get(settings[BASE], {})
+        sections[sweep] = [
+            {"setting": name, "id": key, **_scores(answers.get(key, {}), base)} for name, key in settings.items()
+        ]
+    journal.report(within=within, sweeps=sections)
+    parts = []
+    for sweep, rows in sections.items():
+        body = [_line(row, splits) for row in (*rows, within)]
+        header = [sweep, *splits, *(f"won, lost ({split})" for split in splits)]
+        parts.append(tables.markdown(header, body))
+    text = "\n\n".join(parts)
+    path = journal.path
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    groups = {
+        sweep: [(row["setting"], [row[split] for split in splits if split in row]) for row in rows]
+        for sweep, rows in sections.items()
+        if sweep != "budget"
+    }
+    if groups:
+        figures.intervals(path.with_name("policies_settings.png"), groups, splits)
+    if "budget" in sections:
+        panels: dict[str, dict[str, list[tuple[float, Any]]]] = {}
+        for row in sections["budget"]:
+            policy, _, budget = row["setting"].partition(", ")
+            for split in splits:
+                if budget and split in row:
+                    series = panels.setdefault(f"{split} documents", {})
+                    series.setdefault(policy, []).append((int(budget), row[split]))
+        figures.lines(path.with_name("policies_budget.png"), panels, "attention budget: window + looked up (tokens)")
+    return text
+
+
+def _scores(answers: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Summary per split, with the questions that only this setting and that only the base got right."""
+    found: dict[str, Any] = {}
+    for split, scores in answers.items():
+        common = [(score, base[split][key]) for key, score in scores.items() if key in base.get(split, {})]
+        found[split] = {
+            **summarise(list(scores.values())),
+            "won": sum(a > b for a, b in common),
+            "lost": sum(a < b for a, b in common),
+        }
+    return found
+
+
+def _line(row: Mapping[str, Any], splits: Sequence[str]) -> list[str]:
+    compared = [f"{row[s]['won']}, {row[s]['lost']}" if s in row and "id" in row else "-" for s in splits]
+    return [row["setting"], *(tables.cell(row.get(split)) for split in splits), *compared]
