@@ -52,6 +52,7 @@ class Example:
     Attributes:
         document: The text.
         question: The question; routed to the lookup.
+        closing: What stands behind the document where that is more than the question; holds it.
         expected: The right answer, for the reader of the journal.
         score: Gives an answer a score from 0 to 1.
         spans: Character spans of the document that the answer rests on; needed for the oracle.
@@ -65,6 +66,7 @@ class Example:
     expected: str
     score: Callable[[str], float]
     spans: tuple[tuple[int, int], ...] = ()
+    closing: str | None = None
     system: str | None = None
     max_tokens: int = 96
     reading: str | None = None
@@ -178,8 +180,8 @@ class Subject:
         """
         llm = self.llm
         llm.memory = setting.memory
-        document = Document(example.document)
-        turns = [Turn("user", (document, example.question) if setting.order != "first" else (document,))]
+        document, closing = Document(example.document), example.closing or example.question
+        turns = [Turn("user", (document, closing) if setting.order != "first" else (document,))]
         if example.system is not None:
             turns.insert(0, Turn("system", (example.system,)))
         options: dict[str, Any] = {"query": example.question, "progress": progress}
@@ -187,10 +189,10 @@ class Subject:
         if setting.order == "last" and example.reading is not None:
             reading = self._read(setting, example, progress)
             options |= {"memory": reading}
-            turns[-1] = Turn("user", (example.question,))
+            turns[-1] = Turn("user", (closing,))
         force: Any = nullcontext()
         if setting.oracle:
-            whole = turns if reading is None else [*turns[:-1], Turn("user", (document, example.question))]
+            whole = turns if reading is None else [*turns[:-1], Turn("user", (document, closing))]
             prompt = build_prompt(llm.tokenizer, whole, query=example.question, mode=setting.mode)
             force = forced(needed_tokens(prompt, example.spans), setting.memory)
         with force:
