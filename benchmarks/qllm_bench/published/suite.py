@@ -1,0 +1,126 @@
+"""The published suites: which tasks there are, and where their questions come from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qllm_bench.published.example import DatasetError, Example, Row, Task
+from qllm_bench.published.files import hub_rows, read_rows
+from qllm_runtime.errors import QLLMError
+
+#: Tokens of a text under the tokenizer at hand.
+Count = Callable[[str], int]
+
+
+class LengthError(QLLMError, ValueError):
+    """A length too short for a task."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a synthetic task is made.
+
+    Attributes:
+        size: The largest size whose prompt fits a number of tokens is used; a size is the number of noise lines, pairs, ...
+        make: Makes a question from a source of randomness, its number and a size.
+        least: Smallest size that makes sense.
+    """
+
+    make: Callable[[random.Random, int, int], Example]
+    least: int = 1
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A published benchmark.
+
+    Attributes:
+        name: Its name on the command line.
+        title: Its name and paper.
+        tasks: Its tasks by name.
+        rules: The tasks that can be made by rule.
+        parse: A row of a file as an example.
+        file: Path of a task's file below the folder of the data; also takes the length, where files differ by it.
+        hub: The same on the Hugging Face hub, as `datasets` takes it; None where nothing is published.
+    """
+
+    name: str
+    title: str
+    tasks: Mapping[str, Task]
+    rules: Mapping[str, Rule]
+    parse: Callable[[Task, Row], Example]
+    file: Callable[[str, str], str]
+    hub: Callable[[str, str], str] | None
+
+    def read(self, task: str, length: str, folder: Path | None) -> list[Example]:
+        """All questions of a task from its file.
+
+        Args:
+            task: Name of the task.
+            length: Length as the files name it, e.g. "4k", for suites with a file per length.
+            folder: Folder of the data; None: the hub.
+
+        Raises:
+            DatasetError: The file, a line or a field is not as published; nothing else was done by then.
+        """
+        if folder is not None:
+            path = folder / self.file(task, length)
+            if not path.is_file():
+                raise DatasetError(f"{folder} has no {self.file(task, length)}, the file of {self.title} {task}.")
+            rows: Iterator[Row] = read_rows(path)
+        elif self.hub is not None:
+            rows = hub_rows(self.hub(task, length))
+        else:
+            raise DatasetError(f"{self.title} publishes no files for {task}; give those you made with --data.")
+        return [self.parse(self.tasks[task], row) for row in rows]
+
+    def make(self, task: str, number: int, n_tokens: int, count: Count, seed: str = "") -> Example:
+        """Question `number` of a synthetic task, its prompt filling `n_tokens` tokens as far as whole parts allow.
+
+        The question counts twice: the paper's layout has it ahead of the text as well.
+
+        Raises:
+            LengthError: `n_tokens` is too short for the task.
+        """
+        rule = self.rules[task]
+
+        def build(size: int) -> Example:
+            return rule.make(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, size)
+
+        def tokens(size: int) -> int:
+            example = build(size)
+            return sum(map(count, (example.instruction, example.document, example.closing, example.question)))
+
+        size = largest(tokens, n_tokens, rule.least)
+        if size is None:
+            raise LengthError(
+                f"{self.title} {task} needs at least {tokens(rule.least)} tokens; {n_tokens} are too few. "
+                "Choose a greater length."
+            )
+        return build(size)
+
+
+def largest(tokens: Callable[[int], int], limit: int, least: int) -> int | None:
+    """The largest size found whose text has at most `limit` tokens; None when not even `least` fits.
+
+    Texts grow almost evenly with their size, so a few counts suffice; the result is within a few parts of the limit.
+    """
+    base = tokens(least)
+    if base > limit:
+        return None
+    step = 32
+    each = max(0.01, (tokens(least + step) - base) / step)
+    best, size = least, least + int((limit - base) / each)
+    for _ in range(8):
+        if size <= best:
+            break
+        used = tokens(size)
+        if used <= limit:
+            best = size
+            size += int((limit - used) / each)
+        else:
+            size -= max(1, -int((limit - used) // each))
+    return best
