@@ -122,7 +122,7 @@ def attend_pieces(
     local = _attend_window(
         near, window_key, window_value, slot=slot, back=back, length=length, scale=scale, softcap=softcap
     )
-    return local if far is None else merge(_attend_far(far, length=length, scale=scale, softcap=softcap), local)
+    return local if far is None else merge(attend_far(far, length=length, scale=scale, softcap=softcap), local)
 
 
 def _attend_window(
@@ -172,9 +172,10 @@ def _causal_bias(group: int, size: int, span: int, dtype: torch.dtype, device: t
     return torch.zeros(size, span, dtype=dtype, device=device).masked_fill_(later, float("-inf")).repeat(group, 1)
 
 
-def _attend_far(
+def attend_far(
     far: FarSegment, *, length: int, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The far part of `attend_pieces`: output [heads, rows, value_dim] and log-sum-exp [heads, rows]."""
     heads, rows, dim = far.query.shape
     key, value, hidden = _far_keys(far, rows // length)
     bias = None

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from qllm_kernels import attention, select, summary
+from qllm_kernels import attention, mass, select, step, summary
 
 VARIABLE = "QLLM_KERNELS"
 _OLDEST_GPU = (8, 0)
@@ -102,6 +102,49 @@ def attend_pieces(
     if gpu is not None and _serves("attend_pieces", gpu.cannot_serve(near, window_key, window_value, far)):
         serve = gpu.attend_pieces
     return serve(near, window_key, window_value, far, slot=slot, back=back, length=length, scale=scale, softcap=softcap)
+
+
+def attend_step(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    window_value: torch.Tensor,
+    far: attention.FarSegment | None,
+    *,
+    slot: torch.Tensor,
+    back: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`qllm_kernels.step.attend_step`."""
+    serve = step.attend_step
+    gpu = _kernels("attention", near.device)
+    if gpu is not None and _serves("attend_step", gpu.cannot_serve(near, window_key, window_value, far)):
+        serve = gpu.attend_step
+    return serve(near, window_key, window_value, far, slot=slot, back=back, scale=scale, softcap=softcap)
+
+
+def attention_mass(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    far: attention.FarSegment | None,
+    lse: torch.Tensor,
+    *,
+    slot: int,
+    back: int,
+    length: int,
+    scale: float,
+    softcap: float | None = None,
+    window: bool = True,
+) -> mass.Mass:
+    """See :func:`qllm_kernels.mass.attention_mass`."""
+    serve = mass.attention_mass
+    gpu = _kernels("mass", near.device)
+    if gpu is not None and _serves("attention_mass", gpu.cannot_serve(near, window_key, far)):
+        serve = gpu.attention_mass
+    return serve(
+        near, window_key, far, lse,
+        slot=slot, back=back, length=length, scale=scale, softcap=softcap, window=window,
+    )  # fmt: skip
 
 
 def mean_keys(key: torch.Tensor) -> torch.Tensor:

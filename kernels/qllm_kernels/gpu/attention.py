@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ import triton
 import triton.language as tl
 
 from qllm_kernels.attention import FarSegment
-from qllm_kernels.gpu.shapes import power_of_2, refusal
+from qllm_kernels.gpu.segments import cannot_serve as cannot_serve
+from qllm_kernels.gpu.segments import far_arguments, logit_factors
+from qllm_kernels.gpu.shapes import Target, power_of_2, target
 
-LARGEST_GROUP = 16
-_LOG2E = math.log2(math.e)
 _PROGRAMS = 256  # wanted at least, where keys can be split
 
 
@@ -60,10 +59,14 @@ def segment_attention(
     stride_page_key_head, stride_page_key_page, stride_page_value_head, stride_page_value_page,
     slot, back, length, n_loose, k, factor, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCOPES: tl.constexpr,
-    LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
+    LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, COUNTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr, ON_DEVICE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys."""
+    """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys.
+
+    With ON_DEVICE, `slot` and `back` are pointers to what they are without.
+    """
     i_m, i_h, i_p = tl.program_id(0) // SPLITS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_split = tl.program_id(0) % SPLITS
     kv_heads, pieces = tl.num_programs(1), tl.num_programs(2)
@@ -76,15 +79,22 @@ def segment_attention(
     m_q = m_m[:, None] & (o_d < D)[None, :]
     i_scope = i_h * SCOPES // kv_heads
 
+    if ON_DEVICE:
+        b_slot, b_back = tl.load(slot).to(tl.int32), tl.load(back).to(tl.int32)
+    else:
+        b_slot, b_back = slot, back
     # tiles: window keys all rows see, window keys at the rows' own tokens, pages, loose keys
     i_first = (i_m * BM) // GROUP
-    n_window = back + tl.minimum((i_m * BM + BM - 1) // GROUP + 1, length)
-    t_full = (back + i_first + 1) // BN
+    n_window = b_back + tl.minimum((i_m * BM + BM - 1) // GROUP + 1, length)
+    t_full = (b_back + i_first + 1) // BN
     t_window = tl.cdiv(n_window, BN)
     t_pages = t_window
     t_all = t_window
     if PAGES:
-        n_paged = tl.minimum(tl.load(n_chosen + i_p), k) * PAGE
+        n_pages = k
+        if COUNTED:
+            n_pages = tl.minimum(tl.load(n_chosen + i_p).to(tl.int32), k)
+        n_paged = n_pages * PAGE
         t_pages += tl.cdiv(n_paged, BN)
         t_all = t_pages
     if LOOSE:
@@ -102,8 +112,8 @@ def segment_attention(
     b_q = tl.load(
         near + o_head[:, None] * stride_near_head + o_row[:, None] * stride_near_row + o_d[None, :], mask=m_q, other=0.0
     )
-    p_k = window_key + i_h * stride_window_key_head + (slot + i_p * length) * stride_window_key_row
-    p_v = window_value + i_h * stride_window_value_head + (slot + i_p * length) * stride_window_value_row
+    p_k = window_key + i_h * stride_window_key_head + (b_slot + i_p * length) * stride_window_key_row
+    p_v = window_value + i_h * stride_window_value_head + (b_slot + i_p * length) * stride_window_value_row
     for i_t in range(t_begin, tl.minimum(t_end, t_full)):
         o_k = (i_t * BN + o_n).to(tl.int64)
         b_m, b_l, b_o = fold_tile(
@@ -116,7 +126,7 @@ def segment_attention(
         b_m, b_l, b_o = fold_tile(
             b_q, p_k + o_k[:, None] * stride_window_key_row + o_d[None, :],
             p_v + o_k[:, None] * stride_window_value_row + o_v[None, :],
-            o_k < n_window, o_k[None, :] <= back + o_t[:, None], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+            o_k < n_window, o_k[None, :] <= b_back + o_t[:, None], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
         )  # fmt: skip
 
     if PAGES or LOOSE:
@@ -186,32 +196,18 @@ def merge_splits(
     tl.store(lse + i_row, b_m + tl.log(b_sum))
 
 
-def cannot_serve(
-    near: torch.Tensor, window_key: torch.Tensor, window_value: torch.Tensor, far: FarSegment | None
-) -> str | None:
-    """Why `attend_pieces` does not take these arguments, or None."""
-    group = near.shape[0] // window_key.shape[0]
-    if group > LARGEST_GROUP:
-        return f"{group} heads share a key/value head, more than {LARGEST_GROUP}"
-    others = () if far is None else (far.query, far.key, far.value, far.page_key, far.page_value)
-    return refusal(near, window_key, window_value, *others)
-
-
-def constants(rows: int, dim: int, value_dim: int, size: int, *, wgmma: bool = True) -> dict[str, Any]:
-    """Sizes of the tiles for `rows` packed query rows and elements of `size` bytes, and launch options.
-
-    Where there are no instructions of warp groups (`wgmma` False: before Hopper), larger tiles spill.
-    """
+def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dict[str, Any]:
+    """Sizes of the tiles for `rows` packed query rows and elements of `size` bytes, and launch options."""
     b_d, b_v = power_of_2(dim, 16), power_of_2(value_dim, 16)
     wide = max(b_d, b_v)
     if size == 4:
         tile = (min(64, power_of_2(rows, 16)), 32, 4, 1) if wide <= 128 else (min(32, power_of_2(rows, 16)), 16, 4, 1)
     elif rows <= 16:
         tile = (16, 64 if wide <= 128 else 32, 4, 3 if wide <= 128 else 2)
-    elif (wgmma and rows <= 64) or rows <= 32 or wide > 128:
+    elif (on.warp_groups and rows <= 64) or rows <= 32 or wide > 128:
         tile = (power_of_2(min(rows, 64), 16), 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 2)
     else:
-        tile = (128, 64, 8, 2) if wgmma else (64, 64, 8, 2)
+        tile = (128, 64, 8, 2) if on.warp_groups else (64, 64, 8, 2)
     return {
         **dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True)),
         "BD": b_d,
@@ -232,26 +228,48 @@ def attend_pieces(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`qllm_kernels.attention.attend_pieces`."""
+    return _launch(near, window_key, window_value, far, slot, back, length, back + length, scale, softcap)
+
+
+def attend_step(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    window_value: torch.Tensor,
+    far: FarSegment | None,
+    *,
+    slot: torch.Tensor,
+    back: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`qllm_kernels.step.attend_step`."""
+    return _launch(near, window_key, window_value, far, slot, back, 1, window_key.shape[1], scale, softcap)
+
+
+def _launch(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    window_value: torch.Tensor,
+    far: FarSegment | None,
+    slot: int | torch.Tensor,
+    back: int | torch.Tensor,
+    length: int,
+    most_window: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of pieces that see at most `most_window` window keys."""
     heads, rows, dim = near.shape
     kv_heads, value_dim = window_key.shape[0], window_value.shape[-1]
     group, pieces = heads // kv_heads, rows // length
-    wgmma = near.device.type != "cuda" or torch.cuda.get_device_capability(near.device)[0] in (9, 10)
-    sizes = constants(group * length, dim, value_dim, near.element_size(), wgmma=wgmma)
+    sizes = constants(group * length, dim, value_dim, near.element_size(), target(near.device))
     tiles_m = triton.cdiv(group * length, sizes["BM"])
-    loose = None if far is None else far.key
-    paged = None if far is None else far.table
-    n_loose = 0 if loose is None else loose.shape[2]
-    k, page, scopes = 0, 1, 1
-    if far is not None and paged is not None:
-        assert far.page_key is not None
-        scopes, k, page = paged.shape[1], paged.shape[2], far.page_key.shape[2]
-    if far is not None and far.hidden is not None:
-        scopes = far.hidden.shape[1]
-    n_tiles = (
-        triton.cdiv(back + length, sizes["BN"]) + triton.cdiv(n_loose, sizes["BN"]) + triton.cdiv(k * page, sizes["BN"])
-    )
+    distant = far_arguments(far, window_key, values=True)
+    far_query = near if far is None else far.query
     splits = 1
     if tiles_m == 1 and length <= 4:
+        keys = (most_window, distant["n_loose"], distant["k"] * distant["PAGE"])
+        n_tiles = sum(triton.cdiv(n, sizes["BN"]) for n in keys)
         splits = max(1, min(n_tiles, _PROGRAMS // (kv_heads * pieces), 64))
         splits = 1 << (splits.bit_length() - 1)  # few, as each number is compiled for
     out = near.new_empty(heads, rows, value_dim)
@@ -260,28 +278,14 @@ def attend_pieces(
     if splits > 1:
         parts = torch.empty(splits, heads, rows, value_dim, device=near.device)
         part_lse = torch.empty(splits, heads, rows, device=near.device)
-    chosen = None if far is None else far.n_chosen
-    if paged is not None and chosen is None:
-        chosen = torch.full((pieces,), k, dtype=torch.int32, device=near.device)
-    absent = window_key  # never read
-    far_query = near if far is None else far.query
-    loose_key, loose_value = absent, absent
-    if far is not None and far.key is not None and far.value is not None:
-        loose_key, loose_value = far.key, far.value
-    page_key, page_value = absent, absent
-    if far is not None and far.page_key is not None and far.page_value is not None:
-        page_key, page_value = far.page_key, far.page_value
-    hidden = None if far is None or far.hidden is None else far.hidden.contiguous().view(torch.uint8)
-    factor, cap = (scale * _LOG2E, 0.0) if softcap is None else (2 * scale * _LOG2E / softcap, softcap * _LOG2E)
     segment_attention[(tiles_m * splits, kv_heads, pieces)](
-        near, far_query, parts, part_lse, window_key, window_value, loose_key, loose_value,
-        absent if hidden is None else hidden, page_key, page_value,
-        absent if paged is None else paged.contiguous(), absent if chosen is None else chosen,
-        *near.stride()[:2], *far_query.stride()[:2], *window_key.stride()[:2], *window_value.stride()[:2],
-        *_strides(loose_key, 3), *_strides(loose_value, 3), *_strides(page_key, 2), *_strides(page_value, 2),
-        slot, back, length, n_loose, k, factor, cap,
-        GROUP=group, D=dim, DV=value_dim, PAGE=page, SCOPES=scopes, LOOSE=n_loose > 0, HIDDEN=hidden is not None,
-        PAGES=k > 0, SOFTCAP=softcap is not None, SPLITS=splits, **sizes,
+        near, far_query, parts, part_lse, window_key, window_value,
+        stride_near_head=near.stride(0), stride_near_row=near.stride(1),
+        stride_far_head=far_query.stride(0), stride_far_row=far_query.stride(1),
+        stride_window_key_head=window_key.stride(0), stride_window_key_row=window_key.stride(1),
+        stride_window_value_head=window_value.stride(0), stride_window_value_row=window_value.stride(1),
+        slot=slot, back=back, length=length, GROUP=group, D=dim, DV=value_dim, SPLITS=splits,
+        ON_DEVICE=isinstance(slot, torch.Tensor), **distant, **logit_factors(scale, softcap), **sizes,
     )  # fmt: skip
     if splits > 1:
         merge_splits[(heads * rows,)](
@@ -289,7 +293,3 @@ def attend_pieces(
             SPLITS=splits, DV=value_dim, BS=power_of_2(splits), BV=sizes["BV"], num_warps=4,
         )  # fmt: skip
     return out, lse
-
-
-def _strides(x: torch.Tensor, n: int) -> tuple[int, ...]:
-    return x.stride()[:n] if x.ndim == 4 else (0,) * n

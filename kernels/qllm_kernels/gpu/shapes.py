@@ -1,11 +1,37 @@
-"""What the kernels have in common: sizes of tiles and what they refuse."""
+"""What the kernels have in common: sizes of tiles, the device they run on and what they refuse."""
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 
 LARGEST_HEAD = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What tiles depend on.
+
+    Attributes:
+        warp_groups: Matrix instructions of four warps together (sm_90, sm_100), which hold larger tiles without spilling.
+        shared: Most bytes of shared memory of one program.
+    """
+
+    warp_groups: bool
+    shared: int
+
+
+@functools.cache
+def target(device: torch.device) -> Target:
+    """The target that `device` is; the interpreter is given a large one."""
+    if device.type != "cuda":
+        return Target(True, 227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stub lacks it
+    return Target(properties.major in (9, 10), shared)
 
 
 def power_of_2(n: int, least: int = 1) -> int:
