@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qllm_bench.prose import Split
     from qllm_bench.subject import Order, Subject
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="bench",
     help="Measure quality and speed of the memory policies on this machine. Every case is kept at once: run the same command "
     "again to go on after an interruption.",
@@ -206,3 +206,7 @@ def show(path: Path) -> None:
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
     made = sorted(str(p) for p in path.parent.glob(f"{path.stem}*") if p.suffix in (".json", ".jsonl", ".md", ".png"))
     print("Written: " + ", ".join(made), flush=True)
+
+
+# Commands with files of their own; they need the options above.
+from qllm_bench import infinite_command as _infinite  # noqa: E402, F401

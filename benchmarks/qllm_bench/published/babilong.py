@@ -42,4 +42,5 @@ SUITE = Suite(
     parse=parse,
     file=lambda task, length: f"data/{task}/{length}.json",
     hub=lambda task, length: f"hf://datasets/RMT-team/babilong/data/{task}/{length}.json",
+    by_length=True,
 )

@@ -45,6 +45,7 @@ class Suite:
         parse: A row of a file as an example.
         file: Path of a task's file below the folder of the data; also takes the length, where files differ by it.
         hub: The same on the Hugging Face hub, as `datasets` takes it; None where nothing is published.
+        by_length: Whether there is a file per length.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Suite:
     parse: Callable[[Task, Row], Example]
     file: Callable[[str, str], str]
     hub: Callable[[str, str], str] | None
+    by_length: bool = False
 
     def read(self, task: str, length: str, folder: Path | None) -> list[Example]:
         """All questions of a task from its file.

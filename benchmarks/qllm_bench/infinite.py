@@ -1,0 +1,237 @@
+"""`qllm bench infinite`: tasks of published benchmarks, made by rule at any length or read from their files."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from qllm_bench import figures, published, tables
+from qllm_bench.arguments import short
+from qllm_bench.harness import Job, Label, run
+from qllm_bench.journal import Journal
+from qllm_bench.published.example import Example
+from qllm_bench.published.suite import Suite
+from qllm_bench.scores import cells
+from qllm_bench.subject import Example as Case
+from qllm_bench.subject import Order, Setting, Subject
+from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.types import Progress
+
+_ROOM = 48  # tokens of template and separators
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked.
+
+    Attributes:
+        suite: The benchmark.
+        tasks: Names of its tasks.
+        lengths: Tokens of the whole prompt of tasks made by rule, or the lengths whose files are read; empty where files
+            don't differ by length.
+        questions: Questions per task and length; None: all of the files.
+        data: Folder of the files, "hub" for the Hugging Face hub, or None to make the tasks by rule.
+        seed: Of tasks made by rule.
+    """
+
+    suite: Suite
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    questions: int | None
+    data: Path | Literal["hub"] | None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data is not None:
+            return
+        known = ", ".join(self.suite.rules) or "none"
+        unmade = [task for task in self.tasks if task not in self.suite.rules]
+        if unmade:
+            raise InvalidRequestError(
+                f"{', '.join(unmade)} cannot be made by rule (of {self.suite.title}: {known}); give the folder of the "
+                "published files with --data, or --data hub to fetch them."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What every row of a journal has in common."""
+        made = {"data": "made by rule", "seed": self.seed}
+        return {"suite": self.suite.name, **(made if self.data is None else {"data": str(self.data)})}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Where one question comes from.
+
+    Attributes:
+        task, number: Which one it is.
+        tokens: Length of its prompt, or that its file is named by; 0 where files don't differ by length.
+        size: Tokens it will take, about; for the progress bar.
+        example: The question itself, where it was read from a file.
+    """
+
+    task: str
+    number: int
+    tokens: int
+    size: int
+    example: Example | None = None
+
+
+#: Examples of files by task and length.
+Files = Mapping[tuple[str, int], Sequence[Example]]
+
+
+def read_files(plan: Plan) -> Files:
+    """All questions of the plan's files; nothing where tasks are made by rule.
+
+    Raises:
+        DatasetError: A file isn't as published.
+    """
+    if plan.data is None:
+        return {}
+    folder = plan.data if isinstance(plan.data, Path) else None
+    return {
+        (task, tokens): plan.suite.read(task, short(tokens), folder)[: plan.questions]
+        for tokens in plan.lengths or [0]
+        for task in plan.tasks
+    }
+
+
+class Questions:
+    """The questions of a plan; those made by rule are made when they are needed.
+
+    Args:
+        subject: Its tokenizer measures them.
+        plan: What is asked.
+        files: What was read for it.
+
+    Raises:
+        LengthError: A length is too short for a task.
+    """
+
+    def __init__(self, subject: Subject, plan: Plan, files: Files) -> None:
+        self._subject, self._plan = subject, plan
+        self._make = lru_cache(maxsize=1)(self._made)
+        self.all = list(self._read(files) if plan.data is not None else self._rules())
+
+    def _rules(self) -> Iterator[Question]:
+        plan = self._plan
+        for task in plan.tasks:
+            self._make(task, 0, min(plan.lengths))
+        for tokens in plan.lengths:
+            for task in plan.tasks:
+                for number in range(plan.questions or 1):
+                    yield Question(task, number, tokens, tokens)
+
+    def _read(self, files: Files) -> Iterator[Question]:
+        for (task, tokens), examples in files.items():
+            ratio = self._subject.chars_per_token(examples[0].document[:20_000])
+            for number, example in enumerate(examples):
+                yield Question(task, number, tokens, round(len(example.document) / ratio), example)
+
+    def example(self, question: Question) -> Example:
+        """The question with its text."""
+        return question.example or self._make(question.task, question.number, question.tokens)
+
+    def _made(self, task: str, number: int, tokens: int) -> Example:
+        plan = self._plan
+        return plan.suite.make(task, number, tokens - _ROOM, self._subject.llm.count_tokens, str(plan.seed))
+
+
+def case(suite: Suite, example: Example) -> Case:
+    """A published question as the harness asks it; the oracle's spans are where the answers stand."""
+    found = [m.span() for answer in set(example.answers) for m in re.finditer(re.escape(answer), example.document)]
+    metric = suite.tasks[example.task].metric
+    return Case(
+        document=example.document,
+        question=example.question,
+        closing=example.closing,
+        system=example.instruction or None,
+        expected=" | ".join(example.answers),
+        score=lambda output: metric(output, example),
+        spans=tuple(found),
+        max_tokens=example.max_tokens,
+    )
+
+
+def jobs(subject: Subject, settings: Sequence[Setting], questions: Questions, plan: Plan) -> list[Job]:
+    """Every question under every setting, question by question."""
+    found = []
+    for question in questions.all:
+        for setting in settings:
+            labels: dict[str, Label] = {
+                "policy": setting.name, "order": setting.order, "task": question.task, "tokens": question.tokens,
+                "number": question.number,
+            }  # fmt: skip
+            key = f"{setting.name}/{setting.order}/{question.task}/{question.tokens}/{question.number}"
+            if question.example is not None:
+                text = f"{question.example.document}\n{question.example.closing}\n{question.example.answers}"
+                key += f"/{zlib.crc32(text.encode()):08x}"
+            found.append(Job(key, labels, question.size, partial(_ask, subject, setting, questions, plan, question)))
+    return found
+
+
+def _ask(
+    subject: Subject, setting: Setting, questions: Questions, plan: Plan, question: Question, progress: Progress
+) -> Mapping[str, Any]:
+    return subject.ask(setting, case(plan.suite, questions.example(question)), progress)
+
+
+def bench(
+    subject: Subject, plan: Plan, files: Files, policies: Sequence[str], orders: Sequence[Order], out: Path
+) -> Journal:
+    """Ask the plan's questions under every policy and order; results go to ``<out>/<suite>.*``."""
+    if "oracle" in policies and (plan.data is not None or "math_find" in plan.tasks):
+        raise InvalidRequestError(
+            "The oracle must be told where the answer stands, which only tasks made by rule and not math_find say; leave "
+            "policy 'oracle' out."
+        )
+    settings = [subject.setting(policy, order) for policy in policies for order in orders]
+    if plan.data is None:
+        subject.check_fits(settings, max(plan.lengths))
+    questions = Questions(subject, plan, files)
+    if plan.data is not None:
+        longest = max(questions.all, key=lambda question: question.size)
+        subject.check_fits(settings, _ROOM + subject.llm.count_tokens(questions.example(longest).document))
+    about = {**subject.describe(), **plan.describe(), "memory": subject.base.model_dump()}
+    journal = Journal(out, plan.suite.name, about)
+    arguments = {
+        "tasks": plan.tasks, "lengths": plan.lengths, "questions": plan.questions, "policies": policies, "orders": orders,
+    }  # fmt: skip
+    journal.begin(arguments, subject.device)
+    run(journal, jobs(subject, settings, questions, plan))
+    report(journal)
+    return journal
+
+
+def report(journal: Journal) -> str:
+    """Write JSON, Markdown and a figure of what the journal holds; returns the Markdown."""
+    tasks = list(published.SUITES[journal.name].tasks)
+    rows = sorted(journal.rows, key=lambda row: (row["tokens"], tasks.index(row["task"])))
+    by_task = cells(rows, ("policy", "order", "task", "tokens"))
+    overall = cells(rows, ("policy", "order", "tokens"))
+    journal.report(overall=overall, by_task=by_task)
+    lengths = sorted({row["tokens"] for row in rows})
+    names = {n: short(n) if n else "score" for n in lengths}
+    text = "\n\n".join(
+        (
+            tables.pivot(overall, ("policy", "order"), "tokens", names),
+            tables.pivot(by_task, ("task", "policy", "order"), "tokens", names),
+        )
+    )
+    path = journal.path
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    shown = [task for task in tasks if any(row["task"] == task for row in rows)]
+    if lengths == [0]:
+        panels = {task: [(f"{c['policy']}, {c['order']}", [c]) for c in by_task if c["task"] == task] for task in shown}
+        figures.intervals(path.with_suffix(".png"), panels, ["score"])
+    else:
+        maps: dict[str, dict[tuple[int, Any], Any]] = {}
+        for c in by_task:
+            maps.setdefault(f"{c['policy']}, question {c['order']}", {})[c["tokens"], c["task"]] = c
+        figures.heatmaps(path.with_suffix(".png"), maps, lengths, shown, "task")
+    return text

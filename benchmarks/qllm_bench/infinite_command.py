@@ -1,0 +1,100 @@
+"""The command `qllm bench infinite`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from qllm_bench import app as root
+from qllm_bench import arguments
+from qllm_runtime.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from qllm_bench.published.suite import Suite
+    from qllm_bench.subject import Order
+
+_QUESTIONS = 14  # two of each of Math.Find's seven
+
+
+@root.app.command()
+def infinite(
+    model: root.Model = "reader",
+    revision: root.Revision = None,
+    suite: Annotated[str, typer.Option(help="infinite (∞-Bench), longbench, babilong or ruler.")] = "infinite",
+    task: Annotated[
+        str, typer.Option(help="Tasks with commas, or all; by default those that can be made by rule, with --data all.")
+    ] = "",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt lengths in tokens, e.g. 1k,16k,1M; of BABILong's files, e.g. 4k. [default: 1k,4k,16k]"
+        ),
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(help=f"Questions per task and length [default: {_QUESTIONS}; of files all].")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder of the published files, or `hub` to fetch them; by default tasks are made by rule."),
+    ] = None,
+    policy: root.Policies = "qllm,infllm,streaming",
+    order: Annotated[
+        str, typer.Option(help="Where the question stands: first, last, both; several with commas.")
+    ] = "both",
+    seed: Annotated[int, typer.Option(help="Seed of tasks made by rule.")] = 0,
+    out: root.Out = Path("bench-results"),
+    n_init: root.NInit = None,
+    n_local: root.NLocal = None,
+    block_size: root.BlockSize = None,
+    topk: root.TopK = None,
+    query_weight: root.Weight = None,
+    selection: root.SelectionName = None,
+    summary: root.SummaryName = None,
+    device: root.Device = "auto",
+    dtype: root.Dtype = "auto",
+) -> None:
+    """Answer tasks of ∞-Bench, LongBench, BABILong and RULER, with their prompts and metrics.
+
+    The synthetic tasks (PassKey, Number, KV, Math.Find; RULER's needles, variable tracking, common words) are made at any
+    length. The others are read from the published files, which are checked before any work starts.
+    """
+    arguments.need("matplotlib")
+    from qllm_bench import infinite as bench
+    from qllm_bench import published
+    from qllm_bench.subject import POLICIES
+
+    chosen = published.SUITES[arguments.choices(suite, list(published.SUITES), "suite")[0]]
+    policies = arguments.choices(policy, POLICIES, "policy")
+    orders = arguments.choices(order, root.ORDERS, "order")
+    names = list(chosen.tasks)
+    if questions is not None:
+        arguments.at_least(questions, 1, "--questions")
+    plan = bench.Plan(
+        suite=chosen,
+        tasks=arguments.choices(task or ("all" if data else ",".join(chosen.rules) or "all"), names, "task"),
+        lengths=_lengths(chosen, lengths, data),
+        questions=questions or (None if data else _QUESTIONS),
+        data="hub" if data == "hub" else Path(data) if data else None,
+        seed=seed,
+    )
+    if isinstance(plan.data, Path) and not plan.data.is_dir():
+        raise InvalidRequestError(f"{data!r} is no folder; --data takes the folder of the published files, or hub.")
+    files = bench.read_files(plan)
+    memory = {
+        "n_init": n_init, "n_local": n_local, "block_size": block_size, "topk": topk, "query_weight": query_weight,
+        "selection": selection, "summary": summary,
+    }  # fmt: skip
+    subject = root.open_subject(model, revision, device, dtype, memory)
+    root.show(bench.bench(subject, plan, files, policies, cast("list[Order]", orders), out).path)
+
+
+def _lengths(suite: Suite, lengths: str | None, data: str | None) -> list[int]:
+    if data is None:
+        return arguments.lengths(lengths or "1k,4k,16k")
+    if suite.by_length:
+        return arguments.lengths(lengths or "4k")
+    if lengths:
+        raise InvalidRequestError(f"The files of {suite.title} have the lengths they have; leave --lengths out.")
+    return []

@@ -1,0 +1,111 @@
+"""`qllm bench infinite` from the command line: tasks by rule, published files, resuming, bad input."""
+
+import json
+
+import pytest
+
+from qllm_runtime.cli import run
+
+
+def bench(*arguments):
+    return run(["bench", "infinite", *map(str, arguments)])
+
+
+def rows(path):
+    return [row for row in map(json.loads, path.read_text().splitlines()) if "key" in row]
+
+
+def test_tasks_by_rule_are_answered_reported_and_resumed(tmp_path, capsys):
+    common = ("--task", "passkey,kv_retrieval", "--lengths", "400", "--policy", "qllm,oracle", "--out", tmp_path)
+    assert bench(*common, "--questions", 1) == 0
+    first = rows(tmp_path / "infinite.jsonl")
+    assert [(row["task"], row["policy"]) for row in first] == [
+        ("passkey", "qllm"), ("passkey", "oracle"), ("kv_retrieval", "qllm"), ("kv_retrieval", "oracle"),
+    ]  # fmt: skip
+    assert all(200 < row["prompt_tokens"] <= 400 for row in first)
+    assert first[0]["score"] == 1 and first[0]["expected"] in first[0]["output"]
+    assert bench(*common, "--questions", 2) == 0
+    assert rows(tmp_path / "infinite.jsonl")[:4] == first
+    report = json.loads((tmp_path / "infinite.json").read_text())
+    assert report["cases"] == 8 and report["subject"]["suite"] == "infinite"
+    assert {c["total"] for c in report["by_task"]} == {2}
+    assert (tmp_path / "infinite.png").read_bytes().startswith(b"\x89PNG")
+    out, err = capsys.readouterr()
+    assert "4 of 8 cases are done already" in err and "| passkey | qllm | both |" in out
+
+
+def test_files_are_answered_with_their_own_metric(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    text = "It rained all day in the harbour. Ann went home at last."
+    (data / "hotpotqa.jsonl").write_text(
+        json.dumps({"context": text, "input": "Who went home?", "answers": ["Ann"], "all_classes": None}) + "\n"
+    )
+    (data / "gov_report.jsonl").write_text(
+        json.dumps({"context": text, "input": "", "answers": ["It rained."], "all_classes": None}) + "\n"
+    )
+    out = tmp_path / "out"
+    arguments = (
+        "--suite",
+        "longbench",
+        "--task",
+        "hotpotqa,gov_report",
+        "--data",
+        data,
+        "--policy",
+        "qllm",
+        "--out",
+        out,
+    )
+    assert bench(*arguments) == 0
+    found = {row["task"]: row for row in rows(out / "longbench.jsonl")}
+    assert set(found) == {"hotpotqa", "gov_report"}
+    assert all(0 <= row["score"] <= 1 and row["tokens"] == 0 for row in found.values())
+    assert found["hotpotqa"]["question"] == "Who went home?" and found["hotpotqa"]["expected"] == "Ann"
+    # another text under the same name is another case
+    (data / "hotpotqa.jsonl").write_text(
+        json.dumps({"context": text * 2, "input": "Who went home?", "answers": ["Ann"], "all_classes": None}) + "\n"
+    )
+    assert bench(*arguments) == 0
+    assert len(rows(out / "longbench.jsonl")) == 3
+
+
+def test_babilong_has_a_file_per_length(tmp_path):
+    path = tmp_path / "data" / "data" / "qa1" / "1k.json"
+    path.parent.mkdir(parents=True)
+    row = {"input": "Mary went to the office. It rained.", "question": "Where is Mary?", "target": "office"}
+    path.write_text(json.dumps([row]))
+    arguments = ("--suite", "babilong", "--task", "qa1", "--data", tmp_path / "data", "--policy", "qllm")
+    assert bench(*arguments, "--lengths", "1k", "--out", tmp_path / "out") == 0
+    assert [row["tokens"] for row in rows(tmp_path / "out" / "babilong.jsonl")] == [1024]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "passkeys"), "Unknown task passkeys; known: passkey, number_string"),
+        (("--suite", "scrolls"), "Unknown suite scrolls; known: infinite, longbench, babilong, ruler"),
+        (("--policy", "h2o"), "Unknown policy h2o"),
+        (("--lengths", "many"), "'many' is no length"),
+        (("--task", "longbook_qa_eng"), "longbook_qa_eng cannot be made by rule (of ∞-Bench: passkey, number_string, "),
+        (("--suite", "longbench"), "give the folder of the published files with --data"),
+        (("--data", "/nowhere"), "'/nowhere' is no folder"),
+        (("--suite", "longbench", "--data", ".", "--lengths", "4k"), "leave --lengths out"),
+        (("--suite", "ruler", "--task", "qa_1", "--data", "hub"), "publishes no files for qa_1"),
+        (("--questions", "0"), "--questions must be at least 1"),
+        (("--lengths", "4k", "--policy", "full"), "was trained for 512 tokens, so policy 'full' cannot read 4,096"),
+        (("--suite", "ruler", "--task", "cwe", "--lengths", "1k"), "RULER cwe needs at least"),
+        (("--task", "math_find", "--policy", "oracle"), "leave policy 'oracle' out"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, arguments, message):
+    assert bench(*arguments, "--out", tmp_path / "out") == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_line_is_named(tmp_path, capsys):
+    (tmp_path / "passkey.jsonl").write_text('{"context": "a", "input": "b", "answer": "1"}\n{"context": "a"}\n')
+    assert bench("--task", "passkey", "--data", tmp_path, "--out", tmp_path / "out") == 2
+    assert "passkey.jsonl, line 2: field 'input' is missing" in capsys.readouterr().err
