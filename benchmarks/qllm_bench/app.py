@@ -27,6 +27,7 @@ app: typer.Typer = typer.Typer(
 
 ORDERS = ("first", "last", "both")
 SPLITS = ("development", "test")
+SPEED_POLICIES = ("qllm", "infllm", "streaming", "sdpa")
 SWEEPS = ("policy", "order", "budget", "query_weight", "block_size", "summary", "selection", "piece")
 
 Model = Annotated[str, typer.Option(help="reader, reader-plain, a folder, or a Hugging Face hub id.")]
@@ -184,6 +185,56 @@ def policies(
     if not sweeps:
         raise InvalidRequestError("Nothing to compare; give --sweep or --setting.")
     show(bench.bench(subject, libraries, plan, sweeps, out).path)
+
+
+@app.command()
+def speed(
+    model: Annotated[
+        str,
+        typer.Option(help="random, random-1b, random-8b (Llamas of random weights), reader, a folder, or a hub id."),
+    ] = "random",
+    lengths: Annotated[str, typer.Option(help="Tokens read, e.g. 32k,128k.")] = "8k,32k",
+    policy: Annotated[
+        str, typer.Option(help=f"With commas: {', '.join(SPEED_POLICIES)}; or all. sdpa is transformers as it comes.")
+    ] = "all",
+    sdpa_up_to: Annotated[
+        str, typer.Option(help="Longest text for dense attention (its time grows quadratically).")
+    ] = "32k",
+    steps: Annotated[int, typer.Option(help="Decode steps; the median counts.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the median counts.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    out: Out = Path("bench-results"),
+    n_init: NInit = None,
+    n_local: NLocal = None,
+    block_size: BlockSize = None,
+    topk: TopK = None,
+    query_weight: Weight = None,
+    selection: SelectionName = None,
+    summary: SummaryName = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure reading, writing, a second question and memory against stock attention, each in a process of its own."""
+    arguments.need("matplotlib")
+    chosen = arguments.choices(policy, SPEED_POLICIES, "policy")
+    wanted = arguments.lengths(lengths)
+    [longest] = arguments.lengths(sdpa_up_to)[:1]
+    for value, name in ((steps, "--steps"), (repeats, "--repeats"), (threads, "--threads")):
+        arguments.at_least(value, 1, name)
+    from qllm_bench import speed as bench
+    from qllm_bench.subject import changed
+
+    memory = {
+        "n_init": n_init, "n_local": n_local, "block_size": block_size, "topk": topk, "query_weight": query_weight,
+        "selection": selection, "summary": summary,
+    }  # fmt: skip
+    place, base = bench.resolve(model, device, dtype)
+    base = changed(base, {name: value for name, value in memory.items() if value is not None})
+    journal = bench.bench(
+        model, wanted, chosen, base,
+        device=place, dtype=dtype, steps=steps, threads=threads, repeats=repeats, stock_up_to=longest, out=out,
+    )  # fmt: skip
+    show(journal.path)
 
 
 def _split(name: str) -> Split:

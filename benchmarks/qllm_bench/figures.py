@@ -99,7 +99,8 @@ def lines(
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(ylabel)
-    axes[0, -1].legend(fontsize=8)
+    handles = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
     return _save(plt, figure, path)
 
 
@@ -137,7 +138,40 @@ def intervals(
         axis.set_title(title, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     if len(series) > 1:
-        axes.flat[0].legend(fontsize=7)
+        handles = axes.flat[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=len(series), fontsize=8)
+    return _save(plt, figure, path)
+
+
+def costs(path: Path, cells: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Path:
+    """Costs by length, a panel per column and a line per policy; both axes are logarithmic.
+
+    Args:
+        path: The PNG.
+        cells: Labels ``tokens`` and ``policy`` with the columns.
+        columns: Column to title.
+    """
+    plt = _plot()
+    from matplotlib import ticker
+
+    policies = list(dict.fromkeys(cell["policy"] for cell in cells))
+    lengths = sorted({cell["tokens"] for cell in cells})
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.1 * len(columns), 3.3), layout="constrained")
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for number, policy in enumerate(policies):
+            points = [(cell["tokens"], cell[column]) for cell in cells if cell["policy"] == policy]
+            colour = _COLOURS[number % len(_COLOURS)]
+            axis.plot(*zip(*points, strict=True), marker="o", ms=4, color=colour, label=policy)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_xticks(lengths, [short(n) for n in lengths], fontsize=8)
+        axis.minorticks_off()
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("tokens read", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(policies), fontsize=8)
     return _save(plt, figure, path)
 
 
