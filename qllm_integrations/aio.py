@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextvars
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Literal, TypeVar
 
+from qllm_runtime.worker import start
+
 T = TypeVar("T")
 _Kind = Literal["item", "error", "end"]
-
-
-_running: dict[threading.Thread, threading.Event] = {}
-
-
-def _start(target: Callable[[], None], cancel: threading.Event) -> None:
-    # a thread per request: the loop's default executor has few workers, and requests may wait long for the model
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            context.run(target)
-        finally:
-            _running.pop(thread, None)
-
-    thread = threading.Thread(target=run, name="qllm-request", daemon=True)
-    _running[thread] = cancel
-    thread.start()
-
-
-@atexit.register
-def _stop_all() -> None:
-    """Let no thread be inside the model when the interpreter goes away: that would abort the process."""
-    threads = list(_running)
-    for thread in threads:
-        _running.get(thread, threading.Event()).set()
-    for thread in threads:
-        thread.join(timeout=30)
+_THREAD = "qllm-request"  # one per request: the loop's own executor has few workers, and requests may wait long
 
 
 async def run_in_thread(call: Callable[[threading.Event], T]) -> T:
@@ -68,7 +41,7 @@ async def run_in_thread(call: Callable[[threading.Event], T]) -> T:
             error = _transportable(raised)
         _post(loop, cancel, settle, result, error)
 
-    _start(work, cancel)
+    start(work, cancel, _THREAD)
     try:
         return await future
     finally:
@@ -101,7 +74,7 @@ async def stream_in_thread(items: Callable[[threading.Event], Iterator[T]]) -> A
             last = ("error", _transportable(raised))
         _post(loop, cancel, queue.put_nowait, last)
 
-    _start(work, cancel)
+    start(work, cancel, _THREAD)
     try:
         while True:
             kind, value = await queue.get()

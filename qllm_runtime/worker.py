@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,21 @@ def _stop_all() -> None:
         event.set()
     for thread in list(_running):
         thread.join(timeout=30)
+
+
+def start(target: Callable[[], None], cancel: threading.Event, name: str) -> None:
+    """Run `target` in a thread of its own, with the caller's context variables; `cancel` is set when the process ends."""
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            context.run(target)
+        finally:
+            _running.pop(thread, None)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    _running[thread] = cancel
+    thread.start()
 
 
 class _Failure(Generic[T]):
@@ -51,12 +67,8 @@ def stream(
             items.put(_Failure(error))
         else:
             items.put(_DONE)
-        finally:
-            _running.pop(thread, None)
 
-    thread = threading.Thread(target=run, name="qllm-stream", daemon=True)
-    _running[thread] = abandoned
-    thread.start()
+    start(run, abandoned, "qllm-stream")
     try:
         while (item := items.get()) is not _DONE:
             if isinstance(item, _Failure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -218,20 +218,3 @@ def _ends(engine: QLLM) -> list[int]:
         ids = getattr(holder, "eos_token_id", None)
         ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
     return sorted(ends)
-
-
-def progress_bar() -> Callable[[int, int], None]:
-    """A bar in tokens on stderr that shows how far the reading is."""
-    from tqdm.auto import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit=" tokens", desc="reading", leave=False)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return show

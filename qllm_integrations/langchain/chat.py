@@ -15,11 +15,19 @@ from langchain_core.tools import BaseTool
 
 from qllm_integrations.aio import run_in_thread, stream_in_thread
 from qllm_integrations.langchain import tools as tool_forms
-from qllm_integrations.langchain.call import progress_bar
 from qllm_integrations.langchain.memory import DocumentHandle, Documents, find_handle, to_documents
 from qllm_integrations.langchain.messages import translate
+from qllm_integrations.langchain.progress import (
+    Reporter,
+    async_surrounding_reporter,
+    current_async_reporter,
+    current_reporter,
+    progress_of,
+    surrounding_reporter,
+)
 from qllm_integrations.langchain.requests import ChatRequests
 from qllm_integrations.langchain.structured import Method, Schema, structured
+from qllm_runtime.types import Progress
 
 if TYPE_CHECKING:
     from qllm_runtime.engine import QLLM
@@ -157,7 +165,7 @@ class QLLMChat(ChatRequests):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(self._prepare(messages, stop, kwargs).answer())
+        return _result(self._prepare(messages, stop, kwargs, current_reporter(run_manager)).answer())
 
     def _stream(
         self,
@@ -166,7 +174,7 @@ class QLLMChat(ChatRequests):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for message in self._prepare(messages, stop, kwargs).chunks():
+        for message in self._prepare(messages, stop, kwargs, current_reporter(run_manager)).chunks():
             chunk = ChatGenerationChunk(message=message)
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -179,7 +187,13 @@ class QLLMChat(ChatRequests):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await run_in_thread(lambda cancel: _result(self._prepare(messages, stop, kwargs, cancel).answer()))
+        reporter = current_async_reporter(run_manager)
+        result = await run_in_thread(
+            lambda cancel: _result(self._prepare(messages, stop, kwargs, reporter, cancel).answer())
+        )
+        if reporter:
+            await reporter.settle()
+        return result
 
     async def _astream(
         self,
@@ -188,9 +202,12 @@ class QLLMChat(ChatRequests):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        stream = stream_in_thread(lambda cancel: self._prepare(messages, stop, kwargs, cancel).chunks())
+        reporter = current_async_reporter(run_manager)
+        stream = stream_in_thread(lambda cancel: self._prepare(messages, stop, kwargs, reporter, cancel).chunks())
         try:
             async for message in stream:
+                if reporter:
+                    await reporter.settle()
                 chunk = ChatGenerationChunk(message=message)
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -206,6 +223,7 @@ class QLLMChat(ChatRequests):
         *,
         system: str | None = None,
         show_progress: bool | None = None,
+        progress: Progress | None = None,
     ) -> DocumentHandle:
         """Read documents once, to ask many questions of them.
 
@@ -214,6 +232,8 @@ class QLLMChat(ChatRequests):
                 of them. Pages of one PDF become one document again; citations carry the page.
             system: System prompt that the questions will be asked with; it stands ahead of the documents.
             show_progress: Show a bar in tokens on stderr.
+            progress: Called with (tokens read, tokens in all). Inside a tool or chain, the callback handlers of its run
+                get the custom event "qllm_reading", too.
 
         Returns:
             A handle: put `handle.block()` into messages, or use `with_memory(handle)`; `handle.close()` frees the
@@ -222,10 +242,7 @@ class QLLMChat(ChatRequests):
         Raises:
             DocumentError: A document is empty, unreadable or of an unsupported kind.
         """
-        shown = self.show_progress if show_progress is None else show_progress
-        engine = self._engine(self.model)
-        memory = engine.read(to_documents(documents), system=system, progress=progress_bar() if shown else None)
-        return self._state.add(DocumentHandle(engine, self._engine_key(self.model), memory))
+        return self._read(documents, system, show_progress, progress, surrounding_reporter())
 
     async def aadd_documents(
         self,
@@ -233,17 +250,31 @@ class QLLMChat(ChatRequests):
         *,
         system: str | None = None,
         show_progress: bool | None = None,
+        progress: Progress | None = None,
     ) -> DocumentHandle:
         """Like `add_documents`, in a worker thread; cancelling the task stops the reading within one chunk."""
+        reporter = async_surrounding_reporter()
+        handle = await run_in_thread(
+            lambda cancel: self._read(documents, system, show_progress, progress, reporter, cancel)
+        )
+        if reporter:
+            await reporter.settle()
+        return handle
+
+    def _read(
+        self,
+        documents: Documents | Iterable[Documents],
+        system: str | None,
+        show_progress: bool | None,
+        progress: Progress | None,
+        reporter: Reporter | None,
+        cancel: threading.Event | None = None,
+    ) -> DocumentHandle:
         shown = self.show_progress if show_progress is None else show_progress
-
-        def read(cancel: threading.Event) -> DocumentHandle:
-            engine = self._engine(self.model)
-            progress = progress_bar() if shown else None
-            memory = engine.read(to_documents(documents), system=system, progress=progress, cancel=cancel)
-            return self._state.add(DocumentHandle(engine, self._engine_key(self.model), memory))
-
-        return await run_in_thread(read)
+        engine, whole = self._engine(self.model), to_documents(documents)
+        told = progress_of(len(whole), reporter=reporter, bar=shown, own=progress)
+        memory = engine.read(whole, system=system, progress=told, cancel=cancel)
+        return self._state.add(DocumentHandle(engine, self._engine_key(self.model), memory))
 
     def with_memory(self, handle: DocumentHandle) -> Self:
         """This chat model with every request asked of the documents behind `handle`.

@@ -62,10 +62,11 @@ class DocumentQA(Runnable[Question, dict[str, Any]]):
         *,
         llm: QLLMChat | None = None,
         show_progress: bool | None = None,
+        progress: types.Progress | None = None,
     ) -> Self:
         """Read `documents` (see `QLLMChat.add_documents`) with `llm` (None: the reader)."""
         chat = llm or QLLMChat()
-        return cls(chat, chat.add_documents(documents, show_progress=show_progress))
+        return cls(chat, chat.add_documents(documents, show_progress=show_progress, progress=progress))
 
     def invoke(self, input: Question, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """Answer one question."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any
 
-from langchain_core.messages import BaseMessage
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.runnables import RunnableConfig
 
 from qllm_integrations.langchain import tools as tool_forms
-from qllm_integrations.langchain.call import Call, grammar, guided, progress_bar
+from qllm_integrations.langchain.call import Call, grammar, guided
 from qllm_integrations.langchain.memory import DocumentHandle, find_handle
 from qllm_integrations.langchain.messages import schema_instruction, translate
+from qllm_integrations.langchain.progress import (
+    Reporter,
+    async_run_reporter,
+    progress_of,
+    reporting,
+    run_reporter,
+)
 from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, warn_unknown
 from qllm_integrations.langchain.structured import response_schema
 from qllm_runtime.types import Mode
@@ -23,11 +33,75 @@ if TYPE_CHECKING:
 class ChatRequests(ChatSettings):
     """The part of `QLLMChat` that prepares requests."""
 
+    # the four entrances of a run: its callback handlers are told how far the reading is, which `_stream` alone could not
+
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Answer messages, a prompt or a question."""
+        config, reporter = run_reporter(self, config)
+        with reporting(reporter):
+            return super().invoke(input, config, stop=stop, **kwargs)
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """As `invoke`, without blocking the event loop."""
+        config, reporter = async_run_reporter(self, config)
+        with reporting(reporter):
+            return await super().ainvoke(input, config, stop=stop, **kwargs)
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """Answer piece by piece; leaving the loop stops the model."""
+        config, reporter = run_reporter(self, config)
+        with closing(super().stream(input, config, stop=stop, **kwargs)) as chunks:  # type: ignore[type-var]
+            with reporting(reporter):
+                first = next(chunks, None)
+            if first is not None:
+                yield first
+                yield from chunks
+
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """As `stream`, without blocking the event loop."""
+        config, reporter = async_run_reporter(self, config)
+        async with aclosing(super().astream(input, config, stop=stop, **kwargs)) as chunks:  # type: ignore[type-var]
+            with reporting(reporter):
+                first = await anext(chunks, None)
+            if first is not None:
+                yield first
+                async for chunk in chunks:
+                    yield chunk
+
     def _prepare(
         self,
         messages: Sequence[BaseMessage],
         stop: list[str] | None,
         options: Mapping[str, Any],
+        reporter: Reporter | None = None,
         cancel: threading.Event | None = None,
     ) -> Call:
         """Everything of a request but the answer. Blocks while a model loads or documents are read for the cache."""
@@ -59,7 +133,9 @@ class ChatRequests(ChatSettings):
             sampling=self._sampling(stop, options),
             mode=options.get("mode", self.mode),
             template_kwargs={**self.template_kwargs, **options.get("template_kwargs", {})},
-            progress=progress_bar() if options.get("show_progress", self.show_progress) else None,
+            progress=progress_of(
+                len(request.documents), reporter=reporter, bar=options.get("show_progress", self.show_progress)
+            ),
             timeout=options.get("timeout", self.timeout),
             cancel=cancel or threading.Event(),
         )
@@ -86,7 +162,7 @@ class ChatRequests(ChatSettings):
                 return DocumentHandle(call.engine, key, memory)
 
             handle, call.creates_memory = self._state.cached(key, documents, system, read)
-            call.engine, call.memory = handle.engine, handle.memory
+            call.engine, call.memory, call.progress = handle.engine, handle.memory, None
             call.request = call.request.without_documents()
 
     def _engine_key(self, model: str) -> str:

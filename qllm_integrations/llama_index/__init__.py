@@ -6,7 +6,7 @@ Importing this loads neither torch nor transformers; they come with the first an
 from __future__ import annotations
 
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
-from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent
+from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent, ReadingProgressEvent
 from qllm_integrations.llama_index.index import WholeDocumentIndex
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_integrations.llama_index.query_engine import WholeDocumentQueryEngine
@@ -19,6 +19,7 @@ __all__ = [
     "LookupEvent",
     "LookupRetriever",
     "QLLMSynthesizer",
+    "ReadingProgressEvent",
     "WholeDocumentChatEngine",
     "WholeDocumentIndex",
     "WholeDocumentQueryEngine",

@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.settings import Settings
 
 from qllm_integrations.aio import run_in_thread
-from qllm_integrations.llama_index.calls import progress_bar, report_reading
+from qllm_integrations.llama_index.calls import reading_progress, report_reading
 from qllm_integrations.llama_index.documents import citable_block, engine_document, passage
 from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.llm import QLLM
@@ -131,10 +131,10 @@ class Asker:
             return None
         started = time.perf_counter()
         documents = [engine_document(node) for node in nodes]
-        bar = progress_bar(self.show_progress or self.llm.show_progress)
+        progress = reading_progress(len(documents), self.show_progress or self.llm.show_progress)
         opening = next(iter(messages or self.opened(())), None)
         system = opening.content if opening is not None and opening.role is MessageRole.SYSTEM else None
-        memory, created = self.shelf.get(self.llm.engine, documents, system, progress=bar, cancel=cancel)
+        memory, created = self.shelf.get(self.llm.engine, documents, system, progress=progress, cancel=cancel)
         if created:
             report_reading(memory, time.perf_counter() - started)
         return memory

@@ -8,14 +8,15 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.span import active_span_id
 
 from qllm_integrations.llama_index import options
-from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent
+from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent, ReadingProgressEvent
 from qllm_integrations.llama_index.messages import Request, split_kept, to_request
 from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response, cut_off
 from qllm_runtime.errors import InvalidRequestError
@@ -38,6 +39,7 @@ class Call:
         arguments: Keyword arguments of `engine.chat`.
         context: What the responses say beside the answer.
         is_json: The answer is held to a JSON schema.
+        span_id: The span that events of this call belong to; a stream outlives its context.
     """
 
     engine: Engine
@@ -45,11 +47,12 @@ class Call:
     arguments: Mapping[str, Any]
     context: ResponseContext
     is_json: bool = False
+    span_id: str | None = field(default_factory=active_span_id.get)
 
     def respond(self, cancel: threading.Event | None = None) -> ChatResponse:
         """The whole answer."""
         answer = self.engine.chat(self.turns, **self.arguments, cancel=cancel)
-        _report(answer)
+        _report(answer, self.span_id)
         if self.is_json and answer.finish_reason == "length" and not _is_json(answer.text):
             raise cut_off(answer.usage.completion_tokens, "JSON")
         return chat_response(answer, self.context)
@@ -61,7 +64,7 @@ class Call:
             for piece in pieces:
                 response = assembler.add(piece)
                 if piece.answer is not None:
-                    _report(piece.answer)
+                    _report(piece.answer, self.span_id)
                 if response is not None:
                     yield response
 
@@ -79,7 +82,7 @@ def prepare(
     request = to_request(messages, given.get("query"), with_memory=memory is not None)
     sampling = options.sampling(llm.sampling_defaults, given)
     engine = llm.engine
-    progress = progress_bar(bool(given.get("show_progress") or llm.show_progress))
+    progress = reading_progress(len(request.documents), bool(given.get("show_progress") or llm.show_progress))
     held: tuple[Document, ...] = tuple(memory.documents) if memory is not None else ()
     if request.keep and memory is None and given.get("mode") != "query_aware":
         request, system, held = split_kept(request)
@@ -134,18 +137,23 @@ def _bounded(engine: Engine, request: Request) -> Request:
     return replace(request, query="", query_source="none")
 
 
-def progress_bar(show: bool) -> Progress | None:
-    """A bar over the tokens read, on standard error."""
-    if not show:
-        return None
-    from tqdm.auto import tqdm
-
+def reading_progress(documents: int, show: bool) -> Progress:
+    """Emits an event for every chunk that is read of `documents` documents, and shows a bar on standard error."""
     bar: Any = None
+    span_id = active_span_id.get()
 
     def update(done: int, total: int) -> None:
         nonlocal bar
+        if documents:
+            told = {"documents": documents, "tokens_read": done, "tokens_total": total}
+            dispatcher.event(ReadingProgressEvent(**told, span_id=span_id))
+        if not show:
+            return
         if bar is None:
+            from tqdm.auto import tqdm
+
             bar = tqdm(total=total, desc="Reading", unit="token", unit_scale=True)
+        bar.total = total
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
@@ -159,11 +167,10 @@ def report_reading(memory: Any, seconds: float) -> None:
     dispatcher.event(DocumentsReadEvent(documents=len(memory.documents), tokens=memory.n_tokens, seconds=seconds))
 
 
-def _report(answer: Answer) -> None:
+def _report(answer: Answer, span_id: str | None) -> None:
     passages = [(source.document, source.start, source.end, source.score) for source in answer.sources]
-    dispatcher.event(
-        LookupEvent(query=answer.query, query_source=answer.query_source, mode=answer.mode, passages=passages)
-    )
+    told = {"query": answer.query, "query_source": answer.query_source, "mode": answer.mode}
+    dispatcher.event(LookupEvent(**told, passages=passages, span_id=span_id))
 
 
 def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[Any] | None, list[str] | None, list[Any]]:

@@ -5,6 +5,41 @@ from __future__ import annotations
 from llama_index.core.instrumentation.events.base import BaseEvent
 
 
+class ReadingProgressEvent(BaseEvent):  # type: ignore[misc]
+    """Documents are being read; emitted after every chunk.
+
+    Attributes:
+        documents: How many are read.
+        tokens_read: Tokens of the prompt read so far.
+        tokens_total: Tokens in all; where several documents are read into a memory one after the other, an estimate from
+            their lengths until the last one.
+
+    Examples:
+        ```python
+        from llama_index.core.instrumentation import get_dispatcher
+        from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+        from qllm_integrations.llama_index import QLLM, ReadingProgressEvent
+
+        class Progress(BaseEventHandler):
+            def handle(self, event, **kwargs):
+                if isinstance(event, ReadingProgressEvent):
+                    print(f"{event.tokens_read} of {event.tokens_total} tokens")
+
+        get_dispatcher().add_event_handler(Progress())
+        memory = QLLM(model="reader").read("The lamp was lit at dusk. " * 100)
+        ```
+    """
+
+    documents: int
+    tokens_read: int
+    tokens_total: int
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name of the event."""
+        return "ReadingProgressEvent"
+
+
 class DocumentsReadEvent(BaseEvent):  # type: ignore[misc]
     """Documents were read into a memory that outlives the request.
 

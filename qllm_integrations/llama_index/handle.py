@@ -68,7 +68,8 @@ class MemoryShelf:
             created = done < len(wanted)
             while done < len(wanted):
                 end = min(len(wanted), (done // stride + 1) * stride)
-                memory = engine.read(wanted[done:end], system=system, after=memory, progress=progress, cancel=cancel)
+                step = _scaled(progress, wanted, end)
+                memory = engine.read(wanted[done:end], system=system, after=memory, progress=step, cancel=cancel)
                 self._keep(_Kept(engine, memory, until))
                 done = end
             assert memory is not None
@@ -116,6 +117,14 @@ class MemoryShelf:
                 and wanted[: len(kept.memory.documents)] == kept.memory.documents
             ]
         return max(fitting, key=lambda memory: len(memory.documents), default=None)
+
+
+def _scaled(progress: Progress | None, wanted: Sequence[Document], end: int) -> Progress | None:
+    """Progress in all documents while those before `end` are read: the others' tokens are estimated from their lengths."""
+    if progress is None or end == len(wanted):
+        return progress
+    share = sum(len(document.text) for document in wanted) / sum(len(document.text) for document in wanted[:end])
+    return lambda done, total: progress(done, round(total * share))
 
 
 class EngineHandle:

@@ -27,7 +27,7 @@ from llama_index.core.prompts import BasePromptTemplate
 
 from qllm_integrations.aio import run_in_thread, stream_in_thread
 from qllm_integrations.llama_index import options
-from qllm_integrations.llama_index.calls import Call, prepare, progress_bar, report_reading
+from qllm_integrations.llama_index.calls import Call, prepare, reading_progress, report_reading
 from qllm_integrations.llama_index.documents import engine_documents
 from qllm_integrations.llama_index.handle import EngineHandle, MemoryShelf
 from qllm_integrations.llama_index.prompts import routed_messages
@@ -255,7 +255,8 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         self, documents: Any, system_prompt: str | None, show_progress: bool, cancel: threading.Event | None = None
     ) -> DocumentMemory:
         started = time.perf_counter()
-        whole, progress = engine_documents(documents), progress_bar(show_progress)
+        whole = engine_documents(documents)
+        progress = reading_progress(len(whole), show_progress)
         memory = self.engine.read(whole, system=system_prompt, progress=progress, cancel=cancel)
         report_reading(memory, time.perf_counter() - started)
         return memory

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from llama_index.core.instrumentation import get_dispatcher
 
 import qllm_integrations.llama_index as package
 from qllm_runtime import loading
@@ -35,6 +36,7 @@ def test_public_classes_have_examples() -> None:
 def test_examples(name: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "locate", lambda model: tiny)
+    monkeypatch.setattr(get_dispatcher(), "event_handlers", [])
     blocks = re.findall(r"```python\n(.*?)```", inspect.getdoc(getattr(package, name)) or "", re.DOTALL)
     exec(compile("\n".join(map(inspect.cleandoc, blocks)), name, "exec"), {"__name__": "example"})
 

@@ -19,9 +19,15 @@ from llama_index.core.prompts import ChatPromptTemplate
 from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 
-from qllm_integrations.llama_index import QLLM, WholeDocumentIndex
+from qllm_integrations.llama_index import (
+    QLLM,
+    DocumentsReadEvent,
+    LookupEvent,
+    ReadingProgressEvent,
+    WholeDocumentIndex,
+)
 from qllm_runtime.errors import InvalidRequestError
-from tests.integrations.llama_index.compliance import add
+from tests.integrations.llama_index.compliance import Recorder, add, recording
 from tests.integrations.llama_index.tiny_model import save_tiny
 
 TEXTS = [f"Volume {n}. The lamp was lit at dusk. The secret number of the harbour is {n}711. " * 8 for n in range(3)]
@@ -155,3 +161,45 @@ def test_forgotten_memories_are_freed(llm: QLLM) -> None:
     assert memory.nbytes > 0
     index.close()
     assert memory.closed
+
+
+def steps(recorder: Recorder) -> list[tuple[int, int, int]]:
+    """(documents, tokens read, tokens in all) of each report since the last call."""
+    told = [event for event in recorder.events if type(event) is ReadingProgressEvent]
+    assert len({event.span_id for event in recorder.events} - {None}) <= 1  # all belong to the call
+    assert all(event.span_id for event in recorder.events if type(event) in (ReadingProgressEvent, LookupEvent))
+    recorder.events.clear()
+    assert [event.tokens_read for event in told] == sorted(event.tokens_read for event in told)
+    return [(event.documents, event.tokens_read, event.tokens_total) for event in told]
+
+
+async def test_reading_is_reported(llm: QLLM) -> None:
+    message = ChatMessage(blocks=[CitableBlock(title="t", source="s", content=TEXTS[0]), TextBlock(text=QUESTION)])
+    with recording() as recorder:
+        n = llm.chat([message]).raw["usage"]["prompt_tokens"]
+        whole = steps(recorder)
+        assert len(whole) > 1
+        assert whole[-1] == (1, n, n)
+        list(llm.stream_chat([message]))
+        assert steps(recorder) == whole
+        await llm.achat([message])
+        assert steps(recorder) == whole
+        async for _ in await llm.astream_chat([message]):
+            pass
+        assert steps(recorder) == whole
+        llm.complete(QUESTION)
+        assert steps(recorder) == []
+
+
+def test_reading_an_index_is_reported_as_one(llm: QLLM) -> None:
+    with recording() as recorder, llm.read(TEXTS) as memory:
+        assert [event.tokens for event in recorder.events if type(event) is DocumentsReadEvent] == [memory.n_tokens]
+        recorder.events.clear()
+        documents = [Document(text=text, id_=str(n)) for n, text in enumerate(TEXTS)]
+        WholeDocumentIndex.from_documents(documents, llm=llm, mode="read_once")
+        told = [event for event in recorder.events if type(event) is ReadingProgressEvent]
+    assert {event.documents for event in told} == {3}
+    assert [event.tokens_read for event in told] == sorted(event.tokens_read for event in told)
+    assert (told[-1].tokens_read, told[-1].tokens_total) == (memory.n_tokens, memory.n_tokens)
+    assert all(event.tokens_total == pytest.approx(memory.n_tokens, rel=0.05) for event in told)
+    assert all(event.tokens_read < event.tokens_total for event in told[:-1])

@@ -1,0 +1,187 @@
+"""How far a reading is: a bar on stderr, and custom events for callback handlers and `astream_events`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+from uuid import UUID
+
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    CallbackManager,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import (
+    ensure_config,
+    get_async_callback_manager_for_config,
+    get_callback_manager_for_config,
+)
+from langchain_core.utils.uuid import uuid7
+
+from qllm_runtime.types import Progress
+
+#: Name of the custom event; its data are `documents`, `tokens_read` and `tokens_total`.
+READING_EVENT = "qllm_reading"
+
+
+class Reporter(Protocol):
+    """Tells the callback handlers of a run how far a reading is."""
+
+    def __call__(self, documents: int, done: int, total: int) -> None:
+        """`done` of `total` tokens of the prompt with these documents are read."""
+
+
+class SyncReporter:
+    """Tells at once, in the thread that reads."""
+
+    def __init__(self, manager: CallbackManager, run_id: UUID) -> None:
+        self._manager = manager
+        self._run_id = run_id
+
+    def __call__(self, documents: int, done: int, total: int) -> None:
+        """Call the handlers."""
+        self._manager.on_custom_event(READING_EVENT, _data(documents, done, total), run_id=self._run_id)
+
+
+class AsyncReporter:
+    """Tells in the event loop it was made in, in order, while a thread reads."""
+
+    def __init__(self, manager: AsyncCallbackManager, run_id: UUID) -> None:
+        self._manager = manager
+        self._run_id = run_id
+        self._loop = asyncio.get_running_loop()
+        self._order = asyncio.Lock()
+        self._pending: deque[Future[None]] = deque()
+
+    def __call__(self, documents: int, done: int, total: int) -> None:
+        """Let the loop call the handlers; may be called from any thread."""
+        if self._manager.handlers and not self._loop.is_closed():
+            told = self._tell(_data(documents, done, total))
+            self._pending.append(asyncio.run_coroutine_threadsafe(told, self._loop))
+
+    async def _tell(self, data: dict[str, int]) -> None:
+        async with self._order:
+            await self._manager.on_custom_event(READING_EVENT, data, run_id=self._run_id)
+
+    async def settle(self) -> None:
+        """Wait until everything is told; raises what a handler with `raise_error` raised."""
+        while self._pending:
+            await asyncio.wrap_future(self._pending.popleft())
+
+
+def _data(documents: int, done: int, total: int) -> dict[str, int]:
+    return {"documents": documents, "tokens_read": done, "tokens_total": total}
+
+
+# `stream`, and `invoke` where it streams, call `_stream` without a run manager: they leave the run's reporter here
+_current: ContextVar[Reporter | None] = ContextVar("qllm_reporter", default=None)
+
+
+@contextmanager
+def reporting(reporter: Reporter) -> Iterator[None]:
+    """Let `current_reporter` find the reporter of this run."""
+    token = _current.set(reporter)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def run_reporter(llm: BaseChatModel, config: RunnableConfig | None) -> tuple[RunnableConfig, SyncReporter]:
+    """The reporter of a run that is about to begin, and the configuration to begin it with: it names the run."""
+    named, run_id = _named(config)
+    return named, SyncReporter(CallbackManager.configure(*_configured(llm, named)), run_id)
+
+
+def async_run_reporter(llm: BaseChatModel, config: RunnableConfig | None) -> tuple[RunnableConfig, AsyncReporter]:
+    """As `run_reporter`, in an event loop."""
+    named, run_id = _named(config)
+    return named, AsyncReporter(AsyncCallbackManager.configure(*_configured(llm, named)), run_id)
+
+
+def _named(config: RunnableConfig | None) -> tuple[RunnableConfig, UUID]:
+    named = ensure_config(config)
+    run_id = named.get("run_id") or uuid7()
+    return {**named, "run_id": run_id}, run_id
+
+
+def _configured(llm: BaseChatModel, config: RunnableConfig) -> tuple[Any, ...]:
+    return (
+        config.get("callbacks"),
+        llm.callbacks,
+        llm.verbose,
+        config.get("tags"),
+        llm.tags,
+        config.get("metadata"),
+        llm.metadata,
+    )
+
+
+def current_reporter(manager: CallbackManagerForLLMRun | None) -> Reporter | None:
+    """The reporter of the chat model's own run, in its thread."""
+    if manager is None:
+        return _current.get()
+    return SyncReporter(CallbackManager(**_handled(manager)), manager.run_id)
+
+
+def current_async_reporter(manager: AsyncCallbackManagerForLLMRun | None) -> AsyncReporter | None:
+    """The reporter of the chat model's own run, in its event loop."""
+    if manager is None:
+        reporter = _current.get()
+        return reporter if isinstance(reporter, AsyncReporter) else None
+    return AsyncReporter(AsyncCallbackManager(**_handled(manager)), manager.run_id)
+
+
+def _handled(manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun) -> dict[str, Any]:
+    return {"handlers": manager.handlers, "tags": manager.tags, "metadata": manager.metadata}
+
+
+def surrounding_reporter() -> SyncReporter | None:
+    """The reporter of the run that encloses this call (a tool's, a chain's), if there is one."""
+    manager = get_callback_manager_for_config(ensure_config())
+    return None if manager.parent_run_id is None else SyncReporter(manager, manager.parent_run_id)
+
+
+def async_surrounding_reporter() -> AsyncReporter | None:
+    """As `surrounding_reporter`, in an event loop."""
+    manager = get_async_callback_manager_for_config(ensure_config())
+    return None if manager.parent_run_id is None else AsyncReporter(manager, manager.parent_run_id)
+
+
+def progress_of(documents: int, *, reporter: Reporter | None, bar: bool, own: Progress | None = None) -> Progress:
+    """What to tell the engine: reports to handlers, shows a bar, calls `own`; whichever of them there are."""
+    listeners: list[Progress] = [] if own is None else [own]
+    if reporter is not None and documents:
+        listeners.append(lambda done, total: reporter(documents, done, total))
+    if bar:
+        listeners.append(_bar())
+
+    def tell(done: int, total: int) -> None:
+        for listener in listeners:
+            listener(done, total)
+
+    return tell
+
+
+def _bar() -> Callable[[int, int], None]:
+    from tqdm.auto import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit=" tokens", desc="reading", leave=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
