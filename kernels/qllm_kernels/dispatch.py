@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from qllm_kernels import attention, mass, select, step, summary
+from qllm_kernels import attention, eligible, mass, select, step, summary
 
 VARIABLE = "QLLM_KERNELS"
 _OLDEST_GPU = (8, 0)
@@ -74,14 +74,18 @@ def _serves(operation: str, reason: str | None) -> bool:
 
 
 def top_blocks(
-    lookup: torch.Tensor, summaries: torch.Tensor, counts: Sequence[int], topk: int, *, scopes: int
+    lookup: torch.Tensor, summaries: torch.Tensor, counts: Sequence[int] | torch.Tensor, topk: int, *, scopes: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """See :func:`qllm_kernels.select.top_blocks`."""
-    serve = select.top_blocks
+    """See :func:`qllm_kernels.select.top_blocks`; of counts on the device :func:`qllm_kernels.eligible.top_blocks`."""
     gpu = _kernels("select", lookup.device)
     if gpu is not None and _serves("top_blocks", gpu.cannot_serve(lookup, summaries, topk)):
-        serve = gpu.top_blocks
-    return serve(lookup, summaries, counts, topk, scopes=scopes)
+        chosen: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] = gpu.top_blocks(
+            lookup, summaries, counts, topk, scopes=scopes
+        )
+        return chosen
+    if isinstance(counts, torch.Tensor):
+        return eligible.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+    return select.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
 
 
 def attend_pieces(

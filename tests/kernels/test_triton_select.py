@@ -4,47 +4,84 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from making import examples, poisoned, random
 
-from qllm_kernels import select
+from qllm_kernels import eligible, select
 from qllm_kernels.gpu import select as gpu
+from qllm_kernels.gpu.shapes import Target
 
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+NAN = float("nan")
 
 
 def check(lookup: torch.Tensor, summaries: torch.Tensor, counts: list[int], topk: int, scopes: int) -> None:
     expected = select.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
-    actual = gpu.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
-    torch.testing.assert_close(actual[2], expected[2], atol=1e-4, rtol=1e-4)
+    with poisoned():
+        actual = gpu.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+    for piece, count in enumerate(counts):
+        found, wanted = actual[2][piece, :, :count], expected[2][piece, :, :count]
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert torch.equal(actual[0], expected[0])
     assert (actual[1] is None) == (expected[1] is None)
     if expected[1] is not None:
         assert torch.equal(actual[1], expected[1])
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
-@given(
-    group=st.sampled_from([1, 2, 3, 7, 16]),
-    summary_heads=st.sampled_from([1, 2, 4]),
-    per_head=st.booleans(),
-    r=st.sampled_from([1, 2, 4]),
-    dim=st.sampled_from([20, 32, 64]),
-    n_blocks=st.integers(1, 150),
-    topk=st.integers(1, 40),
-    pieces=st.integers(1, 5),
-    seed=st.integers(0, 99),
-)
+SHAPES = {
+    "group": st.sampled_from([1, 2, 3, 7, 16]),
+    "summary_heads": st.sampled_from([1, 2, 4]),
+    "per_head": st.booleans(),
+    "dim": st.sampled_from([20, 32, 64]),
+    "n_blocks": st.integers(1, 140),
+    "topk": st.integers(1, 20),
+    "pieces": st.sampled_from([1, 1, 3, 5]),
+    "seed": st.integers(0, 99),
+}
+
+
+def eligible_counts(pieces: int, n_blocks: int, seed: int) -> list[int]:
+    counts = torch.randint(0, n_blocks + 1, (pieces,), generator=torch.Generator().manual_seed(seed))
+    return [*sorted(counts.tolist())[1:], n_blocks]
+
+
+@examples(4)
+@given(r=st.sampled_from([1, 2, 4]), **SHAPES)
 def test_top_blocks(group, summary_heads, per_head, r, dim, n_blocks, topk, pieces, seed):
-    counts = sorted(torch.randint(0, n_blocks + 1, (pieces,), generator=torch.Generator().manual_seed(seed)).tolist())
-    counts[-1] = n_blocks
-    lookup = random(pieces, summary_heads * group, dim, seed=seed)
     # a view of a larger buffer whose unused places would spoil everything
-    buffer = torch.full((summary_heads, r, n_blocks + 3, dim), float("nan"))
+    buffer = torch.full((summary_heads, r, n_blocks + 3, dim), NAN)
     buffer[:, :, :n_blocks] = random(summary_heads, r, n_blocks, dim, seed=seed + 1)
+    lookup = random(pieces, summary_heads * group, dim, seed=seed)
+    counts = eligible_counts(pieces, n_blocks, seed)
     check(lookup, buffer[:, :, :n_blocks], counts, topk, summary_heads if per_head else 1)
+
+
+@examples(4)
+@given(size=st.sampled_from([1, 5, 16]), **{**SHAPES, "n_blocks": st.integers(1, 70)})
+def test_every_key_of_pages(group, summary_heads, per_head, size, dim, n_blocks, topk, pieces, seed):
+    pages = torch.full((summary_heads, n_blocks + 2, size, dim), NAN)
+    pages[:, :n_blocks] = random(summary_heads, n_blocks, size, dim, seed=seed + 1)
+    lookup = random(pieces, summary_heads * group, dim, seed=seed)
+    every_key = pages[:, :n_blocks].transpose(1, 2)
+    assert every_key.data_ptr() == pages.data_ptr()
+    counts = eligible_counts(pieces, n_blocks, seed)
+    check(lookup, every_key, counts, topk, summary_heads if per_head else 1)
+
+
+@examples(4)
+@given(r=st.sampled_from([1, 4]), **{**SHAPES, "n_blocks": st.integers(1, 60)})
+def test_counts_that_only_the_device_knows(group, summary_heads, per_head, r, dim, n_blocks, topk, pieces, seed):
+    """The summaries have room for more blocks than there are; there may be none at all."""
+    counts = torch.tensor([0] if pieces == 1 and seed % 3 == 0 else eligible_counts(pieces, n_blocks, seed))
+    buffer = torch.full((summary_heads, r, n_blocks + 90, dim), NAN)
+    buffer[:, :, :n_blocks] = random(summary_heads, r, n_blocks, dim, seed=seed + 1)
+    lookup = random(pieces, summary_heads * group, dim, seed=seed)
+    scopes = summary_heads if per_head else 1
+    with poisoned():
+        ids, valid, _ = gpu.top_blocks(lookup, buffer, counts, topk, scopes=scopes)
+    expected = eligible.top_blocks(lookup, buffer, counts, topk, scopes=scopes)
+    assert torch.equal(ids, expected[0])
+    assert torch.equal(valid, expected[1])
 
 
 def test_more_pieces_than_rows_of_a_tile(monkeypatch):
@@ -71,13 +108,15 @@ def test_half_precision():
     assert torch.equal(ids, scores.topk(4).indices.sort().values)
 
 
-def test_what_is_refused():
+def test_what_is_refused(monkeypatch):
     summaries = random(1, 1, 4, 16)
     assert gpu.cannot_serve(random(1, 4, 16), summaries, 4) is None
     assert "topk 300" in gpu.cannot_serve(random(1, 4, 16), summaries, 300)
     assert "17 heads" in gpu.cannot_serve(random(1, 17, 16), summaries, 4)
     assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512), 4)
     assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double(), 4)
+    monkeypatch.setattr(gpu, "target", lambda device: Target(False, 99 * 1024))
+    assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256), 256)
 
 
 @pytest.mark.parametrize("scopes", [1, 2])
@@ -90,5 +129,6 @@ def test_dispatch(monkeypatch, scopes):
     called = []
     monkeypatch.setattr(gpu, "top_blocks", lambda *args, **options: called.append(options) or (None, None, None))
     dispatch.top_blocks(lookup, summaries, [6, 6], 2, scopes=scopes)
-    assert called == [{"scopes": scopes}]
+    dispatch.top_blocks(lookup, summaries, torch.tensor([6, 6]), 2, scopes=scopes)
+    assert called == 2 * [{"scopes": scopes}]
     dispatch.backend.cache_clear()
