@@ -261,3 +261,4 @@ def show(path: Path) -> None:
 
 # Commands with files of their own; they need the options above.
 from qllm_bench import infinite_command as _infinite  # noqa: E402, F401
+from qllm_bench import rag_command as _rag  # noqa: E402, F401
