@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
+# nothing heavy is imported here: a Ctrl-C must find `run` in charge as early as can be
 from qllm_runtime.errors import QLLMError
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status: 0, 2 for bad input, 130 after Ctrl-C, 1 for anything unforeseen."""
-    for noisy in ("pypdf", "huggingface_hub", "httpx"):  # what they warn of is in the error, in one line
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     try:
+        import logging
+
+        for noisy in ("pypdf", "huggingface_hub", "httpx"):  # what they warn of is in the error, in one line
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         from qllm_runtime.commands import app
 
         status = app(args=arguments, prog_name="qllm", standalone_mode=False)
+        if status == 130:  # what typer makes of a Ctrl-C; older ones raise an Abort
+            return _interrupted()
         sys.stdout.flush()
     except QLLMError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+        return _interrupted()
     except (BrokenPipeError, SystemExit):  # the reader of our output has seen enough; typer makes a SystemExit of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:
-        if type(error).__name__ == "Abort":  # what typer makes of a Ctrl-C
-            return 130
+        if type(error).__name__ == "Abort":
+            return _interrupted()
         usage = getattr(error, "format_message", None)  # typer's usage errors, whichever class they are
         if usage is not None:
             command = getattr(getattr(error, "ctx", None), "command_path", None) or "qllm"
@@ -43,6 +46,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, status: int) -> int:
     print(f"qllm: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
+
+
+def _interrupted() -> int:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # the terminal has shown ^C
+    return _complain("interrupted", 130)
 
 
 def main() -> None:

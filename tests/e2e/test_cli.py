@@ -286,7 +286,23 @@ class TestInterruption:
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)
         assert process.returncode == 130
+        assert err.splitlines()[-1] == b"qllm: interrupted"
         assert b"Traceback" not in err
+
+    @pytest.mark.parametrize("module", ["logging", "typer", "pydantic", "torch", "transformers"])
+    def test_control_c_while_modules_load(self, model, book, module):
+        code = (
+            "import os, signal, sys\n"
+            "class Interrupt:\n"
+            "    def find_spec(self, name, *_):\n"
+            f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+            "from qllm_runtime.cli import main; sys.meta_path.insert(0, Interrupt()); main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, "ask", book, "Who?", "--model", model],
+            env=environment(), capture_output=True, timeout=120, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "qllm: interrupted\n")
 
     def test_reader_of_the_output_leaves(self, model, book):
         with self.start(model, book) as process:

@@ -511,7 +511,12 @@ def test_weights_are_shared(tmp_path: Any) -> None:
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    code = "import sys, qllm_runtime; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys, qllm_runtime; heavy = {'torch', 'transformers', 'numpy', 'pydantic'}\n"
+        "assert not heavy & set(sys.modules); assert set(qllm_runtime.__all__) <= set(dir(qllm_runtime))\n"
+        "qllm_runtime.Document, qllm_runtime.QLLMError; assert not heavy & set(sys.modules)\n"
+        "from qllm_runtime import *; assert QLLM.ask and MemoryConfig().topk and DocumentMemory"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
