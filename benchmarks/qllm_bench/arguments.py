@@ -42,7 +42,7 @@ def lengths(text: str, least: int = 256) -> list[int]:
         number = item[:-1] if unit > 1 else item
         try:
             tokens = round(float(number) * unit)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise InvalidRequestError(f"{item!r} is no length; write tokens such as 4096, 16k or 1M.") from None
         if not least <= tokens <= LONGEST:
             raise InvalidRequestError(f"A length of {item} tokens is out of range: {least:,} to {LONGEST:,}.")

@@ -25,6 +25,7 @@ from qllm_runtime.errors import InvalidRequestError
 #: Families whose answer is one value, so that a score says whether that one fact was found.
 SIMPLE = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
 _ROOM = 48  # tokens of template and separators
+_QUESTION = 16  # tokens that other questions may have more than those of the first document
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ class Haystacks:
         self._ratio = subject.chars_per_token(library.sample())
         self.of = lru_cache(maxsize=2)(self._make)
 
-    def check(self) -> None:
-        """Make the first document of the shortest length.
+    def check(self) -> int:
+        """Make the first document of the shortest length; returns the tokens that a question may have.
 
         Raises:
             InvalidRequestError: The facts alone are longer.
         """
-        self.of(min(self._plan.lengths), 0)
+        cases = self.of(min(self._plan.lengths), 0)
+        return _QUESTION + max(self._subject.llm.count_tokens(case.question) for case in cases)
 
     def _make(self, tokens: int, number: int) -> list[Case]:
         """Cases of one document that fits ``tokens`` tokens with question and template."""
@@ -174,9 +176,8 @@ def bench(
 ) -> Journal:
     """Run the plan under every policy and order; writes ``needle.jsonl``, ``.json``, ``.md`` and figures to ``out``."""
     settings = [subject.setting(policy, order) for policy in policies for order in orders]
-    subject.check_fits(settings, max(plan.lengths))
     haystacks = Haystacks(subject, library, plan)
-    haystacks.check()
+    subject.check_fits(settings, max(plan.lengths), haystacks.check())
     about = {**subject.describe(), "prose": library.name, "split": library.split, **plan.describe()}
     journal = Journal(out, "needle", {**about, "memory": subject.base.model_dump()})
     arguments = {"lengths": plan.lengths, "documents": plan.documents, "policies": policies, "orders": orders}

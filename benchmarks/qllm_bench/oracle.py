@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,12 @@ def forced(tokens: Sequence[int], memory: MemoryConfig) -> Iterator[None]:
         seen: list[Lookup] = []
         ids, valid = original(self, lookup, counts, starts, length, seen.append)
         for piece, record in enumerate(seen):
-            if record.scores is None or record.n_blocks <= ids.shape[2]:
-                continue  # all of them are chosen
-            scores = record.scores.clone().reshape(-1, record.n_blocks)
-            scores[:, [block for block in blocks if block < record.n_blocks]] = float("inf")
-            ids[piece] = scores.topk(ids.shape[2]).indices.sort().values.to(ids)
-        if hook is not None:
-            for record in seen:
-                hook(record)
+            if record.scores is not None and record.n_blocks > ids.shape[2]:  # else all of them are chosen
+                scores = record.scores.clone().reshape(-1, record.n_blocks)
+                scores[:, [block for block in blocks if block < record.n_blocks]] = float("inf")
+                ids[piece] = scores.topk(ids.shape[2]).indices.sort().values.to(ids)
+            if hook is not None:
+                hook(replace(record, ids=ids[piece].reshape(record.ids.shape)))
         return ids, valid
 
     patched: Any = Outside

@@ -52,7 +52,7 @@ def bench(
     near = plan.of_length(min(tokens, subject.trained_length))
     references = {library.split: Haystacks(subject, library, near) for library in libraries}
     for stacks in (*haystacks.values(), *references.values()):
-        stacks.check()
+        subject.check_fits(settings, tokens, stacks.check())
     about = {**subject.describe(), "prose": libraries[0].name, "tokens": tokens, **plan.describe()}
     journal = Journal(out, "policies", {**about, "memory": subject.base.model_dump()})
     names = {sweep: [[name, identity(s)] for name, s in named] for sweep, named in sweeps.items()}

@@ -43,8 +43,9 @@ class Library:
         Books that hold less in all are repeated.
         """
         if not self._books:
-            seed = rng.getrandbits(64)
-            return Prose.of("\n\n".join(story(random.Random(f"{self.split}-{seed}"), max(n_chars, 2_000))))
+            seed = f"{self.split}-{rng.getrandbits(64)}"
+            # story() counts two line ends more than there are
+            return Prose.of("\n\n".join(story(random.Random(seed), max(n_chars, 2_000) + 2)))
         first = rng.randrange(len(self._books))
         order = [*self._books[first:], *self._books[:first]]
         chosen: list[str] = []

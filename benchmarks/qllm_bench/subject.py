@@ -157,17 +157,29 @@ class Subject:
             )
         return Setting(name or policy, memory, order, policy == "oracle")
 
-    def check_fits(self, settings: Sequence[Setting], tokens: int) -> None:
-        """Refuse prompts of ``tokens`` tokens that a setting can't read.
+    def check_fits(self, settings: Sequence[Setting], tokens: int, question: int = 0) -> None:
+        """Refuse prompts that a setting can't read.
+
+        Args:
+            settings: All that will be used.
+            tokens: Longest prompt.
+            question: Longest question, in tokens.
 
         Raises:
-            InvalidRequestError: Dense attention over more tokens than the model was trained for.
+            InvalidRequestError: Dense attention over more tokens than the model was trained for, or a question longer than a
+                local window.
         """
         for setting in settings:
-            if setting.memory.policy == "full" and tokens > self.trained_length:
+            memory = setting.memory
+            if memory.policy == "full" and tokens > self.trained_length:
                 raise InvalidRequestError(
                     f"{self.llm.name!r} was trained for {self.trained_length:,} tokens, so policy 'full' cannot read "
                     f"{tokens:,}; leave that length or that policy out, or take a larger model."
+                )
+            if memory.policy != "full" and question > memory.n_local:
+                raise InvalidRequestError(
+                    f"Questions have up to {question} tokens, the local window of {setting.name!r} has {memory.n_local}; "
+                    "raise --n-local."
                 )
 
     # ------------------------------------------------------------------ questions

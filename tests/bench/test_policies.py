@@ -1,0 +1,87 @@
+"""`qllm bench policies` from the command line to the figures, and its sweeps, on the embedded reader."""
+
+import json
+
+import pytest
+
+from qllm_bench import policies
+from qllm_bench.journal import Journal
+from qllm_bench.subject import Subject
+from qllm_bench.sweeps import BASE, SWEEPS, identity, sweep
+from qllm_runtime import cli
+from qllm_runtime.errors import QLLMError
+
+TINY = ("--tokens", "1k", "--documents", "1", "--needles", "1", "--distractors", "1")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject("reader")
+
+
+def test_from_command_to_figures(tmp_path, capsys):
+    command = ["bench", "policies", *TINY, "--sweep", "selection", "--setting", "query_weight=2,order=last"]
+    assert cli.run([*command, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "| selection | development | test |",
+        "| per_kv_head |",
+        "| query_weight=2,order=last |",
+        policies.WITHIN,
+    ):
+        assert text in shown
+    report = json.loads((tmp_path / "policies.json").read_text())
+    assert {row["setting"] for row in report["sweeps"]["selection"]} == {BASE, "shared", "per_kv_head"}
+    base, shared, _ = report["sweeps"]["selection"]
+    assert (shared["id"], shared["test"]) == (base["id"], base["test"])  # the same setting is asked once
+    assert report["within"]["test"]["total"] == report["within"]["development"]["total"] == 1
+    assert (tmp_path / "policies_settings.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "policies.jsonl").read_text().splitlines()
+    assert cli.run([*command, "--out", str(tmp_path)]) == 0
+    again = (tmp_path / "policies.jsonl").read_text().splitlines()
+    assert [line for line in again if '"key"' in line] == [line for line in lines if '"key"' in line]
+
+
+def test_sweeps_keep_the_attention_budget(subject):
+    base = subject.base
+    for name, settings in sweep(subject, list(SWEEPS), "both").items():
+        for label, setting in settings:
+            memory = setting.memory
+            if name == "budget" and label != BASE:
+                assert memory.window == int(label.split(", ")[1]), label
+            else:
+                assert memory.window == base.window, label
+            assert memory.n_local <= subject.trained_length
+    sizes = {setting.memory.block_size for _, setting in sweep(subject, ["block_size"], "both")["block_size"]}
+    assert len(sizes) >= 4
+
+
+def test_identity_changes_with_everything_but_the_name(subject):
+    settings = [
+        subject.setting("qllm"), subject.setting("qllm", "last"), subject.setting("oracle"), subject.setting("infllm"),
+        subject.setting("qllm", query_weight=3.5),
+    ]  # fmt: skip
+    assert len({identity(setting) for setting in settings}) == 5
+    assert identity(subject.setting("qllm", name="other")) == identity(settings[0])
+
+
+@pytest.mark.parametrize("text", ["policy=rag", "order=middle", "topk=-1", "topk=many", "nonsense=1", "topk"])
+def test_own_settings_are_checked(subject, text):
+    with pytest.raises(QLLMError):
+        sweep(subject, [], "both", [text])
+
+
+def test_won_and_lost_count_the_same_questions(tmp_path):
+    journal = Journal(tmp_path, "policies", {})
+    sweeps = {"own": [[BASE, "a"], ["other", "b"]], "budget": [[BASE, "a"], ["qllm, 256", "b"], ["qllm, 512", "a"]]}
+    journal.begin({"sweeps": sweeps, policies.WITHIN: "c"})
+    scores = {"a": (1, 1, 0, 0), "b": (0, 1, 1, 1), "c": (1, 1, 1, 1)}
+    for name, found in scores.items():
+        for number, score in enumerate(found):
+            labels = {"setting": name, "tokens": 1024, "split": "test", "family": "magic"}
+            journal.append({"key": f"{name}/1024/test/{number}/0", **labels, "score": float(score)})
+    text = policies.report(journal)
+    assert "| other | 0.75 (0.30-0.95, 4) | 2, 1 |" in text
+    assert f"| {BASE} | 0.50 (0.15-0.85, 4) | 0, 0 |" in text
+    assert f"| {policies.WITHIN} | 1.00" in text
+    assert (tmp_path / "policies_budget.png").read_bytes().startswith(b"\x89PNG")
