@@ -82,6 +82,10 @@ def _town(rng: random.Random) -> str:
     return rng.choice(_START) + rng.choice(_END)
 
 
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" or word == "honest" else "a"
+
+
 def _sentence(rng: random.Random, names: list[str], towns: list[str]) -> str:
     out = rng.choice(_SENTENCES)
     while "{" in out:
@@ -94,8 +98,8 @@ def _sentence(rng: random.Random, names: list[str], towns: list[str]) -> str:
         else:
             pools = {"when": _WHEN, "a": _ADJ, "o": _NOUN, "p": _PERSON, "v": _VERB, "b": _ABSTRACT}
             word = rng.choice(pools[slot])
-        if before.endswith((" a ", "A ")) and word[0] in "aeiou":
-            before = before[:-1] + "n "
+        if before.endswith((" a ", "A ")):
+            before = before.removesuffix(" ") + _article(word)[1:] + " "
         out = before + word + after
     return out[0].upper() + out[1:]
 
@@ -135,7 +139,8 @@ def _fact(rng: random.Random, kind: int) -> tuple[str, str, str, str]:
         )
     if kind == 1:
         job = rng.choice(_PERSON)
-        return f"{who} works as a {job}.", f"What is the job of {who}?", f"{who} works as a {job}.", who
+        said = f"{who} works as {_article(job)} {job}."
+        return said, f"What is the job of {who}?", said, who
     if kind == 2:
         return f"{who} lives in {town}.", f"Where does {who} live?", f"{who} lives in {town}.", who
     if kind == 3:
