@@ -87,14 +87,22 @@ class RotaryTable:
 
 
 class ArchitectureRotation(Rotation):
-    """Applies `apply_rotary_pos_emb` of the attention module's own architecture."""
+    """Applies `apply_rotary_pos_emb` of the attention module's own architecture.
+
+    Args:
+        attention: A module of that architecture.
+        table: cos and sin.
+        head_dim: Size of a head; the function may rotate only a part of it.
+    """
 
     def __init__(self, attention: torch.nn.Module, table: RotaryTable, head_dim: int) -> None:
         self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         self._table = table
         self.comfortable_length = table.comfortable_length
         cos, _ = table.rows(0, 1)
-        sample = torch.zeros(1, 1, 1, head_dim, device=cos.device)
+        self._eye = torch.eye(head_dim, device=cos.device)[None, :, None]  # rows as heads of one token
+        self._turn: tuple[int, torch.Tensor] | None = None
+        sample = self._eye[:, :1]
         try:
             self._rotary_dim = head_dim
             self._rotate(sample, sample[:, :0], 0, 1)
@@ -116,8 +124,17 @@ class ArchitectureRotation(Rotation):
         x4 = x[None].float()
         return self._rotate(x4, x4[:, :0], start, x.shape[1])[0][0].to(x.dtype)
 
+    def _turned(self, position: int) -> torch.Tensor:
+        """Matrix [head_dim, head_dim] that rotates a row to `position`: cheaper than the function when layers share it."""
+        if self._turn is None or self._turn[0] != position:
+            self._turn = (position, self._rotate(self._eye, self._eye[:, :0], position, 1)[0][0, :, 0])
+        return self._turn[1]
+
     @override
     def rotate_pair(self, a: torch.Tensor, b: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if a.shape[1] == 1:
+            turn = self._turned(start)
+            return (a.float() @ turn).to(a.dtype), (b.float() @ turn).to(b.dtype)
         a4, b4 = self._rotate(a[None].float(), b[None].float(), start, a.shape[1])
         return a4[0].to(a.dtype), b4[0].to(b.dtype)
 

@@ -53,9 +53,10 @@ class ModelFacts:
     takes_layer_type: bool
     layers: dict[int, LayerFacts] = field(default_factory=dict)
     tables: dict[tuple[str | None, torch.device, bool], RotaryTable] = field(default_factory=dict)
+    rotations: dict[tuple[object, ...], Rotation] = field(default_factory=dict)
 
     def rotation(self, layer_idx: int, device: torch.device, frame: int = 0) -> Rotation:
-        """The layer's rotation on `device`, for positions below `frame`; tables are shared between layers of one kind."""
+        """The layer's rotation on `device`, for positions below `frame`; layers of one kind share it."""
         facts = self.layers[layer_idx]
         if not facts.rotary:
             return NoRotation()
@@ -68,7 +69,10 @@ class ModelFacts:
             key = (layer_type, device, True)
             if key not in self.tables:
                 self.tables[key] = RotaryTable(self.rotary, layer_type, device, long=True)
-        return ArchitectureRotation(facts.module, self.tables[key], facts.head_dim)
+        kind = (*key, type(facts.module), facts.head_dim)
+        if kind not in self.rotations:
+            self.rotations[kind] = ArchitectureRotation(facts.module, self.tables[key], facts.head_dim)
+        return self.rotations[kind]
 
 
 #: Makes the memory of (layer index, row of the batch).

@@ -6,32 +6,45 @@ from collections.abc import Sequence
 
 import torch
 
+# dot products, or elements of summaries in fp32, at a time: what a CPU's cache holds; elsewhere launches are to be few
+_TILE = {"cpu": 1 << 19}
+_TILE_ELSEWHERE = 1 << 24
+
 
 def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) -> torch.Tensor:
     """Score every block for every piece (paper eqs. 5-7; the question's term is folded into `lookup`).
 
-    The score of a block for one head is the dot product with its best summary; heads are summed.
+    The score of a block for one head is the dot product with its best summary; heads are summed. Products and sums are
+    fp32 for summaries of any dtype.
 
     Args:
         lookup: [pieces, heads, head_dim] lookup vectors, rotated to the far position.
-        summaries: [summary_heads, r, n_blocks, head_dim]; summary_heads divides heads.
+        summaries: [summary_heads, r, n_blocks, head_dim], any strides; summary_heads divides heads.
         scopes: Groups of consecutive heads that are summed: 1 (all of them) or one per kv head. Divides summary_heads.
 
     Returns:
         [pieces, scopes, n_blocks] fp32.
     """
     pieces, heads, dim = lookup.shape
-    n_heads, r = summaries.shape[:2]
-    group = heads // n_heads
+    n_heads, r, n_blocks = summaries.shape[:3]
+    rows = lookup.float().view(pieces, n_heads, heads // n_heads, dim)
     if r == 1:
-        # the sum over a group's heads folds into the query
-        folded = lookup.view(pieces, n_heads, group, dim).sum(2).transpose(0, 1)  # [n_heads, pieces, dim]
-        scores = torch.matmul(folded.to(summaries.dtype), summaries[:, 0].transpose(-1, -2)).float()
-    else:
-        rows = lookup.view(pieces, n_heads, group, dim).transpose(0, 1).reshape(n_heads, 1, pieces * group, dim)
-        dots = torch.matmul(rows.to(summaries.dtype), summaries.transpose(-1, -2))
-        scores = dots.float().amax(1).view(n_heads, pieces, group, -1).sum(2)
-    return scores.reshape(scopes, -1, pieces, scores.shape[-1]).sum(1).transpose(0, 1)
+        rows = rows.sum(2, keepdim=True)  # the sum over a group's heads folds into the query
+    rows = rows.transpose(0, 1).reshape(n_heads, -1, dim)  # [n_heads, pieces * group, dim]
+    tile = max(1, _TILE.get(lookup.device.type, _TILE_ELSEWHERE) // (rows.shape[0] * max(rows.shape[1], dim) * r))
+    parts = [_best_products(rows, summaries[:, :, at : at + tile]) for at in range(0, n_blocks, tile)]
+    best = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    # [scopes, heads of a scope, pieces, group, n_blocks]
+    return best.view(scopes, -1, pieces, rows.shape[1] // pieces, n_blocks).sum((1, 3)).transpose(0, 1)
+
+
+def _best_products(rows: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+    """[n_heads, m, n] dot product of each row [n_heads, m, dim] with the best summary of each block [n_heads, r, n, dim]."""
+    summaries = summaries.float()
+    if summaries.stride(1) < summaries.stride(2):  # a block's summaries lie side by side, as keys in their pages do
+        dots = rows @ summaries.transpose(1, 2).flatten(1, 2).transpose(1, 2)
+        return dots.view(*dots.shape[:2], -1, summaries.shape[1]).amax(3)
+    return (rows[:, None] @ summaries.transpose(2, 3)).amax(1)
 
 
 def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:

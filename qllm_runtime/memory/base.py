@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from qllm_runtime.memory.record import LookupHook
 
@@ -38,8 +37,7 @@ class Rotation(ABC):
         """Rotate every row of `x` [heads, n, head_dim] to the same `position`."""
 
 
-@dataclass(frozen=True)
-class Scoring:
+class Scoring(NamedTuple):
     """How one attention module turns dot products into weights.
 
     Attributes:
@@ -90,7 +88,7 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def fork(self) -> Self:
-        """An independent continuation that shares what has been read; this memory may not be appended to while it lives."""
+        """An independent continuation that shares what has been read."""
 
     @abstractmethod
     def nbytes(self) -> int:

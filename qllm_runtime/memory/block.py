@@ -183,26 +183,29 @@ class BlockMemory(LayerMemory):
         count = self._eligible(first)
         oldest = self._oldest(count)
         rows = slice(oldest - window.base, window.used)
-        near = near.view(kv_heads, -1, dim)
-        logits = [segment_logits(near, window.key[:, rows], scale=scoring.scale, softcap=scoring.softcap)]
+
+        def logits_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return segment_logits(query.view(kv_heads, -1, dim), key, scale=scoring.scale, softcap=scoring.softcap)
+
+        logits = [logits_of(near, window.key[:, rows])]
         seen = None
         if count and not self._outside.empty:
             far = self._outside.far(query)
             seen = self._outside.keys(far.float().transpose(0, 1), [count], [oldest], [first], 1, self.on_lookup)
-            far = far.view(kv_heads, -1, dim)
-            logits.append(segment_logits(far, seen.key[:, 0], scale=scoring.scale, softcap=scoring.softcap))
+            logits.append(logits_of(far, seen.key[:, 0]))
             if seen.hidden is not None:
                 logits[1].masked_fill_(seen.hidden.transpose(0, 1), float("-inf"))
         if scoring.sinks is not None:
             logits.append(scoring.sinks.float().view(kv_heads, -1, 1))
         joint = logits[0] if len(logits) == 1 else torch.cat(logits, -1)
         weights = torch.softmax(joint, -1)
-        n_near = logits[0].shape[-1]
-        n_keys = n_near + (0 if seen is None else seen.key.shape[2])
         shares = weights.to(value.dtype)
-        out = shares[..., :n_near] @ window.value[:, rows]
+        n_near = logits[0].shape[-1]
+        out = torch.bmm(shares[..., :n_near], window.value[:, rows])
+        n_keys = n_near
         if seen is not None:
-            out = out + shares[..., n_near:n_keys] @ seen.value[:, 0]
+            n_keys += seen.key.shape[2]
+            out = torch.baddbmm(out, shares[..., n_near:n_keys], seen.value[:, 0])
         if self.on_weights is not None:
             positions = torch.arange(oldest, self.n_seen, device=key.device).expand(kv_heads, -1)
             if seen is not None:

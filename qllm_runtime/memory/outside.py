@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 from qllm_kernels.dispatch import top_blocks
+from qllm_kernels.select import select_blocks
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
+from qllm_runtime.memory.resident import Resident
 from qllm_runtime.memory.store import BlockStore
 
 
-@dataclass(frozen=True)
-class FarKeys:
-    """Everything outside the window that pieces see.
+class FarKeys(NamedTuple):
+    """Everything outside the window that pieces see: initial tokens, looked-up blocks and question, in this order.
 
     Attributes:
         key, value: [kv_heads, pieces, m, head_dim].
         hidden: True where a key is not seen, [pieces, scopes, m]; None when all are.
-        ids: Chosen blocks [pieces, scopes, k], or None for policies without blocks.
+        ids: Chosen blocks [pieces, scopes, k] in the order of their keys, or None for policies without blocks.
     """
 
     key: torch.Tensor
@@ -49,7 +49,7 @@ class Outside:
         self.query = PinnedQuery()
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
-        self._fetched: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._resident: Resident | None = None
         self._guide: tuple[torch.Tensor, torch.Tensor] | None = None  # a question's vector and its far, weighted form
 
     @property
@@ -103,15 +103,27 @@ class Outside:
             if self._guide is None or self._guide[0] is not vector:
                 self._guide = (vector, config.query_weight * self.far(vector))
             lookup = lookup + self._guide[1]
-        summaries = self.store.summaries()[:, :, : counts[-1]]
-        scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
-        ids, valid, scores = top_blocks(lookup, summaries, counts, config.topk, scopes=scopes)
+        ids, valid, scores = self._best(lookup, counts)
         if hook is not None:
             shared = config.selection == "shared"
             for piece, (start, count) in enumerate(zip(starts, counts, strict=True)):
                 chosen, seen = ids[piece, :, : min(config.topk, count)], scores[piece, :, :count]
                 hook(Lookup(start, length, count, chosen[0] if shared else chosen, seen[0] if shared else seen))
         return ids, valid
+
+    def _best(
+        self, lookup: torch.Tensor, counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """`top_blocks` over inherited and own blocks."""
+        topk = self._config.topk
+        scopes = self.store.kv_heads if self._config.selection == "per_kv_head" else 1
+        parts = self.store.summaries(counts[-1])
+        if len(parts) == 1:
+            return top_blocks(lookup, parts[0], counts, topk, scopes=scopes)
+        each = [top_blocks(lookup, part, [part.shape[2]] * len(counts), topk, scopes=scopes)[2] for part in parts]
+        scores = torch.cat(each, -1)
+        ids, valid = select_blocks(scores, torch.tensor(counts, device=scores.device), topk)
+        return ids, None if min(counts) >= ids.shape[2] else valid, scores
 
     def keys(
         self,
@@ -122,7 +134,7 @@ class Outside:
         length: int,
         hook: LookupHook | None,
     ) -> FarKeys:
-        """Initial tokens, looked-up blocks and question, in this order.
+        """What pieces see.
 
         Args:
             lookup, counts, starts, length, hook: As in `look_up`.
@@ -134,6 +146,8 @@ class Outside:
             key, value = (x[:, None].expand(-1, pieces, -1, -1) for x in self._initial)
             return FarKeys(key, value, None, None)
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
+        if pieces == 1 and ids.device.type == "cpu":
+            return self._keep(ids, oldest[0])
         key, value = self._fetch(ids)
         hidden = None
         asked = len(self.query.positions)
@@ -163,13 +177,29 @@ class Outside:
                 parts.append(self.query.positions.expand(scopes, -1))
         return torch.cat(parts, 1)
 
+    def _keep(self, ids: torch.Tensor, oldest: int) -> FarKeys:
+        """The keys of a single piece, for which blocks that the piece before saw need no copying."""
+        kept = self._resident
+        if kept is not None and kept.serves(self.query.vector, ids.shape[2]):
+            kept.exchange(ids[0].tolist(), self.store)
+        else:
+            key, value = self._fetch(ids)
+            n_initial = 0 if self._initial is None else self._initial[0].shape[1]
+            kept = self._resident = Resident(
+                self.query.vector, key[:, 0], value[:, 0], n_initial, self._config.block_size, ids[0].tolist()
+            )
+        asked = len(self.query.positions)
+        border = min(oldest, self.query.end)  # of the question, tokens before it are outside the window
+        if asked and border != kept.border:
+            twice = self._question_hidden(kept.ids, [oldest])
+            hides = bool(twice.any())
+            kept.hidden = torch.nn.functional.pad(twice, (kept.key.shape[1] - asked, 0)) if hides else None
+            kept.border = border
+        return FarKeys(kept.key[:, None], kept.value[:, None], kept.hidden, kept.ids)
+
     def _fetch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [kv_heads, pieces, m, head_dim] around chosen blocks [pieces, scopes, k]."""
         pieces, scopes, k = ids.shape
-        single = pieces == 1 and ids.device.type == "cpu"
-        last = self._fetched
-        if single and last is not None and last[0] is self.query.vector and torch.equal(last[1], ids):
-            return last[2], last[3]
         asked = (self.query.key, self.query.value) if len(self.query.positions) else None
         joined = []
         for index, pages in enumerate(self.store.gather(ids.transpose(0, 1).reshape(scopes, pieces * k))):
@@ -179,8 +209,6 @@ class Outside:
             if asked is not None:
                 parts.append(asked[index][:, None].expand(-1, pieces, -1, -1))
             joined.append(torch.cat(parts, 2))
-        # one token after another mostly looks up the same blocks
-        self._fetched = (self.query.vector, ids, joined[0], joined[1]) if single else None
         return joined[0], joined[1]
 
     def _question_hidden(self, ids: torch.Tensor, oldest: Sequence[int]) -> torch.Tensor:
@@ -198,8 +226,12 @@ class Outside:
         child = copy.copy(self)
         child.store = self.store.fork()
         child.query = self.query.fork()
+        child._resident = None
         return child
 
     def nbytes(self) -> int:
-        """Bytes of pages and initial tokens."""
-        return self.store.nbytes() + (0 if self._initial is None else sum(x.nbytes for x in self._initial))
+        """Bytes of pages, initial tokens and resident keys."""
+        kept: tuple[torch.Tensor, ...] = self._initial or ()
+        if self._resident is not None:
+            kept = (*kept, self._resident.key, self._resident.value)
+        return self.store.nbytes() + sum(x.nbytes for x in kept)

@@ -2,83 +2,119 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-_ALONG = (1, 1, 2)  # dimension that counts blocks in keys, values, summaries
+from qllm_kernels.dispatch import backend
+
+
+class Pages(NamedTuple):
+    """A run of blocks, or the buffers of a growing one.
+
+    Attributes:
+        key: [kv_heads, n_blocks, block_size, head_dim], un-rotated.
+        value: [kv_heads, n_blocks, block_size, value_dim].
+        summaries: [summary_heads, r, n_blocks, head_dim]; a view of `key` where every key represents its block.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    summaries: torch.Tensor
+
+    @classmethod
+    def of(cls, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> Pages:
+        """Pages of these blocks; None: every key represents its block."""
+        return cls(key, value, key.transpose(1, 2) if summaries is None else summaries)
+
+    def first(self, n: int) -> Pages:
+        """The first `n` blocks."""
+        return Pages(self.key[:, :n], self.value[:, :n], self.summaries[:, :, :n])
 
 
 class BlockStore:
     """Blocks in order of eviction.
 
-    A fork keeps reading its parent's blocks and appends to pages of its own, so that any number of continuations of one
+    A fork keeps reading the blocks there were and appends to pages of its own, so that any number of continuations of one
     document share what was read.
 
     Args:
         reserve: Blocks expected; sizes the first allocation.
-        parent: Store whose present blocks come before this one's.
     """
 
-    def __init__(self, reserve: int = 0, parent: BlockStore | None = None) -> None:
-        self._parent = parent
-        self._offset = 0 if parent is None else len(parent)
+    def __init__(self, reserve: int = 0) -> None:
+        self._inherited: tuple[Pages, ...] = ()
+        self._runs: tuple[Pages, ...] = ()  # all blocks in order, a run per generation that has any
         self._reserve = reserve
         self._n = 0
-        self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self._joined: torch.Tensor | None = None  # summaries of parent and own blocks in a row, for scoring
-        self._n_joined = 0
+        self._own: Pages | None = None
 
     def __len__(self) -> int:
-        return self._offset + self._n
+        return sum(pages.key.shape[1] for pages in self._runs)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads of the blocks; 0 while there is none."""
-        if self._pages is not None:
-            return self._pages[0].shape[0]
-        return 0 if self._parent is None else self._parent.kv_heads
+        return self._runs[0].key.shape[0] if self._runs else 0
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
         """Add m blocks.
 
         Args:
             key: [kv_heads, m, block_size, head_dim], un-rotated.
             value: [kv_heads, m, block_size, value_dim].
-            summaries: [summary_heads, r, m, head_dim].
+            summaries: [summary_heads, r, m, head_dim], or None: every key represents its block.
         """
         m = key.shape[1]
-        new = (key, value, summaries)
-        if self._pages is None or self._n + m > self._pages[0].shape[1]:
-            capacity = max(self._reserve, 2 * self._n, self._n + m, 8)
-            grown = [
-                x.new_empty(*x.shape[:along], capacity, *x.shape[along + 1 :])
-                for x, along in zip(new, _ALONG, strict=True)
-            ]
-            if self._pages is not None:
-                for target, source, along in zip(grown, self._pages, _ALONG, strict=True):
-                    target.narrow(along, 0, self._n).copy_(source.narrow(along, 0, self._n))
-            self._pages = (grown[0], grown[1], grown[2])
-        for target, source, along in zip(self._pages, new, _ALONG, strict=True):
-            target.narrow(along, self._n, m).copy_(source)
+        if self._own is None or self._n + m > self._own.key.shape[1]:
+            self._grow(
+                Pages.of(key, value, summaries), max(self._reserve, 2 * self._n, self._n + m, 8), summaries is None
+            )
+        assert self._own is not None
+        new = slice(self._n, self._n + m)
+        self._own.key[:, new] = key
+        self._own.value[:, new] = value
+        if summaries is not None:
+            self._own.summaries[:, :, new] = summaries
         self._n += m
+        self._runs = (*self._inherited, self._own.first(self._n))
 
-    def summaries(self) -> torch.Tensor:
-        """[summary_heads, r, n_blocks, head_dim] of all blocks, the parent's first."""
-        own = None if self._pages is None else self._pages[2][:, :, : self._n]
-        if self._parent is None or len(self._parent) == 0:
-            assert own is not None
-            return own
-        if own is None:
-            return self._parent.summaries()[:, :, : self._offset]
-        if self._joined is None or self._joined.shape[2] < len(self):
-            base = self._parent.summaries()[:, :, : self._offset]
-            self._joined = base.new_empty(*base.shape[:2], self._offset + 2 * self._n + 8, base.shape[3])
-            self._joined[:, :, : self._offset] = base
-            self._n_joined = 0
-        new = slice(self._n_joined, self._n)
-        if new.start < new.stop:
-            self._joined[:, :, self._offset + new.start : self._offset + new.stop] = own[:, :, new]
-            self._n_joined = self._n
-        return self._joined[:, :, : len(self)]
+    def _grow(self, like: Pages, capacity: int, every_key: bool) -> None:
+        heads, _, size, dim = like.key.shape
+        key = like.key.new_empty(heads, capacity, size, dim)
+        value = like.value.new_empty(heads, capacity, size, like.value.shape[-1])
+        summaries = None
+        if not every_key:
+            heads, r, _, dim = like.summaries.shape
+            if r > 1 and backend(key.device) == "torch":
+                # dot products of few queries with many summaries are faster along columns
+                summaries = like.summaries.new_empty(heads, r, dim, capacity).transpose(2, 3)
+            else:
+                summaries = like.summaries.new_empty(heads, r, capacity, dim)
+        grown = Pages.of(key, value, summaries)
+        if self._own is not None:
+            for target, source in zip(grown.first(self._n), self._own.first(self._n), strict=True):
+                target.copy_(source)
+        self._own = grown
+
+    def summaries(self, n_blocks: int) -> list[torch.Tensor]:
+        """Summaries of the first blocks in order, a tensor [summary_heads, r, n, head_dim] per generation."""
+        parts = []
+        for pages in self._runs:
+            part = pages.summaries[:, :, :n_blocks]
+            n_blocks -= part.shape[2]
+            parts.append(part)
+            if not n_blocks:
+                break
+        return parts
+
+    def block(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [kv_heads, block_size, head_dim] and values of one block."""
+        for pages in self._runs:
+            if index < pages.key.shape[1]:
+                return pages.key[:, index], pages.value[:, index]
+            index -= pages.key.shape[1]
+        raise IndexError(f"There is no block {index} after the last one.")
 
     def gather(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks.
@@ -89,29 +125,39 @@ class BlockStore:
         Returns:
             keys [kv_heads, m, block_size, head_dim] and values [kv_heads, m, block_size, value_dim].
         """
-        if self._parent is None or len(self._parent) == 0:
-            return self._own(ids)
-        if self._n == 0:
-            return self._parent.gather(ids)
-        inherited = ids < self._offset
-        base = self._parent.gather(ids.clamp(max=self._offset - 1))
-        own = self._own((ids - self._offset).clamp(min=0))
-        where = inherited[:, :, None, None]
-        return torch.where(where, base[0], own[0]), torch.where(where, base[1], own[1])
-
-    def _own(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._pages is not None
-        key, value, _ = self._pages
-        if ids.shape[0] == 1:
-            return key.index_select(1, ids[0]), value.index_select(1, ids[0])
-        heads = torch.arange(key.shape[0], device=ids.device)[:, None]
-        return key[heads, ids], value[heads, ids]
+        runs = self._runs
+        key, value = _take(runs[0], ids)
+        first = runs[0].key.shape[1]
+        for pages in runs[1:]:
+            # which run a block is in stays on the device: nothing waits for the host
+            later = (ids >= first)[:, :, None, None]
+            theirs = _take(pages, ids - first)
+            key, value = torch.where(later, theirs[0], key), torch.where(later, theirs[1], value)
+            first += pages.key.shape[1]
+        return key, value
 
     def fork(self) -> BlockStore:
-        """A store that continues after this one's blocks."""
-        return BlockStore(parent=self)
+        """A store that continues after this one's present blocks."""
+        child = BlockStore()
+        child._inherited = child._runs = self._runs
+        return child
 
     def nbytes(self) -> int:
-        """Bytes of all pages, the parent's included."""
-        own = 0 if self._pages is None else sum(x.nbytes for x in self._pages)
-        return own + (0 if self._parent is None else self._parent.nbytes())
+        """Bytes of all pages, inherited ones included."""
+        runs = self._inherited if self._own is None else (*self._inherited, self._own)
+        return sum(_nbytes(pages) for pages in runs)
+
+
+def _take(pages: Pages, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks `ids` [scopes, m] of a run; any for ids outside it."""
+    key, value, _ = pages
+    ids = ids.clamp(0, key.shape[1] - 1)
+    if ids.shape[0] == 1:
+        return key.index_select(1, ids[0]), value.index_select(1, ids[0])
+    heads = torch.arange(key.shape[0], device=ids.device)[:, None]
+    return key[heads, ids], value[heads, ids]
+
+
+def _nbytes(pages: Pages) -> int:
+    shared = pages.summaries.data_ptr() == pages.key.data_ptr()
+    return pages.key.nbytes + pages.value.nbytes + (0 if shared else pages.summaries.nbytes)

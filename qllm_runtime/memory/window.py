@@ -20,6 +20,9 @@ class Window:
     matter, so slots serve as positions until the buffer is full; then what is still visible moves to the front and is
     rotated anew, once in `launch_size` tokens at the most.
 
+    A fork shares the buffers until either side takes in tokens; that side then copies what is still visible to buffers
+    that fit what it takes in.
+
     Args:
         config: Sizes.
         rotation: The layer's rotary embedding.
@@ -46,10 +49,13 @@ class Window:
         self.weighs_tokens = config.uses_blocks and config.summary == "published"
         # attention mass is known only after a piece's attention, and the next piece may need it
         self.launch_size = piece if self.weighs_tokens else room // piece * piece
-        self._capacity = held + self.launch_size
-        self.key = self.key_raw = self.value = torch.empty(0)
-        self._query = torch.empty(0)  # un-rotated: per kv head the sum over its group, or per head for attention mass
-        self._lse = torch.empty(0)
+        self._held = held  # most slots that stay visible
+        self._frozen = False  # the buffers are shared with a fork
+        self.key = self.key_raw = self.value = torch.empty(0, 0)
+        self._query = torch.empty(
+            0, 0
+        )  # un-rotated: per kv head the sum over its group, or per head for attention mass
+        self._lse = torch.empty(0, 0)
 
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, oldest: int) -> torch.Tensor:
         """Take in n tokens.
@@ -63,17 +69,8 @@ class Window:
             The queries rotated to their slots.
         """
         kv_heads, n, dim = key.shape
-        if self.key.numel() == 0:
-            self.key = key.new_empty(kv_heads, self._capacity, dim)
-            self.key_raw = torch.empty_like(self.key)
-            self.value = value.new_empty(kv_heads, self._capacity, value.shape[-1])
-            if self._ranks_tokens:
-                self._query = torch.empty_like(self.key)
-            if self.weighs_tokens:
-                self._query = query.new_empty(query.shape[0], self._capacity, dim)
-                self._lse = torch.empty(query.shape[0], self._capacity, device=query.device)
-        if self.used + n > self._capacity:
-            self._move_to_front(oldest - self.base)
+        if self._frozen or self.used + n > self.key.shape[1]:
+            self._make_room(n, query, key, value, oldest - self.base)
         new = slice(self.used, self.used + n)
         near, rotated = self._rotation.rotate_pair(query, key, self.used)
         self.key[:, new] = rotated
@@ -86,15 +83,30 @@ class Window:
         self.used += n
         return near
 
-    def _move_to_front(self, slot: int) -> None:
-        kept = slice(slot, self.used)
-        n = self.used - slot
-        for buffer in (self.key_raw, self.value, self._query, self._lse):
-            if buffer.numel():
-                buffer[:, :n] = buffer[:, kept].clone()
-        self.key[:, :n] = self._rotation.rotate(self.key_raw[:, :n], 0)
-        self.base += slot
-        self.used = n
+    def _make_room(self, n: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, oldest: int) -> None:
+        """Move the slots from `oldest` on to the front, in buffers that take n more tokens."""
+        kept = slice(oldest, self.used)
+        n_kept = self.used - oldest
+        self.base += oldest
+        self.used = n_kept
+        if not self._frozen and n_kept + n <= self.key.shape[1]:
+            for buffer in (self.key_raw, self.value, self._query, self._lse):
+                if buffer.numel():
+                    buffer[:, :n_kept] = buffer[:, kept].clone()
+        else:
+            # token by token, moving once in a while is enough
+            capacity = self._held + min(self.launch_size, max(n, self._held // 4))
+            self.key_raw = _grown(self.key_raw, key, kept, capacity)
+            self.value = _grown(self.value, value, kept, capacity)
+            if self._ranks_tokens:
+                self._query = _grown(self._query, key, kept, capacity)
+            if self.weighs_tokens:
+                self._query = _grown(self._query, query, kept, capacity)
+                self._lse = _grown(self._lse, query[:, :, 0].float(), kept, capacity)
+            self.key = torch.empty_like(self.key_raw)
+            self._frozen = False
+        if n_kept:
+            self.key[:, :n_kept] = self._rotation.rotate(self.key_raw[:, :n_kept], 0)
 
     def note_lse(self, start: int, lse: torch.Tensor) -> None:
         """Remember the log-sum-exp [heads, n] of the queries from absolute index `start` on, if summaries need it."""
@@ -102,11 +114,14 @@ class Window:
             slot = start - self.base
             self._lse[:, slot : slot + lse.shape[1]] = lse
 
-    def blocks(self, start: int, n_blocks: int, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def blocks(
+        self, start: int, n_blocks: int, scoring: Scoring
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Keys, values and summaries of the blocks that begin at absolute index `start`.
 
         Returns:
-            keys [kv_heads, n_blocks, block_size, head_dim], values likewise, summaries [summary_heads, r, n_blocks, head_dim].
+            keys [kv_heads, n_blocks, block_size, head_dim], values likewise, summaries [summary_heads, r, n_blocks, head_dim]
+            or None: every key represents its block.
         """
         config = self._config
         size = config.block_size
@@ -117,7 +132,7 @@ class Window:
         if config.summary == "mean":
             return key, value, mean_keys(key)
         if not (self._ranks_tokens or self.weighs_tokens):
-            return key, value, key.transpose(1, 2)
+            return key, value, None
         n = n_blocks * size
         reach = n + config.n_local - 1
         query = self._rotation.rotate(self._query[:, lo : lo + reach + 1], lo)
@@ -137,12 +152,18 @@ class Window:
         return key, value, mean_keys(best.transpose(1, 2))
 
     def fork(self) -> Self:
-        """An independent copy."""
-        child = copy.copy(self)
-        for name in ("key", "key_raw", "value", "_query", "_lse"):
-            setattr(child, name, getattr(self, name).clone())
-        return child
+        """An independent continuation."""
+        self._frozen = True
+        return copy.copy(self)
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(b.nbytes for b in (self.key, self.key_raw, self.value, self._query, self._lse))
+
+
+def _grown(buffer: torch.Tensor, like: torch.Tensor, kept: slice, capacity: int) -> torch.Tensor:
+    """A buffer of `capacity` slots for tensors like `like` [heads, n, ...] that begins with the kept slots of `buffer`."""
+    new = like.new_empty(like.shape[0], capacity, *like.shape[2:])
+    if kept.stop > kept.start:
+        new[:, : kept.stop - kept.start] = buffer[:, kept]
+    return new

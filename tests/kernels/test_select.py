@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qllm_kernels import select
 from qllm_kernels.select import block_scores, select_blocks
 
 
@@ -36,6 +37,31 @@ def test_block_scores_of_a_slice(r):
     torch.testing.assert_close(
         block_scores(lookup, buffer[:, :, :7], scopes=1), block_scores(lookup, buffer[:, :, :7].clone(), scopes=1)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("r", [1, 3])
+def test_block_scores_of_half_precision_are_fp32(dtype, r):
+    """Not a bit is lost but those of the summaries themselves."""
+    lookup, summaries = random(2, 4, 8), random(2, r, 50, 8, seed=1).to(dtype)
+    actual = block_scores(lookup, summaries, scopes=2)
+    torch.testing.assert_close(actual, block_scores(lookup, summaries.float(), scopes=2), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("layout", ["rows", "columns", "pages"])
+def test_block_scores_in_tiles_and_any_layout(monkeypatch, r, layout):
+    lookup, summaries = random(2, 6, 8), random(3, r, 40, 8, seed=1)
+    expected = block_scores(lookup, summaries, scopes=3)
+    if layout == "columns":
+        summaries = summaries.transpose(2, 3).contiguous().transpose(2, 3)
+    elif layout == "pages":
+        summaries = summaries.transpose(1, 2).contiguous().transpose(1, 2)
+    for tile in (1, 3 * 8 * r * 7, 1 << 20):
+        monkeypatch.setitem(select._TILE, "cpu", tile)
+        for n in (40, 33, 1):
+            actual = block_scores(lookup, summaries[:, :, :n], scopes=3)
+            torch.testing.assert_close(actual, expected[:, :, :n], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("topk", [1, 3, 9, 40])
