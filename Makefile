@@ -34,7 +34,7 @@ type: $(FULL) ## Check types (mypy strict)
 	$(BIN)/mypy
 
 bench: $(FULL) ## Measure speed on this CPU; JSON and a picture in benchmarks/results
-	$(BIN)/python -m benchmarks
+	$(BIN)/qllm bench speed --lengths 32k,128k --out benchmarks/results
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .venv-min dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

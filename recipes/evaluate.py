@@ -1,6 +1,7 @@
 """Measure a shipped reader on books and facts it was never trained on.
 
-``python -m recipes.evaluate --text DIR`` measures within the window; with ``--long`` through the engine, per policy.
+``python -m recipes.evaluate --text DIR`` measures within the window. Longer documents are read through the engine's memory:
+``qllm bench needle``.
 """
 
 from __future__ import annotations
@@ -138,19 +139,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="*", default=[MODELS / "reader", MODELS / "reader-plain"])
     parser.add_argument("--per-family", type=int, default=46)
     parser.add_argument("--tokens", type=int, nargs="*", default=[512])
-    parser.add_argument("--long", action="store_true", help="measure through the engine instead")
-    parser.add_argument("--longest", type=int, default=65_536, help="longest document of --long, in tokens")
-    parser.add_argument("--modes", nargs="*", default=["query_aware", "read_once"])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON reports")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.long:
-        from recipes.evaluate_long import run
-
-        run(args.models, held_out_prose(args.text), args.out / "long.json", args.longest, args.modes)
-        return
     report: dict[str, Any] = {}
     sources = {"books": held_out_prose(args.text), "stories": story_prose()}
     for folder in args.models:

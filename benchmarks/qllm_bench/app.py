@@ -69,7 +69,7 @@ def needle(
     ] = "both",
     families: Annotated[str, typer.Option(help="Families of facts with commas, or all.")] = "",
     documents: Annotated[int, typer.Option(help="Documents per length.")] = 4,
-    needles: Annotated[int, typer.Option(help="Facts asked for in each document.")] = 5,
+    needles: Annotated[int, typer.Option(help="Facts asked for in each document.")] = 4,
     depths: Annotated[int, typer.Option(help="Depths, evenly from start to end.")] = 5,
     distractors: Annotated[int, typer.Option(help="Further facts of the same kind per fact asked for.")] = 2,
     text: Text = None,

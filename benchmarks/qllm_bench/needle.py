@@ -25,6 +25,7 @@ from qllm_runtime.errors import InvalidRequestError
 #: Families whose answer is one value, so that a score says whether that one fact was found.
 SIMPLE = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
 _ROOM = 48  # tokens of template and separators
+_FACT = 50  # tokens of a document per fact
 _QUESTION = 16  # tokens that other questions may have more than those of the first document
 
 
@@ -35,7 +36,7 @@ class Plan:
     Attributes:
         lengths: Tokens of the whole prompt; documents fill it as far as they can.
         documents: Documents per length.
-        needles: Facts asked for in each document.
+        needles: Facts asked for in each document (see `of_length`).
         depths: Number of depths, evenly from start to end.
         distractors: Further facts of the same kind per needle.
         families: Families of the facts, in turn.
@@ -64,8 +65,13 @@ class Plan:
         }  # fmt: skip
 
     def of_length(self, tokens: int) -> Plan:
-        """The same for documents of another length."""
-        return replace(self, lengths=[tokens])
+        """The same number of questions of documents of one length.
+
+        Where the facts would take more than about half of a document, each is put into a document of its own.
+        """
+        if tokens >= _FACT * self.needles * (1 + self.distractors):
+            return replace(self, lengths=[tokens])
+        return replace(self, lengths=[tokens], needles=1, documents=self.documents * self.needles)
 
     def families_of(self, document: int) -> list[str]:
         """The families asked for in a document."""
@@ -91,15 +97,16 @@ class Haystacks:
     def __init__(self, subject: Subject, library: Library, plan: Plan) -> None:
         self._subject, self._library, self._plan = subject, library, plan
         self._ratio = subject.chars_per_token(library.sample())
-        self.of = lru_cache(maxsize=2)(self._make)
+        self.of = lru_cache(maxsize=1)(self._make)
 
     def check(self) -> int:
-        """Make the first document of the shortest length; returns the tokens that a question may have.
+        """Make the shortest documents; returns the tokens that a question may have.
 
         Raises:
-            InvalidRequestError: The facts alone are longer.
+            InvalidRequestError: The facts of one of them alone are longer.
         """
-        cases = self.of(min(self._plan.lengths), 0)
+        shortest = min(self._plan.lengths)
+        cases = [case for number in range(self._plan.documents) for case in self.of(shortest, number)]
         return _QUESTION + max(self._subject.llm.count_tokens(case.question) for case in cases)
 
     def _make(self, tokens: int, number: int) -> list[Case]:
@@ -125,22 +132,22 @@ class Haystacks:
 
 
 def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Haystacks, plan: Plan) -> list[Job]:
-    """Every question under every setting, short documents first."""
+    """Every question of a plan of one length under every setting."""
+    [tokens] = plan.lengths
     found = []
-    for tokens in plan.lengths:
-        for setting in settings:
-            for document in range(plan.documents):
-                for needle, (family, depth) in enumerate(
-                    zip(plan.families_of(document), plan.depths_of(document), strict=True)
-                ):
-                    labels: dict[str, Label] = {
-                        "policy": setting.name, "order": setting.order, "tokens": tokens, "document": document,
-                        "depth": depth, "family": family,
-                    }  # fmt: skip
-                    key = f"{setting.name}/{setting.order}/{tokens}/{document}/{needle}"
-                    work = partial(ask, subject, setting, haystacks, tokens, document, needle)
-                    shared = setting.order == "last" and needle > 0
-                    found.append(Job(key, labels, 64 if shared else tokens, work))
+    for setting in settings:
+        for document in range(plan.documents):
+            for needle, (family, depth) in enumerate(
+                zip(plan.families_of(document), plan.depths_of(document), strict=True)
+            ):
+                labels: dict[str, Label] = {
+                    "policy": setting.name, "order": setting.order, "tokens": tokens, "document": document,
+                    "depth": depth, "family": family,
+                }  # fmt: skip
+                key = f"{setting.name}/{setting.order}/{tokens}/{document}/{needle}"
+                work = partial(ask, subject, setting, haystacks, tokens, document, needle)
+                shared = setting.order == "last" and needle > 0
+                found.append(Job(key, labels, 64 if shared else tokens, work))
     return found
 
 
@@ -176,14 +183,18 @@ def bench(
 ) -> Journal:
     """Run the plan under every policy and order; writes ``needle.jsonl``, ``.json``, ``.md`` and figures to ``out``."""
     settings = [subject.setting(policy, order) for policy in policies for order in orders]
-    haystacks = Haystacks(subject, library, plan)
-    subject.check_fits(settings, max(plan.lengths), haystacks.check())
+    parts = [plan.of_length(tokens) for tokens in plan.lengths]
+    haystacks = [Haystacks(subject, library, part) for part in parts]
+    subject.check_fits(settings, max(plan.lengths), haystacks[0].check())
     about = {**subject.describe(), "prose": library.name, "split": library.split, **plan.describe()}
     journal = Journal(out, "needle", {**about, "memory": subject.base.model_dump()})
     arguments = {"lengths": plan.lengths, "documents": plan.documents, "policies": policies, "orders": orders}
     journal.begin(arguments, subject.device)
     try:
-        run(journal, jobs(subject, settings, haystacks, plan))
+        run(
+            journal,
+            [job for part, found in zip(parts, haystacks, strict=True) for job in jobs(subject, settings, found, part)],
+        )
     finally:
         subject.forget()
     report(journal)

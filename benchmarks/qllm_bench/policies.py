@@ -20,21 +20,20 @@ WITHIN = "within the window"
 
 
 def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Mapping[Split, Haystacks], plan: Plan) -> list[Job]:
-    """Every question under every setting; settings of two names are asked once."""
+    """Every question of a plan of one length under every setting; settings of two names are asked once."""
+    [tokens] = plan.lengths
     found = []
-    for tokens in plan.lengths:
-        for setting in {identity(s): s for s in settings}.values():
-            for split, stacks in haystacks.items():
-                for document in range(plan.documents):
-                    for needle, family in enumerate(plan.families_of(document)):
-                        name = identity(setting)
-                        labels: dict[str, Label] = {
-                            "setting": name, "tokens": tokens, "split": split, "document": document, "family": family,
-                        }  # fmt: skip
-                        key = f"{name}/{tokens}/{split}/{document}/{needle}"
-                        work = partial(ask, subject, setting, stacks, tokens, document, needle)
-                        shared = setting.order == "last" and needle > 0
-                        found.append(Job(key, labels, 64 if shared else tokens, work))
+    for name, setting in {identity(s): s for s in settings}.items():
+        for split, stacks in haystacks.items():
+            for document in range(plan.documents):
+                for needle, family in enumerate(plan.families_of(document)):
+                    labels: dict[str, Label] = {
+                        "setting": name, "tokens": tokens, "split": split, "document": document, "family": family,
+                    }  # fmt: skip
+                    key = f"{name}/{tokens}/{split}/{document}/{needle}"
+                    work = partial(ask, subject, setting, stacks, tokens, document, needle)
+                    shared = setting.order == "last" and needle > 0
+                    found.append(Job(key, labels, 64 if shared else tokens, work))
     return found
 
 
@@ -45,7 +44,8 @@ def bench(
 
     The same facts hidden in documents within the trained length, read with dense attention, show what the reading alone can do.
     """
-    [tokens] = plan.lengths
+    tokens = min(plan.lengths)
+    plan = plan.of_length(tokens)
     settings = [setting for named in sweeps.values() for _, setting in named]
     reference = subject.setting("full")
     haystacks = {library.split: Haystacks(subject, library, plan) for library in libraries}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ class Library:
             each file decides.
 
     Attributes:
-        name: What it is, for reports.
+        name: What it is, for reports: where it comes from and eight hexadecimal digits that change with its text.
 
     Raises:
         DocumentError: No such folder, or too few files for two splits.
@@ -32,10 +33,14 @@ class Library:
 
     def __init__(self, split: Split, text: Path | None = None) -> None:
         self.split = split
-        self.name = "generated stories" if text is None else text.name
         self._books: list[Prose] = []
-        if text is not None:
-            self._books = [Prose.of(book) for book in _books(text, split)]
+        if text is None:
+            source, whole = "generated stories", "\n\n".join(story(random.Random("prose"), 20_000))
+        else:
+            files = _read(text)
+            source, whole = text.resolve().name, "\n\n".join(files.values())
+            self._books = [Prose.of(book) for book in _side(text, files, split)]
+        self.name = f"{source} {zlib.crc32(whole.encode()):08x}"
 
     def draw(self, rng: random.Random, n_chars: int) -> Prose:
         """Prose of at least ``n_chars`` characters: a story of its own, or books from a random one on.
@@ -60,20 +65,25 @@ class Library:
         return self.draw(random.Random(0), n_chars).text[:n_chars]
 
 
-def _books(folder: Path, split: Split) -> list[str]:
-    """Texts of a split, line ends made uniform; as printed and with the lines of a paragraph joined."""
+def _read(folder: Path) -> dict[str, str]:
+    """Texts of the .txt files of a folder by name, line ends made uniform."""
     if not folder.is_dir():
         raise DocumentError(f"{str(folder)!r} is no folder; --text takes a folder of .txt files.")
     try:
         files = {path.stem: path.read_text(encoding="utf-8-sig") for path in sorted(folder.glob("*.txt"))}
     except (OSError, UnicodeDecodeError) as error:
         raise DocumentError(f"A .txt file of {str(folder)!r} cannot be read as UTF-8: {error}.") from None
+    return {name: text.replace("\r\n", "\n").strip() for name, text in files.items() if text.strip()}
+
+
+def _side(folder: Path, files: Mapping[str, str], split: Split) -> list[str]:
+    """Texts of a split; as printed and with the lines of a paragraph joined."""
     held = any(name in HELD_OUT for name in files)
     chosen = []
     for name, text in files.items():
         is_test = name in HELD_OUT if held else zlib.crc32(text.encode()) % 2 == 1
-        if text.strip() and is_test == (split == "test"):
-            chosen.append(text.replace("\r\n", "\n").strip())
+        if is_test == (split == "test"):
+            chosen.append(text)
     if not chosen:
         raise DocumentError(
             f"{str(folder)!r} has no {split} documents among its {len(files)} .txt files; a hash of each file decides which "

@@ -138,6 +138,10 @@ def test_splits_share_no_prose(tmp_path):
     assert all(sides) and not sides[0] & sides[1]
     (tmp_path / "emma.txt").write_text("Emma was held out.")
     assert {b.text for b in Library("test", tmp_path)._books} == {"Emma was held out."}
+    assert Library("test", tmp_path).name == Library("development", tmp_path).name
+    before = Library("test", tmp_path).name
+    (tmp_path / "0.txt").write_text("Another edition.")
+    assert Library("test", tmp_path).name != before
     stories = [Library(split).draw(random.Random(0), 3000).text for split in ("development", "test")]
     assert len(stories[0]) >= 3000 and stories[0] != stories[1]
     assert stories[0] == Library("development").draw(random.Random(0), 3000).text

@@ -95,7 +95,7 @@ def test_interruption_loses_only_the_case_under_way(tmp_path, capsys, monkeypatc
             ("needle", "--lengths", "1k", "--policy", "full"),
             "was trained for 512 tokens, so policy 'full' cannot read 1,024",
         ),
-        (("needle", "--lengths", "512", "--needles", "8", "--distractors", "9"), "do not fit 512 tokens"),
+        (("needle", "--lengths", "512", "--needles", "8", "--distractors", "30"), "do not fit 512 tokens"),
         (("needle", "--needles", "9"), "can hold one pass key only"),
         (("needle", "--n-local", "1024"), "exceeds the 512 tokens"),
         (
@@ -154,6 +154,16 @@ def test_every_family_comes_to_every_depth():
     plan = needle.Plan([1024], 10, 4, 4, 0, needle.SIMPLE, 0)
     pairs = {pair for n in range(10) for pair in zip(plan.families_of(n), plan.depths_of(n), strict=True)}
     assert len(pairs) == 32
+
+
+def test_short_documents_hold_one_needle_each():
+    plan = needle.Plan([512, 4096], 3, 4, 5, 2, needle.SIMPLE, 0)
+    assert plan.of_length(4096) == needle.Plan([4096], 3, 4, 5, 2, needle.SIMPLE, 0)
+    near = plan.of_length(512)
+    assert (near.documents, near.needles) == (12, 1)
+    pairs = [[pair for n in range(p.documents) for pair in zip(p.families_of(n), p.depths_of(n), strict=True)]
+             for p in (near, plan)]  # fmt: skip
+    assert pairs[0] == pairs[1]
 
 
 def test_order_first_puts_the_question_ahead_only(subject):
