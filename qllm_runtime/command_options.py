@@ -1,0 +1,105 @@
+"""The options that `qllm ask` and `qllm chat` share."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from qllm_runtime.config import MemoryConfig, Policy, Selection, Summary
+
+if TYPE_CHECKING:
+    from qllm_runtime.engine import QLLM
+
+_MEMORY = ("policy", "n_init", "n_local", "block_size", "topk", "query_weight", "selection", "summary")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Documents, model, memory and sampling; what each one does stands in its help."""
+
+    more: Annotated[list[str] | None, typer.Option("--document", help="A further document; may be repeated.")] = None
+    model: Annotated[str, typer.Option(help="reader, reader-plain, a folder, or a Hugging Face hub id.")] = "reader"
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None
+    policy: Annotated[
+        Policy | None,
+        typer.Option(
+            help="What stays reachable: qllm and infllm look up blocks, full is dense attention. Default: qllm."
+        ),
+    ] = None
+    system: Annotated[str | None, typer.Option(help="System text ahead of everything.")] = None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None
+    n_init: Annotated[int | None, typer.Option(min=0, help="Initial tokens that stay visible.")] = None
+    n_local: Annotated[int | None, typer.Option(min=1, help="Local window in tokens.")] = None
+    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a memory block.")] = None
+    topk: Annotated[int | None, typer.Option("--topk", min=1, help="Blocks looked up at a time.")] = None
+    query_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the question in a lookup.")] = None
+    selection: Annotated[Selection | None, typer.Option(help="Blocks chosen per layer or per key/value head.")] = None
+    summary: Annotated[Summary | None, typer.Option(help="What represents a block in a lookup.")] = None
+    memory_config: Annotated[str | None, typer.Option(help="YAML file with memory settings.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How tokens are chosen, as the engine takes it."""
+        names = ("max_tokens", "temperature", "top_p", "seed", "stop")
+        return {name: getattr(self, name) for name in names}
+
+    def open(self) -> QLLM:
+        """Load the model and lay out its memory."""
+        chosen = {name: getattr(self, name) for name in _MEMORY if getattr(self, name) is not None}
+        if self.memory_config is not None:  # an inconsistent file should not cost the time to load a model
+            MemoryConfig.from_yaml(self.memory_config)
+        quiet()
+        from qllm_runtime.engine import QLLM
+
+        llm = QLLM.from_pretrained(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
+        if self.memory_config is not None:
+            llm.memory = MemoryConfig.from_yaml(self.memory_config, **chosen)
+            return llm
+        if "n_local" in chosen:
+            chosen["exec_block_size"] = min(llm.memory.exec_block_size, chosen["n_local"])
+        if "block_size" in chosen:
+            chosen["repr_topk"] = min(llm.memory.repr_topk, chosen["block_size"])
+        llm.memory = llm.memory.replace(**chosen)
+        return llm
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `options` one command line option for each of their fields."""
+    own = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(Options, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(Options)
+    ]
+
+    def run(**given: Any) -> None:
+        options = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(**given, options=options)
+
+    kept = [parameter for parameter in own.parameters.values() if parameter.name != "options"]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = own.replace(parameters=[*kept, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *shared)}
+    return run
+
+
+def quiet() -> None:
+    """Keep the bars and notices of transformers away."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
