@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,28 +15,38 @@ from qllm_bench.questions.relations import CODE, JOB, OTHERS, PLACE, Relation
 
 #: One fact each, asked for in words of its statement and by a rare name: what retrieval is good at.
 PLAIN = ("magic", "attribute", "kv", "place", "job", "code")
-#: One fact asked for in other words; several statements of one subject; two statements of which the question shares words
-#: with the first only; nothing stated at all.
-HARD = ("paraphrase", "multi", "two_hop", "absent")
+#: One fact asked for in other words; the same about a thing whose name the prose uses, too; several statements of one subject;
+#: two statements of which the question shares rare words with the first only; nothing stated at all.
+HARD = ("paraphrase", "common", "multi", "two_hop", "absent")
 FAMILIES = (*PLAIN, *HARD)
 
 
 class Paraphraser(FactMaker):
-    """Makes facts of the family "paraphrase": statement and question share the subject and no other word of content."""
+    """Makes facts whose statement and question share the subject and no other word of content."""
 
     def relation(self, family: str) -> Relation:
-        """A relation with one statement and one question of different words."""
+        """A relation, of plain nouns for "common", with one statement and one question of different words."""
         relations = [PLACE, JOB, CODE, *OTHERS]
+        if family == "common":
+            relations = [relation for relation in OTHERS if relation.subject == "noun"]
         while True:
             relation = self.rng.choice(relations)
             pairs = [(s, q) for s in relation.statements for q in relation.questions if not _stems(s) & _stems(q)]
             if pairs:
                 statement, question = self.rng.choice(pairs)
-                return replace(relation, family="paraphrase", statements=(statement,), questions=(question,))
+                return replace(relation, family=family, statements=(statement,), questions=(question,))
 
 
 def _stems(template: str) -> set[str]:
     return {word[:4] for word in re.findall(r"[a-z]{4,}", template.lower())}
+
+
+def frequent_nouns(rng: random.Random, prose: Prose, count: int) -> Pools:
+    """Pools whose nouns are the ``count`` that the prose uses most."""
+    pools = Pools(rng, evaluation=True)
+    used = Counter(re.findall(r"[a-z]+", prose.text.lower()))
+    pools.nouns = pools.words = sorted(pools.nouns, key=lambda noun: (-used[noun], noun))[:count]
+    return pools
 
 
 def make_document(
@@ -54,13 +65,14 @@ def make_document(
         A case per family, all of the same document; ``spans`` are the statements that a retriever should find.
     """
     pools = Pools(rng, evaluation=True)
-    makers = {name: FactMaker(pools) for name in families} | {"paraphrase": Paraphraser(pools)}
+    common = frequent_nouns(rng, prose, 3 * (distractors + 1))
+    reworded = {"paraphrase": Paraphraser(pools), "common": Paraphraser(common)}
     sets: list[FactSet] = []
     asked = []
     for family in families:
-        maker = makers[family]
-        maker.canonical = family != "paraphrase"
-        facts, question = make_facts(maker, family, distractors, family == "paraphrase", None)
+        maker = reworded.get(family) or FactMaker(pools)
+        maker.canonical = family not in reworded
+        facts, question = make_facts(maker, family, distractors, family in reworded, None)
         shift = sum(len(other.statements) for other in sets)
         sets.append(facts)
         asked.append((question, [n + shift for n in question.needs]))

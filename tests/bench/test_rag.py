@@ -16,9 +16,11 @@ from qllm_runtime.cli import run
 from qllm_runtime.samples import story
 
 
+PROSE = Prose.of("\n\n".join(story(random.Random(1), 20_000)))
+
+
 def document(seed=0, families=FAMILIES, n_chars=6_000):
-    prose = Prose.of("\n\n".join(story(random.Random(1), 20_000)))
-    return make_document(random.Random(seed), prose, n_chars, families, 2)
+    return make_document(random.Random(seed), PROSE, n_chars, families, 2)
 
 
 def chunked(text, size=40):
@@ -43,16 +45,25 @@ def test_a_document_has_a_question_of_every_family_and_the_statements_it_rests_o
     assert document(0) == cases and document(1) != cases
 
 
-def test_paraphrases_share_the_subject_and_no_other_word():
+def test_reworded_facts_share_the_subject_and_no_other_word():
     for seed in range(30):
-        (case,) = document(seed, ["paraphrase"], 500)
-        question = case.question.split("?")[0]
-        statement = case.document[slice(*case.spans[0])]
-        shared = {w.lower() for w in re.findall(r"\b[a-z]{5,}\b", question)} & set(
-            re.findall(r"\b[a-z]{5,}\b", statement)
-        )
-        # a subject may be one or two words in lower case ("the copper kettle"); a template adds none
-        assert len(shared) <= 2, (question, statement)
+        for case in document(seed, ["paraphrase", "common"], 500):
+            statement, question = (
+                set(re.findall(r"\b[a-z]{5,}\b", text))
+                for text in (case.document[slice(*case.spans[0])], case.question)
+            )
+            # a subject may be a word or two in lower case ("the copper kettle"); the templates add none
+            assert len(statement & question) <= 2
+
+
+def test_common_subjects_are_words_of_the_prose():
+    counts = []
+    for seed in range(20):
+        (case,) = document(seed, ["common"], 6_000)
+        outside = case.document.replace(case.document[slice(*case.spans[0])], "")
+        noun = re.search(r"[Tt]he (\w+)", case.document[slice(*case.spans[0])])[1]
+        counts.append(len(re.findall(rf"\b{noun}\b", outside)))
+    assert sum(count > 0 for count in counts) > 15
 
 
 # ------------------------------------------------------------------ retrievers
