@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +26,7 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.utils.uuid import uuid7
 
+from qllm_integrations.bar import reading_bar
 from qllm_runtime.types import Progress
 
 #: Name of the custom event; its data are `documents`, `tokens_read` and `tokens_total`.
@@ -162,26 +163,10 @@ def progress_of(documents: int, *, reporter: Reporter | None, bar: bool, own: Pr
     if reporter is not None and documents:
         listeners.append(lambda done, total: reporter(documents, done, total))
     if bar:
-        listeners.append(_bar())
+        listeners.append(reading_bar())
 
     def tell(done: int, total: int) -> None:
         for listener in listeners:
             listener(done, total)
 
     return tell
-
-
-def _bar() -> Callable[[int, int], None]:
-    from tqdm.auto import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit=" tokens", desc="reading", leave=False)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return show

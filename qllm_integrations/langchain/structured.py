@@ -79,25 +79,37 @@ class SchemaOutputParser(BaseCumulativeTransformOutputParser[Any]):
         return OutputParserException(f"The answer cannot be read: {reason}.{remedy}", llm_output=text)
 
     def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[Any]:
-        whole, last = None, None
+        growing = _Growing(self)
         for chunk in input:
-            whole = _add(whole, chunk)
-            value = self.parse_result([whole], partial=True)
-            if value is not None and value != last:
-                last = value
-                yield value
-        if whole is not None and (value := self.parse_result([whole])) != last:
-            yield value
+            yield from growing.add(chunk)
+        yield from growing.finish()
 
     async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[Any]:
-        whole, last = None, None
+        growing = _Growing(self)
         async for chunk in input:
-            whole = _add(whole, chunk)
-            value = self.parse_result([whole], partial=True)
-            if value is not None and value != last:
-                last = value
+            for value in growing.add(chunk):
                 yield value
-        if whole is not None and (value := self.parse_result([whole])) != last:
+        for value in growing.finish():
+            yield value
+
+
+class _Growing:
+    """The values of an answer as it is written: each one once."""
+
+    def __init__(self, parser: SchemaOutputParser) -> None:
+        self._parser = parser
+        self._whole: Any = None
+        self._last: Any = None
+
+    def add(self, chunk: str | BaseMessage) -> Iterator[Any]:
+        self._whole = _add(self._whole, chunk)
+        value = self._parser.parse_result([self._whole], partial=True)
+        if value is not None and value != self._last:
+            self._last = value
+            yield value
+
+    def finish(self) -> Iterator[Any]:
+        if self._whole is not None and (value := self._parser.parse_result([self._whole])) != self._last:
             yield value
 
 

@@ -15,6 +15,7 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.span import active_span_id
 
+from qllm_integrations.bar import reading_bar
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent, ReadingProgressEvent
 from qllm_integrations.llama_index.messages import Request, split_kept, to_request
@@ -139,25 +140,15 @@ def _bounded(engine: Engine, request: Request) -> Request:
 
 def reading_progress(documents: int, show: bool) -> Progress:
     """Emits an event for every chunk that is read of `documents` documents, and shows a bar on standard error."""
-    bar: Any = None
+    bar = reading_bar() if show else None
     span_id = active_span_id.get()
 
     def update(done: int, total: int) -> None:
-        nonlocal bar
         if documents:
             told = {"documents": documents, "tokens_read": done, "tokens_total": total}
             dispatcher.event(ReadingProgressEvent(**told, span_id=span_id))
-        if not show:
-            return
-        if bar is None:
-            from tqdm.auto import tqdm
-
-            bar = tqdm(total=total, desc="Reading", unit="token", unit_scale=True)
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-            bar = None
+        if bar is not None:
+            bar(done, total)
 
     return update
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import llama_index.core.instrumentation as instrument
@@ -16,7 +17,7 @@ from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import BaseSynthesizer
-from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextNode
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryType, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from qllm_integrations.llama_index.asking import DEFAULT_TEMPLATE, Asker, Sources, asking_llm
@@ -117,21 +118,15 @@ class QLLMSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Answer a question about retrieved nodes."""
-        dispatcher.event(SynthesizeStartEvent(query=query))
-        text = query.query_str if isinstance(query, QueryBundle) else query
-        wholes, sources, options = [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
-        with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: text}) as event:
+        with self._told(query) as (text, tell):
+            wholes, sources, options = self._taken(nodes, response_kwargs)
             if not nodes:
-                response = self._empty(LookupStreamingResponse((text for text in [EMPTY_RESPONSE]), sources))
-            elif self._streaming:
+                return tell(self._empty(LookupStreamingResponse((text for text in [EMPTY_RESPONSE]), sources)))
+            if self._streaming:
                 stream = self._asker.stream(text, wholes, sources, **options)
-                response = LookupStreamingResponse(_then(stream, sources, nodes, additional_source_nodes), sources)
-            else:
-                answer = self._asker.ask(text, wholes, **options)
-                response = self._whole(answer, wholes, nodes, additional_source_nodes)
-            event.on_end(payload={EventPayload.RESPONSE: response})
-        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
-        return response
+                return tell(LookupStreamingResponse(_then(stream, sources, nodes, additional_source_nodes), sources))
+            answer = self._asker.ask(text, wholes, **options)
+            return tell(self._whole(answer, wholes, nodes, additional_source_nodes))
 
     @dispatcher.span
     async def asynthesize(
@@ -142,21 +137,35 @@ class QLLMSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """As `synthesize`, without blocking the event loop."""
+        with self._told(query) as (text, tell):
+            wholes, sources, options = self._taken(nodes, response_kwargs)
+            if not nodes:
+                return tell(self._empty(async_streaming_response(empty_stream(), sources)))
+            if self._streaming:
+                stream = await self._asker.astream(text, wholes, sources, **options)
+                told = _athen(stream, sources, nodes, additional_source_nodes)
+                return tell(async_streaming_response(told, sources))
+            answer = await self._asker.aask(text, wholes, **options)
+            return tell(self._whole(answer, wholes, nodes, additional_source_nodes))
+
+    @contextmanager
+    def _told(self, query: QueryType) -> Iterator[tuple[str, Callable[[RESPONSE_TYPE], RESPONSE_TYPE]]]:
+        """The question's text, and a function that tells of the response and hands it on."""
         dispatcher.event(SynthesizeStartEvent(query=query))
         text = query.query_str if isinstance(query, QueryBundle) else query
-        wholes, sources, options = [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
         with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: text}) as event:
-            if not nodes:
-                response = self._empty(async_streaming_response(empty_stream(), sources))
-            elif self._streaming:
-                stream = await self._asker.astream(text, wholes, sources, **options)
-                response = async_streaming_response(_athen(stream, sources, nodes, additional_source_nodes), sources)
-            else:
-                answer = await self._asker.aask(text, wholes, **options)
-                response = self._whole(answer, wholes, nodes, additional_source_nodes)
-            event.on_end(payload={EventPayload.RESPONSE: response})
-        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
-        return response
+
+            def tell(response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+                event.on_end(payload={EventPayload.RESPONSE: response})
+                dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+                return response
+
+            yield text, tell
+
+    def _taken(
+        self, nodes: Sequence[NodeWithScore], response_kwargs: dict[str, Any]
+    ) -> tuple[list[BaseNode], Sources, dict[str, Any]]:
+        return [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
 
     def _empty(self, stream: RESPONSE_TYPE) -> RESPONSE_TYPE:
         return stream if self._streaming else Response(EMPTY_RESPONSE)

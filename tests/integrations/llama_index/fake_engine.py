@@ -10,22 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import CancelledError, ClosedError
 from qllm_runtime.types import Answer, Document, Piece, Sampling, Source, Turn, Usage
+from tests.integrations.byte_llama import byte_tokenizer
 
 Script = Callable[[str, Sequence[Document]], str]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
 class FakeMemory:
@@ -51,7 +42,7 @@ class FakeEngine:
         self.script: Script = script if callable(script) else lambda query, documents: str(script)
         self.delay = delay
         self.memory = MemoryConfig()
-        self.tokenizer = byte_tokenizer()
+        self.tokenizer = byte_tokenizer(("<s>", "<|end|>"))
         weight = torch.zeros(len(self.tokenizer), 1)
         self.model = SimpleNamespace(
             generation_config=SimpleNamespace(eos_token_id=self.tokenizer.eos_token_id),

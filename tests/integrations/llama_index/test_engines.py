@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -32,7 +32,6 @@ from qllm_integrations.llama_index import (
     WholeDocumentIndex,
 )
 from qllm_runtime.errors import CancelledError, InvalidRequestError
-from tests.integrations.llama_index.compliance import Recorder, recording
 from tests.integrations.llama_index.fake_engine import FakeEngine
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
@@ -44,22 +43,6 @@ class Number(BaseModel):
     """A number."""
 
     value: int = Field(ge=0, le=9999)
-
-
-@pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    with recording() as handler:
-        yield handler
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine("It is 4711.")
-
-
-@pytest.fixture
-def llm(engine: FakeEngine) -> QLLM:
-    return QLLM.from_engine(engine)
 
 
 @pytest.fixture

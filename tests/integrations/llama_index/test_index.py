@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,11 @@ from matplotlib.figure import Figure
 from qllm_integrations.llama_index import QLLM, DocumentsReadEvent, WholeDocumentIndex
 from qllm_integrations.llama_index.documents import page_label
 from qllm_runtime.errors import DocumentError, InvalidRequestError
-from tests.integrations.llama_index.compliance import Recorder, recording
 from tests.integrations.llama_index.fake_engine import FakeEngine
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
 OTHER = "A second volume. The secret colour of the bridge is green. The end."
 QUESTION = "What is the secret number?"
-
-
-@pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    with recording() as handler:
-        yield handler
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine("It is 4711.")
-
-
-@pytest.fixture
-def llm(engine: FakeEngine) -> QLLM:
-    return QLLM.from_engine(engine)
 
 
 def pages(path: str, *texts: str) -> list[Document]:

@@ -34,8 +34,9 @@ from qllm_integrations.llama_index.messages import to_request
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
 from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document
+from tests.integrations.byte_llama import byte_tokenizer
 from tests.integrations.llama_index.fake_engine import FakeEngine
-from tests.integrations.llama_index.tiny_model import tiny_tokenizer
+from tests.integrations.llama_index.tiny_model import SPECIALS, TEMPLATE
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
 QUESTION = "What is the secret number?"
@@ -43,16 +44,6 @@ QUESTION = "What is the secret number?"
 
 def citable(text: str = BOOK, title: str = "log.txt") -> CitableBlock:
     return CitableBlock(title=title, source=f"/data/{title}", content=text)
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine("It is 4711.")
-
-
-@pytest.fixture
-def llm(engine: FakeEngine) -> QLLM:
-    return QLLM.from_engine(engine)
 
 
 # which text is the query
@@ -364,7 +355,7 @@ def test_cache_point_behind_two_system_messages(llm: QLLM, engine: FakeEngine) -
     ],
 )
 def test_routed_span_is_exactly_the_question(messages: list[ChatMessage], mode: Any) -> None:
-    tokenizer = tiny_tokenizer()
+    tokenizer = byte_tokenizer(SPECIALS, TEMPLATE)
     request = to_request(messages)
     prompt = build_prompt(tokenizer, request.turns, query=request.query, mode=mode)
     assert prompt.query_spans
