@@ -24,6 +24,7 @@ from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Progress
 
 _ROOM = 48  # tokens of template and separators
+_TRIES = 6  # until a document fills its length to 2 %
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,22 @@ class Documents:
         """
         plan = self._plan
         n_chars = round((tokens - _ROOM) * self._ratio)
-        while n_chars > 0:
+        best: list[Case] | None = None
+        for _ in range(_TRIES):
+            if n_chars <= 0:
+                break
             rng = random.Random(f"rag-{self._library.split}-{plan.seed}-{tokens}-{number}")
             prose = self._library.draw(rng, n_chars)
             cases = make_document(rng, prose, n_chars, plan.families, plan.distractors)
             room = _ROOM + 2 * max(self._count(case.question) for case in cases)
-            excess = self._count(cases[0].document) + room - tokens
-            if excess <= 0:
-                return cases
-            n_chars -= int(excess * self._ratio * 1.05) + 8
+            left = tokens - room - self._count(cases[0].document)
+            if left >= 0:
+                best = cases
+                if left < 0.02 * tokens:
+                    break
+            n_chars += int((left - 0.01 * tokens) * self._ratio)
+        if best is not None:
+            return best
         raise InvalidRequestError(
             f"{len(plan.families)} facts with {plan.distractors} distractors each do not fit {tokens} tokens; raise --lengths, "
             "or lower --distractors."

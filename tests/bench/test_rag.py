@@ -15,7 +15,6 @@ from qllm_bench.rag_systems import Lexical, MeanPooled, Perfect, Vectors, covere
 from qllm_runtime.cli import run
 from qllm_runtime.samples import story
 
-
 PROSE = Prose.of("\n\n".join(story(random.Random(1), 20_000)))
 
 
