@@ -74,19 +74,19 @@ class Options:
         return llm
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `options` one command line option for each of their fields."""
+def takes_options(command: Callable[..., None], kind: type[Any] = Options) -> Callable[..., None]:
+    """Give a command that takes `options` one command line option for each field of their dataclass, `kind`."""
     own = inspect.signature(command, eval_str=True)
-    hints = get_type_hints(Options, include_extras=True)
+    hints = get_type_hints(kind, include_extras=True)
     shared = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
-        for field in fields(Options)
+        for field in fields(kind)
     ]
 
     def run(**given: Any) -> None:
-        options = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        options = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         command(**given, options=options)
 
     kept = [parameter for parameter in own.parameters.values() if parameter.name != "options"]

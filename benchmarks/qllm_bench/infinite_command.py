@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qllm_bench import app as root
 from qllm_bench import arguments
+from qllm_bench.command_options import ModelOptions, Policies, orders, show
+from qllm_runtime.command_options import takes_options
 from qllm_runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from qllm_bench.published.suite import Suite
-    from qllm_bench.subject import Order
 
 _QUESTIONS = 14  # two of each of Math.Find's seven
 
 
-@root.app.command()
+@partial(takes_options, kind=ModelOptions)
 def infinite(
-    model: root.Model = "reader",
-    revision: root.Revision = None,
+    options: ModelOptions,
     suite: Annotated[str, typer.Option(help="infinite (∞-Bench), longbench, babilong or ruler.")] = "infinite",
     task: Annotated[
         str, typer.Option(help="Tasks with commas, or all; by default those that can be made by rule, with --data all.")
@@ -39,21 +39,11 @@ def infinite(
         str | None,
         typer.Option(help="Folder of the published files, or `hub` to fetch them; by default tasks are made by rule."),
     ] = None,
-    policy: root.Policies = "qllm,infllm,streaming",
+    policy: Policies = "qllm,infllm,streaming",
     order: Annotated[
         str, typer.Option(help="Where the question stands: first, last, both; several with commas.")
     ] = "both",
     seed: Annotated[int, typer.Option(help="Seed of tasks made by rule.")] = 0,
-    out: root.Out = Path("bench-results"),
-    n_init: root.NInit = None,
-    n_local: root.NLocal = None,
-    block_size: root.BlockSize = None,
-    topk: root.TopK = None,
-    query_weight: root.Weight = None,
-    selection: root.SelectionName = None,
-    summary: root.SummaryName = None,
-    device: root.Device = "auto",
-    dtype: root.Dtype = "auto",
 ) -> None:
     """Answer tasks of ∞-Bench, LongBench, BABILong and RULER, with their prompts and metrics.
 
@@ -67,7 +57,7 @@ def infinite(
 
     chosen = published.SUITES[arguments.choices(suite, list(published.SUITES), "suite")[0]]
     policies = arguments.choices(policy, POLICIES, "policy")
-    orders = arguments.choices(order, root.ORDERS, "order")
+    places = orders(order)
     names = list(chosen.tasks)
     if questions is not None:
         arguments.at_least(questions, 1, "--questions")
@@ -82,12 +72,8 @@ def infinite(
     if isinstance(plan.data, Path) and not plan.data.is_dir():
         raise InvalidRequestError(f"{data!r} is no folder; --data takes the folder of the published files, or hub.")
     files = bench.read_files(plan)
-    memory = {
-        "n_init": n_init, "n_local": n_local, "block_size": block_size, "topk": topk, "query_weight": query_weight,
-        "selection": selection, "summary": summary,
-    }  # fmt: skip
-    subject = root.open_subject(model, revision, device, dtype, memory)
-    root.show(bench.bench(subject, plan, files, policies, cast("list[Order]", orders), out).path)
+    subject = options.open()
+    show(bench.bench(subject, plan, files, policies, places, options.out).path)
 
 
 def _lengths(suite: Suite, lengths: str | None, data: str | None) -> list[int]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from qllm_bench import app as root
 from qllm_bench import arguments
+from qllm_bench.command_options import ModelOptions, Seed, SplitName, Text, show, splits
+from qllm_runtime.command_options import takes_options
 from qllm_runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from qllm_bench.subject import Order
 
 
-@root.app.command()
+@partial(takes_options, kind=ModelOptions)
 def rag(
-    model: root.Model = "reader",
-    revision: root.Revision = None,
+    options: ModelOptions,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, e.g. 4k,64k.")] = "4k,16k",
     order: Annotated[
         str,
@@ -34,19 +34,9 @@ def rag(
     families: Annotated[str, typer.Option(help="Kinds of questions with commas, or all.")] = "all",
     documents: Annotated[int, typer.Option(help="Documents per length.")] = 4,
     distractors: Annotated[int, typer.Option(help="Further facts of the same kind per question.")] = 4,
-    text: root.Text = None,
-    split: root.SplitName = "test",
-    seed: root.Seed = 0,
-    out: root.Out = Path("bench-results"),
-    n_init: root.NInit = None,
-    n_local: root.NLocal = None,
-    block_size: root.BlockSize = None,
-    topk: root.TopK = None,
-    query_weight: root.Weight = None,
-    selection: root.SelectionName = None,
-    summary: root.SummaryName = None,
-    device: root.Device = "auto",
-    dtype: root.Dtype = "auto",
+    text: Text = None,
+    split: SplitName = "test",
+    seed: Seed = 0,
 ) -> None:
     """Compare reading whole documents with the usual pipeline: splitter, retriever, and the same model over the chunks.
 
@@ -71,14 +61,10 @@ def rag(
         distractors=arguments.at_least(distractors, 0, "--distractors"),
         seed=seed,
     )
-    library = Library(root._split(split), text)
-    memory = {
-        "n_init": n_init, "n_local": n_local, "block_size": block_size, "topk": topk, "query_weight": query_weight,
-        "selection": selection, "summary": summary,
-    }  # fmt: skip
-    subject = root.open_subject(model, revision, device, dtype, memory)
-    loading = {"revision": revision, "device": device, "dtype": dtype}
+    library = Library(splits(split)[0], text)
+    subject = options.open()
+    loading = {"revision": options.revision, "device": options.device, "dtype": options.dtype}
     sizes = list(dict.fromkeys(sizes))
     compared = bench.systems(subject, cast("list[Order]", orders), sizes, embeddings, loading)
     chosen = {"orders": orders, "chunks": sizes, "embeddings": embeddings}
-    root.show(bench.bench(subject, library, plan, compared, chosen, out).path)
+    show(bench.bench(subject, library, plan, compared, chosen, options.out).path)
