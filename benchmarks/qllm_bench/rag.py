@@ -239,4 +239,8 @@ def report(journal: Journal) -> str:
     for c in by_family:
         panels.setdefault(c["system"], {})[c["tokens"], c["family"]] = c
     figures.heatmaps(path.with_name("rag_family.png"), panels, lengths, order, "family")
+    lines: dict[str, list[tuple[float, Any]]] = {}
+    for c in sorted(overall, key=lambda c: c["tokens"]):
+        lines.setdefault(c["system"], []).append((c["tokens"], c))
+    figures.lines(path.with_name("rag_length.png"), {"all kinds of questions": lines}, "tokens in the document")
     return text

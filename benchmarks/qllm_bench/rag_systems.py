@@ -210,7 +210,7 @@ class Retrieval:
         began = time.perf_counter()
         room = self._budget - self._count(case.question)
         chosen: list[Document] = []
-        for chunk in self._chunks.rank(case, 64):
+        for chunk in self._chunks.rank(case, self._budget // 8):
             text = "\n\n".join(c.page_content for c in (*chosen, chunk))
             if self._count(text) > room:
                 break

@@ -170,7 +170,8 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
     report = json.loads((tmp_path / "rag.json").read_text())
     assert {c["system"] for c in report["hits"]} == set(names[1:])
     assert {c["system"] for c in report["overall"]} == {*names, "whole, read for the question"}
-    assert (tmp_path / "rag_family.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("rag_family.png", "rag_length.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
