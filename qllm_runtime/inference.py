@@ -16,7 +16,7 @@ from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
-from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory
+from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
 
 Cancelled = Callable[[], bool]
 
@@ -147,15 +147,19 @@ class Inference:
             if cancelled():
                 raise CancelledError("Cancelled while reading.")
             parts = [row[start : start + chunk] for row in rows]
-            decoder(input_ids=self._batch(cache, parts), past_key_values=cache, use_cache=True)
+            ids = self._batch(cache, parts)
+            decoder(input_ids=ids, attention_mask=stand_in_mask(ids.device), past_key_values=cache, use_cache=True)
             if progress is not None:
                 progress(sum(len(part) for part in parts))
 
     def step(self, cache: MemoryCache, tokens: Sequence[int | None]) -> torch.Tensor:
         """Feed one token per row (None: the row is finished) and return logits [rows, vocab]."""
-        parts = [torch.tensor([] if token is None else [token], dtype=torch.long) for token in tokens]
-        ids = self._batch(cache, parts)
-        logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        cache.lengths = [0 if token is None else 1 for token in tokens] if None in tokens else None
+        ids = torch.tensor([[token or 0] for token in tokens], device=self.model.device)
+        mask = stand_in_mask(ids.device)
+        logits: torch.Tensor = self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits
         return logits[:, -1]
 
     def _batch(self, cache: MemoryCache, parts: Sequence[torch.Tensor]) -> torch.Tensor:

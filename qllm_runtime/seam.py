@@ -197,6 +197,11 @@ def _attention(
     return key.attend(query, value, Scoring(scale, softcap, s_aux)), None
 
 
+def stand_in_mask(device: torch.device) -> torch.Tensor:
+    """Stands in for an attention mask that is made already, so that transformers makes none; memories look at none."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
 def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     return attention_mask
 
@@ -365,8 +370,9 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
         cache = MemoryCache(len(facts.layers), factory)
         try:
             with _hooked(model, facts.rotary, _identity):
+                mask = stand_in_mask(model.device)
                 parts = [
-                    model(input_ids=part, past_key_values=cache, use_cache=True).logits
+                    model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True).logits
                     for part in (tokens[:, :40], tokens[:, 40:])
                 ]
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:

@@ -99,22 +99,24 @@ class BlockMemory(LayerMemory):
         if self.config.uses_blocks:
             self._outside.store.append(*self._window.blocks(start, new, scoring))
 
-    def _admit(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        """Write new tokens to the window; returns their queries rotated for it."""
+    def _admit(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> tuple[torch.Tensor, int]:
+        """Write new tokens to the window; returns their queries rotated for it and the blocks the first may look up."""
         first = self.n_seen
         ready = self._eligible(first)
         self._evict(ready, scoring)
         self._outside.keep_initial(first, key, value)
         near = self._window.append(query, key, value, self._oldest(ready))
         self.n_seen += query.shape[1]
-        return near
+        return near, ready
 
     # -------------------------------------------------------------- attention of many pieces
 
     def _launch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Attention of one run of pieces (the last may be short): [heads, n, value_dim]."""
         first, n = self.n_seen, query.shape[1]
-        near = self._admit(query, key, value, scoring)
+        near, _ = self._admit(query, key, value, scoring)
         last = first + (n - 1) // self.config.exec_block_size * self.config.exec_block_size
         self._evict(self._eligible(last), scoring)
         outs = []
@@ -177,10 +179,9 @@ class BlockMemory(LayerMemory):
     def _step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Attention of a single token: [heads, 1, value_dim]. Its weights are at hand, so they can be recorded."""
         first = self.n_seen
-        near = self._admit(query, key, value, scoring)
+        near, count = self._admit(query, key, value, scoring)
         window = self._window
         kv_heads, (heads, _, dim) = key.shape[0], query.shape
-        count = self._eligible(first)
         oldest = self._oldest(count)
         rows = slice(oldest - window.base, window.used)
 

@@ -81,8 +81,12 @@ class BlockStore:
 
     def _grow(self, like: Pages, capacity: int, every_key: bool) -> None:
         heads, _, size, dim = like.key.shape
-        key = like.key.new_empty(heads, capacity, size, dim)
-        value = like.value.new_empty(heads, capacity, size, like.value.shape[-1])
+        if every_key:  # a head's keys in a row are scored by one product
+            shape, order = (heads, capacity, size), (0, 1, 2, 3)
+        else:  # a block in a row is fetched at once
+            shape, order = (capacity, heads, size), (1, 0, 2, 3)
+        key = like.key.new_empty(*shape, dim).permute(order)
+        value = like.value.new_empty(*shape, like.value.shape[-1]).permute(order)
         summaries = None
         if not every_key:
             heads, r, _, dim = like.summaries.shape
