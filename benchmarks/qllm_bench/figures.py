@@ -39,7 +39,7 @@ def heatmaps(
         wide: Panels side by side; 1 lets as many as fit.
     """
     plt = _plot()
-    wide = wide if wide > 1 else min(3, len(panels))
+    wide = wide if wide > 1 else min(4, len(panels))
     high = -(-len(panels) // wide)
     size = (1.6 + wide * max(2.2, 0.62 * len(lengths)), high * (0.9 + 0.34 * len(rows)) + 0.5)
     figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")

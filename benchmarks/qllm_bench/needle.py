@@ -213,7 +213,7 @@ def report(journal: Journal) -> str:
     text = "\n\n".join(
         (
             tables.pivot(by_length, ("policy", "order"), "tokens", names),
-            tables.pivot(by_family, ("policy", "order", "family"), "tokens", names),
+            tables.pivot(by_family, ("policy", "order", "tokens"), "family", write=tables.count),
         )
     )
     path = journal.path

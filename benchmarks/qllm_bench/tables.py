@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -14,6 +14,11 @@ def cell(summary: Mapping[str, Any] | None) -> str:
     return f"{summary['share']:.2f} ({low:.2f}-{high:.2f}, {summary['total']})"
 
 
+def count(summary: Mapping[str, Any] | None) -> str:
+    """Right answers of questions asked: ``3/4``; ``-`` when there is none."""
+    return "-" if summary is None else f"{summary['right']}/{summary['total']}"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -21,7 +26,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def pivot(
-    cells: Sequence[Mapping[str, Any]], row: Sequence[str], column: str, names: Mapping[Any, str] | None = None
+    cells: Sequence[Mapping[str, Any]],
+    row: Sequence[str],
+    column: str,
+    names: Mapping[Any, str] | None = None,
+    write: Callable[[Mapping[str, Any] | None], str] = cell,
 ) -> str:
     """Summaries (`scores.cells`) as a table: rows by some labels, columns by one, in order of appearance.
 
@@ -30,6 +39,7 @@ def pivot(
         row: Labels that make a row.
         column: Label that makes a column; its values are sorted.
         names: How values of ``column`` are written.
+        write: How a summary is written.
     """
     columns = sorted({c[column] for c in cells})
     rows: dict[tuple[Any, ...], dict[Any, Mapping[str, Any]]] = {}
@@ -37,5 +47,5 @@ def pivot(
         rows.setdefault(tuple(c[name] for name in row), {})[c[column]] = c
     header = [*row, *(str((names or {}).get(value, value)) for value in columns)]
     return markdown(
-        header, [[*map(str, labels), *(cell(found.get(value)) for value in columns)] for labels, found in rows.items()]
+        header, [[*map(str, labels), *(write(found.get(value)) for value in columns)] for labels, found in rows.items()]
     )
