@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM
+
+M = TypeVar("M", bound=AIMessage)
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Call:
         """The whole answer as a message."""
         with self._time_limit():
             answer = self.engine.chat(**self._arguments())
-        return outputs.to_message(answer, self._names(), **self._fields(answer))
+        message = outputs.to_message(answer, self._names(), **self._fields(answer))
+        return message if message.content else _uncited(message)
 
     def chunks(self) -> Iterator[AIMessageChunk]:
         """The answer piece by piece; the last chunk carries usage, citations and metadata.
@@ -68,7 +71,7 @@ class Call:
         Leaving early stops the engine.
         """
         splitter = toolcalls.CallSplitter(names) if (names := self._names()) is not None else None
-        n_calls, answer = 0, None
+        n_calls, spoken, answer = 0, False, None
         unsent: list[TokenLogprob] = []
         with self._time_limit():
             pieces = self.engine.chat_stream(**self._arguments())
@@ -78,6 +81,7 @@ class Call:
                     answer = piece.answer or answer
                     for part in self._parts(piece, splitter):
                         n_calls += isinstance(part, toolcalls.ToolCall)
+                        spoken |= isinstance(part, str) and bool(part)
                         chunk = outputs.to_chunk(part, n_calls)
                         if unsent:
                             chunk.response_metadata["logprobs"] = outputs.logprobs(unsent)
@@ -91,7 +95,8 @@ class Call:
         fields["response_metadata"].pop("logprobs", None)
         if unsent:
             fields["response_metadata"]["logprobs"] = outputs.logprobs(unsent)
-        yield AIMessageChunk(content="", chunk_position="last", **fields)
+        last = AIMessageChunk(content="", chunk_position="last", **fields)
+        yield last if spoken else _uncited(last)
 
     def documents(self) -> tuple[Document, ...]:
         """All documents of the request: those of the memory first."""
@@ -130,7 +135,7 @@ class Call:
         metadata = outputs.metadata(answer, self.model, query_tokens=n_query, documents=len(documents))
         if answer.logprobs is not None:
             metadata["logprobs"] = outputs.logprobs(answer.logprobs)
-        cited = outputs.citations(answer.sources, documents) if answer.text else []
+        cited = outputs.citations(answer.sources, documents)
         return {
             "response_metadata": metadata,
             "usage_metadata": outputs.usage(answer, creates_memory=self.creates_memory),
@@ -155,6 +160,12 @@ class Call:
             ) from None
         finally:
             timer.cancel()
+
+
+def _uncited(message: M) -> M:
+    """Citations annotate words: an answer without any, a tool call, has none."""
+    message.additional_kwargs.pop("citations", None)
+    return message
 
 
 def guided(request: Request, engine: QLLM) -> Request:

@@ -110,7 +110,12 @@ class Asker:
         return _atexts(responses, lambda last: sources.fill(last, nodes, top))
 
     def messages(self, query: str, nodes: Sequence[BaseNode]) -> list[ChatMessage]:
-        """The question as messages, with the nodes as document blocks unless they are kept in a memory."""
+        """The question as messages, with the nodes as document blocks unless they are kept in a memory.
+
+        Raises:
+            InvalidRequestError: The question is empty.
+        """
+        check_question(query)
         blocks = [citable_block(node) for node in nodes] if self.mode == "query_aware" else []
         return self.opened(routed_messages(self.template, {"query_str": query}, self.llm, blocks))
 
@@ -153,6 +158,12 @@ class Asker:
         if self.show_progress:
             given["show_progress"] = True
         return {**given, **options}
+
+
+def check_question(question: str) -> None:
+    """Raise InvalidRequestError if there is nothing to ask."""
+    if not question.strip():
+        raise InvalidRequestError("The question is empty.")
 
 
 def asking_llm(llm: Any) -> tuple[QLLM, type[Any] | None]:

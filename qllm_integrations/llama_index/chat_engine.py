@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.types import Thread
 
 from qllm_integrations.aio import run_in_thread
-from qllm_integrations.llama_index.asking import Asker, Sources
+from qllm_integrations.llama_index.asking import Asker, Sources, check_question
 from qllm_integrations.llama_index.documents import citable_block
 
 
@@ -157,6 +157,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
 
     def _messages(self, conversation: Sequence[ChatMessage], nodes: Sequence[BaseNode]) -> list[ChatMessage]:
         """System prompts, then the conversation with the documents in its first message, which is the user's."""
+        check_question(conversation[-1].content or "")
         messages = self._asker.opened(conversation)
         first = next(i for i, message in enumerate(messages) if message.role is not MessageRole.SYSTEM)
         if messages[first].role is not MessageRole.USER:  # a greeting, say

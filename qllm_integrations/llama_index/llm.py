@@ -20,7 +20,7 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import BasePromptTemplate
@@ -176,7 +176,11 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
             data["memory"] = MemoryConfig(**data["memory"])
         if isinstance(data.get("stop"), str):
             data["stop"] = [data["stop"]]
-        super().__init__(model=model, **data)
+        try:
+            super().__init__(model=model, **data)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+            raise InvalidConfigError(f"Invalid settings of {type(self).__name__}: " + "; ".join(lines)) from None
 
     @classmethod
     def from_engine(cls, engine: Engine, **fields: Any) -> QLLM:

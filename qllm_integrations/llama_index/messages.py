@@ -91,6 +91,8 @@ def to_request(messages: Sequence[ChatMessage], query: str | None = None, *, wit
         if turn.role == "user" and all(earlier.role == "system" for earlier in turns):
             keep, ttl = _cache_point(message)  # elsewhere the conversation does not begin with what would be kept
         turns.append(turn)
+    if not any(turn.content or turn.extras for turn in turns):
+        raise InvalidRequestError("The messages are empty; ask a question.")
     found, source = _find_query(messages, turns, query, with_memory)
     documents = tuple(document for turn in turns for document in turn.documents)
     return Request(tuple(turns), found, source, documents, keep, ttl, messages[-1].additional_kwargs.get(SCHEMA_KEY))

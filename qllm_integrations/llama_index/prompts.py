@@ -71,7 +71,7 @@ def parser_schema(parser: BaseOutputParser | None, values: Mapping[str, Any]) ->
         tools = _mapping(values.get("tools_str"))
         if tools:
             name = {"enum": list(tools)}
-        item = _object(sub_question={"type": "string", "maxLength": 300}, tool_name=name)
+        item = _object(sub_question={"type": "string", "minLength": 1, "maxLength": 300}, tool_name=name)
         return _object(items={"type": "array", "items": item, "minItems": 1, "maxItems": 8})
     if isinstance(parser, SelectionOutputParser):
         choice: dict[str, Any] = {"type": "integer", "minimum": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index.core.base.base_selector import MultiSelection, SingleSelection
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ToolCallBlock
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
@@ -30,7 +31,7 @@ class ToolsMixin:
         messages = list(chat_history or ())  # a copy: the caller's history stays as it is
         if user_msg is not None:
             messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
-        specs = [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
+        specs = [_specify(tool) for tool in tools]
         choice = options.tool_choice(tool_choice, [spec["function"]["name"] for spec in specs])
         return {
             "messages": messages,
@@ -63,3 +64,15 @@ class ToolsMixin:
             ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=call.tool_kwargs)
             for call in calls
         ]
+
+
+def _specify(tool: BaseTool) -> dict[str, Any]:
+    """The tool in OpenAI's form. Selections count from 1: a 0 would silently choose the last of the choices."""
+    spec: dict[str, Any] = tool.metadata.to_openai_tool(skip_length_check=True)
+    parameters = spec["function"]["parameters"]
+    if tool.metadata.fn_schema is SingleSelection:
+        parameters["properties"]["index"]["minimum"] = 1
+    elif tool.metadata.fn_schema is MultiSelection:
+        parameters["properties"]["selections"]["minItems"] = 1
+        parameters["$defs"]["SingleSelection"]["properties"]["index"]["minimum"] = 1
+    return spec

@@ -62,7 +62,7 @@ def says(reply: str, **settings: Any) -> QLLMChat:
     return QLLMChat.from_engine(FakeEngine(reply=reply), **settings)
 
 
-def both(runnable: Any, text: str = "hi") -> list[AIMessage]:
+def both(runnable: Any, text: Any = "hi") -> list[AIMessage]:
     """The whole answer and the merged stream."""
     return [runnable.invoke(text), reduce(add, runnable.stream(text))]
 
@@ -162,6 +162,14 @@ def test_a_tool_loop_runs_to_its_end() -> None:
     ai = llm.invoke(messages)
     assert ai.text == "It is windy."
     assert ai.response_metadata["qllm"]["query"] == "How is the weather?"
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_a_call_without_words_has_no_text_block(tiny_path: str, version: Any) -> None:
+    llm = QLLMChat(model=tiny_path, output_version=version).bind_tools([clock], tool_choice="any")
+    document = {"type": "text-plain", "mime_type": "text/plain", "text": "Call me Ishmael. " * 20}
+    for ai in both(llm, [HumanMessage([document, {"type": "text", "text": "What time is it?"}])]):
+        assert [block["type"] for block in ai.content_blocks] == ["tool_call"]
 
 
 def test_several_calls_on_demand(tiny: QLLMChat) -> None:

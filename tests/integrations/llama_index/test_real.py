@@ -16,6 +16,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 from llama_index.core.prompts import ChatPromptTemplate
+from llama_index.core.selectors import PydanticMultiSelector, PydanticSingleSelector
 from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 
@@ -26,7 +27,7 @@ from qllm_integrations.llama_index import (
     ReadingProgressEvent,
     WholeDocumentIndex,
 )
-from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from tests.integrations.llama_index.compliance import Recorder, add, recording
 from tests.integrations.llama_index.tiny_model import save_tiny
 
@@ -161,6 +162,33 @@ def test_forgotten_memories_are_freed(llm: QLLM) -> None:
     assert memory.nbytes > 0
     index.close()
     assert memory.closed
+
+
+@pytest.mark.parametrize("selector", [PydanticSingleSelector, PydanticMultiSelector])
+def test_selections_count_from_one(llm: QLLM, selector: Any) -> None:
+    patient = QLLM(model=llm.model, memory=llm.memory, max_tokens=300)
+    chosen = selector.from_defaults(llm=patient).select(["the harbour", "the town"], QUESTION)
+    assert chosen.selections
+    assert all(selection.index >= 0 for selection in chosen.selections)
+
+
+async def test_empty_questions_are_refused(llm: QLLM, index: WholeDocumentIndex) -> None:
+    engine, chat = index.as_query_engine(), index.as_chat_engine()
+    for ask in (llm.complete, engine.query, chat.chat, chat.stream_chat, index.as_retriever().retrieve):
+        with pytest.raises(InvalidRequestError, match="empty"):
+            ask("")
+    for aask in (llm.acomplete, engine.aquery, chat.achat, chat.astream_chat, index.as_retriever().aretrieve):
+        with pytest.raises(InvalidRequestError, match="empty"):
+            await aask("")
+    assert chat.chat_history == []
+
+
+@pytest.mark.parametrize(
+    "setting", [{"temperature": -1}, {"max_tokens": 0}, {"mode": "none"}, {"memory": {"n_local": -3}}]
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfigError, match=next(iter(setting))):
+        QLLM(**setting)
 
 
 def steps(recorder: Recorder) -> list[tuple[int, int, int]]:
