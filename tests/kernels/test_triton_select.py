@@ -116,7 +116,7 @@ def test_what_is_refused(monkeypatch):
     assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512), 4)
     assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double(), 4)
     monkeypatch.setattr(gpu, "target", lambda device: Target(False, 99 * 1024))
-    assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256), 256)
+    assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256).half(), 256)
 
 
 @pytest.mark.parametrize("scopes", [1, 2])

@@ -18,21 +18,38 @@ _PROGRAMS = 256  # wanted at least, where keys can be split
 
 @triton.jit
 def fold_tile(
-    b_q, p_k, p_v, m_n, m_visible, b_m, b_l, b_o, factor, cap, o_d, o_v,
-    D: tl.constexpr, DV: tl.constexpr, SOFTCAP: tl.constexpr,
+    p_q, m_q, b_q, p_k, p_v, m_n, m_visible, b_m, b_l, b_o, factor, cap, o_d, o_v,
+    D: tl.constexpr, DV: tl.constexpr, SOFTCAP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into the running softmax: rows' maxima and sums in base 2, un-normalised output.
 
-    m_n [BN] are the keys that exist, m_visible those a row sees, [BM, BN] or broadcastable to it; both None: all.
+    p_q [BM], p_k [BN] and p_v [BN] point to vectors; b_q [BM, BD] are the queries, which are read anew in parts of BC
+    dimensions where BC < BD. m_n [BN] are the keys that exist, m_visible those a row sees, [BM, BN] or broadcastable to it;
+    both None: all.
     """
-    # [1, BD], [1, BV], with m_n [BN, BD], [BN, BV]
-    m_k, m_v = (o_d < D)[None, :], (o_v < DV)[None, :]
+    # [1, BV], with m_n [BN, BV]
+    m_v = (o_v < DV)[None, :]
     if m_n is not None:
-        m_k, m_v = m_n[:, None] & m_k, m_n[:, None] & m_v
-    b_k = tl.load(p_k, mask=m_k, other=0.0)
-    b_v = tl.load(p_v, mask=m_v, other=0.0)
+        m_v = m_n[:, None] & m_v
+    if b_q.shape[1] > BC:
+        b_s = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
+        for i_d in tl.static_range(0, b_q.shape[1], BC):
+            o_c = i_d + tl.arange(0, BC)
+            m_c = (o_c < D)[None, :]
+            b_part = tl.load(p_q[:, None] + o_c[None, :], mask=m_q[:, None] & m_c, other=0.0)
+            if m_n is not None:
+                m_c = m_n[:, None] & m_c
+            b_k = tl.load(p_k[:, None] + o_c[None, :], mask=m_c, other=0.0)
+            b_s = tl.dot(b_part, tl.trans(b_k), b_s, input_precision="tf32x3")
+    else:
+        m_k = (o_d < D)[None, :]
+        if m_n is not None:
+            m_k = m_n[:, None] & m_k
+        b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
+    b_v = tl.load(p_v[:, None] + o_v[None, :], mask=m_v, other=0.0)
     # [BM, BN]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor
+    b_s = b_s * factor
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (e^2x + 1)
         b_s = cap * (1.0 - 2.0 / (tl.exp2(b_s) + 1.0))
@@ -44,7 +61,7 @@ def fold_tile(
     b_p = tl.exp2(b_s - b_base[:, None])
     b_keep = tl.exp2(b_m - b_base)
     b_l = b_l * b_keep + tl.sum(b_p, 1)
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision="ieee")
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision="tf32x3")
     return b_m_new, b_l, b_o
 
 
@@ -61,7 +78,7 @@ def segment_attention(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCOPES: tl.constexpr,
     LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, COUNTED: tl.constexpr, SOFTCAP: tl.constexpr,
     SPLITS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys.
 
@@ -76,7 +93,6 @@ def segment_attention(
     m_m = o_t < length
     o_head, o_row = i_h * GROUP + o_m % GROUP, i_p * length + o_t
     o_n, o_d, o_v = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
-    m_q = m_m[:, None] & (o_d < D)[None, :]
     i_scope = i_h * SCOPES // kv_heads
 
     if ON_DEVICE:
@@ -108,34 +124,27 @@ def segment_attention(
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BV], tl.float32)
 
-    # [BM, BD]
-    b_q = tl.load(
-        near + o_head[:, None] * stride_near_head + o_row[:, None] * stride_near_row + o_d[None, :], mask=m_q, other=0.0
-    )
+    # [BM], [BM, BD]
+    p_q = near + o_head * stride_near_head + o_row * stride_near_row
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     p_k = window_key + i_h * stride_window_key_head + (b_slot + i_p * length) * stride_window_key_row
     p_v = window_value + i_h * stride_window_value_head + (b_slot + i_p * length) * stride_window_value_row
     for i_t in range(t_begin, tl.minimum(t_end, t_full)):
         o_k = (i_t * BN + o_n).to(tl.int64)
         b_m, b_l, b_o = fold_tile(
-            b_q, p_k + o_k[:, None] * stride_window_key_row + o_d[None, :],
-            p_v + o_k[:, None] * stride_window_value_row + o_v[None, :],
-            None, None, b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+            p_q, m_m, b_q, p_k + o_k * stride_window_key_row, p_v + o_k * stride_window_value_row,
+            None, None, b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP, BC,
         )  # fmt: skip
     for i_t in range(tl.maximum(t_begin, t_full), tl.minimum(t_end, t_window)):
         o_k = (i_t * BN + o_n).to(tl.int64)
         b_m, b_l, b_o = fold_tile(
-            b_q, p_k + o_k[:, None] * stride_window_key_row + o_d[None, :],
-            p_v + o_k[:, None] * stride_window_value_row + o_v[None, :],
-            o_k < n_window, o_k[None, :] <= b_back + o_t[:, None], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+            p_q, m_m, b_q, p_k + o_k * stride_window_key_row, p_v + o_k * stride_window_value_row,
+            o_k < n_window, o_k[None, :] <= b_back + o_t[:, None], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP, BC,
         )  # fmt: skip
 
     if PAGES or LOOSE:
-        # [BM, BD]
-        b_q = tl.load(
-            far + o_head[:, None] * stride_far_head + o_row[:, None] * stride_far_row + o_d[None, :],
-            mask=m_q,
-            other=0.0,
-        )
+        p_q = far + o_head * stride_far_head + o_row * stride_far_row
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     if PAGES:
         p_table = table + (i_p * SCOPES + i_scope) * k
         for i_t in range(tl.maximum(t_begin, t_window), tl.minimum(t_end, t_pages)):
@@ -144,13 +153,11 @@ def segment_attention(
             # [BN]
             b_page = tl.load(p_table + o_k // PAGE, mask=m_n, other=0).to(tl.int64)
             o_in = (o_k % PAGE).to(tl.int64)
-            p_page_key = page_key + i_h * stride_page_key_head + (b_page * stride_page_key_page + o_in * D)[:, None]
-            p_page_value = (
-                page_value + i_h * stride_page_value_head + (b_page * stride_page_value_page + o_in * DV)[:, None]
-            )
+            p_page_key = page_key + i_h * stride_page_key_head + b_page * stride_page_key_page + o_in * D
+            p_page_value = page_value + i_h * stride_page_value_head + b_page * stride_page_value_page + o_in * DV
             b_m, b_l, b_o = fold_tile(
-                b_q, p_page_key + o_d[None, :], p_page_value + o_v[None, :],
-                m_n, m_n[None, :], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+                p_q, m_m, b_q, p_page_key, p_page_value,
+                m_n, m_n[None, :], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP, BC,
             )  # fmt: skip
     if LOOSE:
         p_k = loose_key + i_h * stride_loose_key_head + i_p * stride_loose_key_piece
@@ -162,9 +169,8 @@ def segment_attention(
             if HIDDEN:
                 m_seen = m_n & (tl.load(hidden + (i_p * SCOPES + i_scope) * n_loose + o_k, mask=m_n, other=1) == 0)
             b_m, b_l, b_o = fold_tile(
-                b_q, p_k + o_k[:, None] * stride_loose_key_row + o_d[None, :],
-                p_v + o_k[:, None] * stride_loose_value_row + o_v[None, :],
-                m_n, m_seen[None, :], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP,
+                p_q, m_m, b_q, p_k + o_k * stride_loose_key_row, p_v + o_k * stride_loose_value_row,
+                m_n, m_seen[None, :], b_m, b_l, b_o, factor, cap, o_d, o_v, D, DV, SOFTCAP, BC,
             )  # fmt: skip
 
     # a split may have seen nothing: zeros that weigh nothing
@@ -201,9 +207,11 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
     b_d, b_v = power_of_2(dim, 16), power_of_2(value_dim, 16)
     wide = max(b_d, b_v)
     if size == 4:
-        tile = (min(64, power_of_2(rows, 16)), 32, 4, 1) if wide <= 128 else (min(32, power_of_2(rows, 16)), 16, 4, 1)
+        tile = (16, 32 if wide <= 128 else 16, 4, 1)
     elif rows <= 16:
         tile = (16, 64 if wide <= 128 else 32, 4, 3 if wide <= 128 else 2)
+    elif wide > 128 and not on.warp_groups:
+        tile = (32, 64, 8, 2)
     elif (on.warp_groups and rows <= 64) or rows <= 32 or wide > 128:
         tile = (power_of_2(min(rows, 64), 16), 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 2)
     else:
@@ -212,6 +220,7 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
         **dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True)),
         "BD": b_d,
         "BV": b_v,
+        "BC": b_d if size < 4 else min(b_d, 64),
     }
 
 

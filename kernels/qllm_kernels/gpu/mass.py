@@ -75,7 +75,7 @@ def segment_mass(
         )
         b_lse = tl.load(lse + o_head * (pieces * length) + o_row, mask=m_m, other=0.0) * 1.4426950408889634
         # [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * factor
         if SOFTCAP:
             b_s = cap * (1.0 - 2.0 / (tl.exp2(b_s) + 1.0))
         m_s = m_m[:, None] & m_seen[None, :] & (o_k[None, :] <= reach + o_t[:, None])
@@ -87,7 +87,7 @@ def constants(rows: int, dim: int, size: int) -> dict[str, Any]:
     """Sizes of the tiles for `rows` packed query rows and elements of `size` bytes, and launch options."""
     narrow = dim <= 128 and size < 4
     return {
-        "BM": min(64 if narrow else 32, power_of_2(rows, 16)),
+        "BM": min(64 if narrow else 32 if size < 4 else 16, power_of_2(rows, 16)),
         "BN": 64 if narrow else 32,
         "BD": power_of_2(dim, 16),
         "num_warps": 4,

@@ -42,17 +42,16 @@ def score_blocks(
     BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a run of blocks for BP pieces, and the BK best of them as (score, -id) in one integer.
+    """Scores of a run of blocks for BP pieces, BD dimensions at a time, and the BK best of them as (score, -id) in one integer.
 
     BR summaries of a block are read at once. With MERGE there is one piece, and the program that ends last merges all.
     """
     i_split, i_scope, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     splits, scopes = tl.num_programs(0), tl.num_programs(1)
-    o_d = tl.arange(0, BD)
     # [BG * BP] query rows: heads of the group, then pieces
     o_row = tl.arange(0, BG * BP)
     o_g, o_rp = o_row // BP, i_p * BP + o_row % BP
-    m_q = ((o_g < GROUP) & (o_rp < pieces))[:, None] & (o_d < D)[None, :]
+    m_q = (o_g < GROUP) & (o_rp < pieces)
     # [BP]
     o_p = i_p * BP + tl.arange(0, BP)
     m_p = o_p < pieces
@@ -74,16 +73,19 @@ def score_blocks(
         b_best = tl.zeros([BG * BP, BN], tl.float32)
         for i in range(HEADS * ((R + BR - 1) // BR)):
             i_head, i_r = i_scope * HEADS + i // ((R + BR - 1) // BR), i % ((R + BR - 1) // BR)
-            # [BG * BP, BD]
-            p_q = lookup + o_rp[:, None] * stride_lookup_piece + (i_head * GROUP + o_g)[:, None] * stride_lookup_head
-            b_q = tl.load(p_q + o_d[None, :], mask=m_q, other=0.0).to(summaries.dtype.element_ty)
-            # [BN * BR, BD]
             o_r, o_b = i_r * BR + o_cr, i_tile * BN + o_cn.to(tl.int64)
             m_c = (o_b < n_end) & (o_r < R)
+            # [BG * BP], [BN * BR]
+            p_q = lookup + o_rp * stride_lookup_piece + (i_head * GROUP + o_g) * stride_lookup_head
             p_k = summaries + i_head * stride_summary_head + o_r * stride_summary_r + o_b * stride_summary_block
-            b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_c[:, None] & (o_d < D)[None, :], other=0.0)
             # [BG * BP, BN * BR], then its best per block [BG * BP, BN]
-            b_dot = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_dot = tl.zeros([BG * BP, BN * BR], tl.float32)
+            for i_d in tl.static_range(0, D, BD):
+                o_d = i_d + tl.arange(0, BD)
+                m_d = (o_d < D)[None, :]
+                b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
+                b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_c[:, None] & m_d, other=0.0)
+                b_dot = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), b_dot, input_precision="tf32x3")
             if BR > 1:
                 if R % BR != 0:
                     b_dot = tl.where((o_r < R)[None, :], b_dot, float("-inf"))
@@ -136,8 +138,9 @@ def constants(
 
     With `side_by_side`, the summaries of a block are neighbours in memory and read in pairs.
     """
-    b_group, b_k, b_d = power_of_2(group), power_of_2(topk, 2), power_of_2(dim, 16)
-    rows = max(16, min(_ROWS, b_group * power_of_2(pieces)))
+    b_group, b_k = power_of_2(group), power_of_2(topk, 2)
+    b_d = power_of_2(dim, 16) if size < 4 else min(power_of_2(dim, 16), 64)
+    rows = max(16, min(_ROWS if size < 4 else 16, b_group * power_of_2(pieces)))
     together = 2 if side_by_side else 1
     b_n = max((64 if dim <= 128 else 32) // together, b_k)
     tile = (rows + b_n * together) * b_d * size
