@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from qllm_kernels import attention, eligible, mass, select, step, summary
+from qllm_kernels import attention, eligible, mass, pages, prefix, published, residency, rotary, select, step, summary
 
 VARIABLE = "QLLM_KERNELS"
 _OLDEST_GPU = (8, 0)
@@ -169,3 +169,93 @@ def linear_top_keys(
     if gpu is not None and _serves("linear_top_keys", gpu.cannot_serve(key)):
         serve = gpu.linear_top_keys
     return serve(key, key_rotated, query_prefix, n_local, repr_topk)
+
+
+def query_prefix(query: torch.Tensor) -> torch.Tensor:
+    """See :func:`qllm_kernels.prefix.query_prefix`."""
+    serve = prefix.query_prefix
+    gpu = _kernels("prefix", query.device)
+    if gpu is not None and _serves("query_prefix", gpu.cannot_serve(query)):
+        serve = gpu.query_prefix
+    return serve(query)
+
+
+def published_means(
+    key: torch.Tensor,
+    key_rotated: torch.Tensor,
+    query: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    n_local: int,
+    repr_topk: int,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See :func:`qllm_kernels.published.published_means`."""
+    serve = published.published_means
+    gpu = _kernels("published", key.device)
+    if gpu is not None and _serves("published_means", gpu.cannot_serve(key, key_rotated, query)):
+        serve = gpu.published_means
+    return serve(key, key_rotated, query, lse, n_local=n_local, repr_topk=repr_topk, scale=scale, softcap=softcap)
+
+
+def rotate_append(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    window: rotary.Destination,
+    raw: rotary.Destination,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """See :func:`qllm_kernels.rotary.rotate_append`."""
+    serve = rotary.rotate_append
+    gpu = _kernels("rotary", query.device)
+    if gpu is not None and _serves("rotate_append", gpu.cannot_serve(query, key, value, window, raw)):
+        serve = gpu.rotate_append
+    return serve(query, key, value, cos, sin, positions, window, raw, interleaved=interleaved)
+
+
+def copy_pages(source: torch.Tensor, target: torch.Tensor, moves: torch.Tensor, counts: torch.Tensor) -> None:
+    """See :func:`qllm_kernels.pages.copy_pages`."""
+    serve = pages.copy_pages
+    gpu = _kernels("pages", moves.device)
+    if gpu is not None and _serves("copy_pages", gpu.cannot_serve(source, target)):
+        serve = gpu.copy_pages
+    serve(source, target, moves, counts)
+
+
+def quantise_pages(
+    source: torch.Tensor, target: torch.Tensor, scales: torch.Tensor, moves: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """See :func:`qllm_kernels.pages.quantise_pages`."""
+    serve = pages.quantise_pages
+    gpu = _kernels("pages", moves.device)
+    if gpu is not None and _serves("quantise_pages", gpu.cannot_serve(source, target)):
+        serve = gpu.quantise_pages
+    serve(source, target, scales, moves, counts)
+
+
+def dequantise_pages(
+    source: torch.Tensor, scales: torch.Tensor, target: torch.Tensor, moves: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """See :func:`qllm_kernels.pages.dequantise_pages`."""
+    serve = pages.dequantise_pages
+    gpu = _kernels("pages", moves.device)
+    if gpu is not None and _serves("dequantise_pages", gpu.cannot_serve(source, target)):
+        serve = gpu.dequantise_pages
+    serve(source, scales, target, moves, counts)
+
+
+def admit_pages(
+    state: residency.Residency, ids: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`qllm_kernels.residency.admit_pages`."""
+    serve = residency.admit_pages
+    gpu = _kernels("residency", ids.device)
+    if gpu is not None and _serves("admit_pages", gpu.cannot_serve(state, ids)):
+        serve = gpu.admit_pages
+    return serve(state, ids, valid)
