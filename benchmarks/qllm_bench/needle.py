@@ -25,6 +25,7 @@ from qllm_runtime.errors import InvalidRequestError
 #: Families whose answer is one value, so that a score says whether that one fact was found.
 SIMPLE = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
 _ROOM = 48  # tokens of template and separators
+_KEPT = 8_000_000  # tokens of documents that are kept for the next setting
 _FACT = 50  # tokens of a document per fact
 _QUESTION = 16  # tokens that other questions may have more than those of the first document
 
@@ -97,7 +98,8 @@ class Haystacks:
     def __init__(self, subject: Subject, library: Library, plan: Plan) -> None:
         self._subject, self._library, self._plan = subject, library, plan
         self._ratio = subject.chars_per_token(library.sample())
-        self.of = lru_cache(maxsize=1)(self._make)
+        kept = _KEPT // max(plan.lengths)
+        self.of = lru_cache(maxsize=max(1, min(kept, plan.documents)))(self._make)
 
     def check(self) -> int:
         """Make the shortest documents; returns the tokens that a question may have.

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from qllm_bench import figures, tables
 from qllm_bench.arguments import short
+from qllm_bench.environment import environment
 from qllm_bench.harness import Job, Label, run
 from qllm_bench.journal import Journal
 from qllm_bench.speed_measure import SHAPES, Measurement, memory_for
@@ -106,7 +107,8 @@ def bench(
         stock_up_to: Longest text for dense attention, whose reading takes time quadratic in it.
         out: Folder.
     """
-    subject = {"model": name, "device": device, "dtype": dtype, "threads": threads, "steps": steps}
+    hardware = {**environment(device)["hardware"], "threads": threads}
+    subject = {"model": name, "device": device, "dtype": dtype, "steps": steps, "hardware": hardware}
     journal = Journal(out, "speed", {**subject, "memory": base.model_dump()})
     jobs = []
     for repeat in range(repeats):
