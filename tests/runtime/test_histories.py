@@ -65,3 +65,24 @@ def test_history(seed: int) -> None:
         chunk = config.exec_block_size * draw.randint(1, 3)
         torch.testing.assert_close(feed(memory, part, scoring, chunk), naive.feed(*part), atol=4e-5, rtol=2e-4)
         at += n
+
+
+@pytest.mark.parametrize("selection", ["shared", "per_kv_head"])
+def test_forks_that_write_in_turns(selection: str) -> None:
+    """Keys that stay in place from step to step belong to one side alone, whose blocks have the other side's numbers."""
+    config = MemoryConfig(
+        n_init=2, n_local=8, block_size=4, topk=3, repr_topk=4, exec_block_size=4, chunk_size=16, selection=selection
+    )
+    trunk, *sides = (tokens(n, seed=seed) for seed, n in enumerate((50, 30, 30)))
+    parent = BlockMemory(config, Rope(DIM))
+    feed(parent, trunk, chunk=1)
+    forks = [parent.fork() for _ in sides]
+    expected = []
+    for side in sides:
+        alone = BlockMemory(config, Rope(DIM))
+        feed(alone, trunk, chunk=1)
+        expected.append(feed(alone, side, chunk=1))
+    for t in range(30):
+        for fork, side, outs in zip(forks, sides, expected, strict=True):
+            out = feed(fork, tuple(x[:, t : t + 1] for x in side))
+            torch.testing.assert_close(out, outs[t : t + 1], atol=2e-5, rtol=1e-4)
