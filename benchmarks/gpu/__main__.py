@@ -13,6 +13,7 @@ import transformers
 import typer
 
 from benchmarks.gpu import models, operations
+from benchmarks.gpu.memory_operations import MemoryOperations
 from benchmarks.gpu.timing import ceilings
 from qllm_kernels import dispatch
 
@@ -63,9 +64,14 @@ def main(
     report["ceilings"] = ceilings(where, dtype, tiny=tiny)
     _table("Ceilings", {"measured": report["ceilings"]})
     for shape in operations.SHAPES:
-        work = operations.Operations(operations.tiny(shape) if tiny else shape, where, dtype)
-        with torch.inference_mode():
-            errors, speeds = work.errors(), work.speeds()
+        errors: dict[str, dict[str, Any]] = {}
+        speeds: dict[str, dict[str, Any]] = {}
+        for kind in (operations.Operations, MemoryOperations):
+            work = kind(operations.tiny(shape) if tiny else shape, where, dtype)
+            with torch.inference_mode():
+                errors |= work.errors()
+                speeds |= work.speeds()
+            del work
         report.setdefault("operations", {})[shape.name] = {"errors": errors, "speeds": speeds}
         _table(f"{shape.name}: error against double precision", errors)
         _table(f"{shape.name}: speed", speeds)

@@ -45,13 +45,18 @@ def tiny(shape: Shape) -> Shape:
     )
 
 
-def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference over that of what is expected."""
     difference = actual.double().cpu() - expected.double()
     return (difference.pow(2).mean().sqrt() / expected.double().pow(2).mean().sqrt()).item()
 
 
-def _as_double(x: torch.Tensor) -> torch.Tensor:
+def verdict(error: float, plain: float, sound: bool) -> dict[str, Any]:
+    """Row of an operation: its error, that of the torch function in the same dtype, and whether the former is fine."""
+    return {"error": error, "torch_error": plain, "ok": sound and error < max(2 * plain, 1e-5)}
+
+
+def as_double(x: torch.Tensor) -> torch.Tensor:
     return x.cpu().double() if x.is_floating_point() else x.cpu()
 
 
@@ -112,23 +117,19 @@ class Operations:
         expected = select.block_scores(lookup.to(dtype).double().cpu(), summaries.double().cpu(), scopes=1)
         plain = select.block_scores(lookup, summaries, scopes=1)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].sort(-1).values
-        return self._verdict(_error(scores, expected), _error(plain, expected), bool(torch.equal(ids, best)))
+        return verdict(relative_error(scores, expected), relative_error(plain, expected), bool(torch.equal(ids, best)))
 
     def _attention_error(self, pieces: int, length: int, *, paged: bool) -> dict[str, Any]:
         inputs, sizes = self._segments(pieces, length, paged=paged)
         out, lse = dispatch.attend_pieces(*inputs, **sizes)
         plain, _ = attention.attend_pieces(*inputs, **sizes)
         near, key, value, far = inputs
-        double: dict[str, Any] = {name: x if x is None else _as_double(x) for name, x in vars(far).items()}
+        double: dict[str, Any] = {name: x if x is None else as_double(x) for name, x in vars(far).items()}
         expected, expected_lse = attention.attend_pieces(
-            _as_double(near), _as_double(key), _as_double(value), replace(far, **double), **sizes
+            as_double(near), as_double(key), as_double(value), replace(far, **double), **sizes
         )
-        finite = bool(torch.isfinite(out).all()) and _error(lse, expected_lse) < 1e-2
-        return self._verdict(_error(out, expected), _error(plain, expected), finite)
-
-    @staticmethod
-    def _verdict(error: float, plain: float, sound: bool) -> dict[str, Any]:
-        return {"error": error, "torch_error": plain, "ok": sound and error < max(2 * plain, 1e-5)}
+        finite = bool(torch.isfinite(out).all()) and relative_error(lse, expected_lse) < 1e-2
+        return verdict(relative_error(out, expected), relative_error(plain, expected), finite)
 
     # -------------------------------------------------------------- speed
 

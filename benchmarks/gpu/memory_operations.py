@@ -1,0 +1,259 @@
+"""What surrounds attention: mass of keys, every-key selection, rotation and append, summaries, pages and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.operations import Operations, as_double, relative_error, verdict
+from benchmarks.gpu.timing import seconds
+from qllm_kernels import dispatch, mass, pages, published, residency, rotary, select
+from qllm_kernels.attention import FarSegment
+from qllm_kernels.residency import Residency
+from qllm_kernels.rotary import Destination
+
+EVERY_KEY_BLOCKS = 2048  # 131,072 tokens in blocks of 64: 268 MB of keys per layer in the 8B shape
+
+
+class MemoryOperations(Operations):
+    """Random data for the operations around attention; see :class:`Operations`."""
+
+    def _pinned(self, *sizes: int) -> torch.Tensor:
+        made = torch.randn(*sizes).to(self.dtype)
+        return made.pin_memory() if self.device.type == "cuda" else made
+
+    def _numbers(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
+
+    # -------------------------------------------------------------- arguments
+
+    def _mass(self, pieces: int, length: int) -> Callable[..., mass.Mass]:
+        (near, key, value, far), sizes = self._segments(pieces, length, paged=True)
+        _, lse = dispatch.attend_pieces(near, key, value, far, **sizes)
+
+        def call(serve: Any = dispatch.attention_mass, double: bool = False) -> mass.Mass:
+            given: Any = (near, key, far, lse)
+            if double:
+                parts: dict[str, Any] = {name: None if x is None else as_double(x) for name, x in vars(far).items()}
+                given = (as_double(near), as_double(key), FarSegment(**parts), as_double(lse))
+            found: mass.Mass = serve(*given, window=length == 1, **sizes)
+            return found
+
+        return call
+
+    def _every_key(self, pieces: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        s = self.shape
+        n_blocks = min(s.n_blocks, EVERY_KEY_BLOCKS)
+        every = self._random(s.kv_heads, n_blocks, s.block, s.dim)
+        return self._random(pieces, s.heads, s.dim).float(), every.transpose(1, 2), [n_blocks] * pieces
+
+    def _append(self, n: int) -> tuple[tuple[Any, ...], tuple[Destination, Destination]]:
+        s = self.shape
+        query, key, value = (self._random(heads, n, s.dim) for heads in (s.heads, s.kv_heads, s.kv_heads))
+        angles = torch.rand(s.n_local + n, s.dim // 2, device=self.device).repeat(1, 2)
+        rows = torch.arange(s.n_local, s.n_local + n, device=self.device)
+        buffers = torch.zeros(4, s.kv_heads, s.n_local + n, s.dim, dtype=self.dtype, device=self.device)
+        places = [
+            Destination(key_rows, value_rows, rows) for key_rows, value_rows in buffers.view(2, 2, *buffers.shape[1:])
+        ]
+        return (query, key, value, angles.cos(), angles.sin(), rows), (places[0], places[1])
+
+    def _published(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        s = self.shape
+        n_blocks = max(1, s.piece // s.block)
+        key = self._random(s.kv_heads, n_blocks, s.block, s.dim)
+        reach = n_blocks * s.block + s.n_local - 1
+        query, lse = self._random(s.heads, reach, s.dim), self._random(s.heads, reach).float() + 12
+        sizes = {"n_local": s.n_local, "repr_topk": s.r, "scale": s.dim**-0.5}
+        return (key, key.flatten(1, 2), query, lse), sizes
+
+    def _slab(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pages of the host, a hot buffer, moves of as many pages as a piece chooses, and their number."""
+        s = self.shape
+        n = 8 * s.topk
+        hot = self._random(s.kv_heads, 2 * s.topk, s.block, s.dim)
+        moves = torch.stack((torch.randperm(n)[: s.topk], torch.arange(s.topk)), -1)[None].to(self.device)
+        return self._pinned(s.kv_heads, n, s.block, s.dim), hot, moves, self._numbers(s.topk)
+
+    # -------------------------------------------------------------- correctness
+
+    def errors(self) -> dict[str, dict[str, Any]]:
+        s = self.shape
+        rows = {}
+        for name, pieces, length in (("decode", 1, 1), ("prefill", 2, s.piece)):
+            call = self._mass(pieces, length)
+            found, plain, exact = call(), call(mass.attention_mass), call(mass.attention_mass, double=True)
+            error, plain_error = (
+                max(relative_error(getattr(x, part), y) for part, y in vars(exact).items() if y is not None)
+                for x in (found, plain)
+            )
+            rows[f"mass, {name}"] = verdict(error, plain_error, True)
+        for name, pieces in (("decode", 1), ("prefill", 4)):
+            rows[f"selection of every key, {name}"] = self._every_key_error(pieces)
+        rows["rotate and append"] = self._append_error()
+        given, sizes = self._published()
+        exact_means = published.published_means(*(as_double(x) for x in given), **sizes)
+        means = dispatch.published_means(*given, **sizes)
+        # where two keys receive nearly the same, the rounded ones may choose the other
+        alike = (means.double().cpu() - exact_means).abs().amax(-1) < 0.05 * exact_means.abs().max()
+        rows["published summaries"] = {"alike": alike.double().mean().item(), "ok": bool(alike.double().mean() > 0.98)}
+        query = self._random(s.kv_heads, s.n_local + s.piece, s.dim)
+        sums = as_double(query).cumsum(1)
+        error = relative_error(dispatch.query_prefix(query)[:, 1:], sums)
+        rows["prefix sums"] = verdict(error, relative_error(query.float().cumsum(1), sums), True)
+        rows["page copies"] = self._copies_error()
+        rows["table of pages"] = self._table_error()
+        return rows
+
+    def _every_key_error(self, pieces: int) -> dict[str, Any]:
+        lookup, every, counts = self._every_key(pieces)
+        on_device = torch.tensor(counts, dtype=torch.int32, device=self.device)
+        ids, _, scores = dispatch.top_blocks(lookup, every, on_device, self.shape.topk, scopes=1)
+        exact = select.block_scores(as_double(lookup.to(self.dtype)), as_double(every), scopes=1)
+        plain = select.block_scores(lookup, every, scopes=1)
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.shape.topk].sort(-1).values
+        return verdict(relative_error(scores, exact), relative_error(plain, exact), bool(torch.equal(ids, best)))
+
+    def _append_error(self) -> dict[str, Any]:
+        given, (window, raw) = self._append(self.shape.piece)
+        near = dispatch.rotate_append(*given, window, raw)
+        query, key, value, cos, sin, rows = given
+        turned = [rotary.rotate(as_double(x), cos[rows].cpu(), sin[rows].cpu()) for x in (query, key)]
+        plain = rotary.rotate(query, cos[rows], sin[rows])
+        error = max(relative_error(near, turned[0]), relative_error(window.key[:, rows], turned[1]))
+        kept = all(torch.equal(place.value[:, rows], value) for place in (window, raw)) and torch.equal(
+            raw.key[:, rows], key
+        )
+        return verdict(error, relative_error(plain, turned[0]), kept)
+
+    def _copies_error(self) -> dict[str, Any]:
+        slab, hot, moves, counts = self._slab()
+        origin, target = moves[0, :, 0].cpu(), moves[0, :, 1]
+        dispatch.copy_pages(slab, hot, moves, counts)
+        exact = torch.equal(hot[:, target].cpu(), slab[:, origin])
+        fp8 = torch.zeros(slab.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.zeros(slab.shape[:2])
+        if self.device.type == "cuda":
+            fp8, scales = fp8.pin_memory(), scales.pin_memory()
+        back = moves.flip(-1)
+        dispatch.quantise_pages(hot, fp8, scales, back, counts)
+        dispatch.dequantise_pages(fp8, scales, hot, moves, counts)
+        self._wait()
+        there, again = torch.zeros(slab.shape, dtype=torch.float8_e4m3fn), torch.zeros(slab.shape[:2])
+        pages.quantise_pages(slab, there, again, torch.stack((origin, origin), -1)[None], counts.cpu())
+        same = (there.view(torch.uint8) == fp8.view(torch.uint8))[:, origin].double().mean().item()
+        error = relative_error(hot[:, target], as_double(slab[:, origin]))
+        return {"error": error, "same_bytes": same, "ok": exact and same > 0.999 and error < 0.04}
+
+    def _table_error(self) -> dict[str, Any]:
+        k, n_pages = self.shape.topk, 8 * self.shape.topk
+        states = [Residency.empty(1, n_pages, 2 * k, where) for where in (self.device, torch.device("cpu"))]
+        for step in range(6):
+            ids = (torch.rand(1, 1, n_pages) + torch.arange(n_pages).roll(9 * step) / k).argsort(-1)[..., :k]
+            found = dispatch.admit_pages(states[0], ids.to(self.device), None)
+            expected = residency.admit_pages(states[1], ids, None)
+            n = int(expected[2][0])
+            if not (
+                torch.equal(found[0].cpu(), expected[0]) and torch.equal(found[1][:, :n].cpu(), expected[1][:, :n])
+            ):
+                return {"step": step, "ok": False}
+        return {"ok": True}
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # -------------------------------------------------------------- speed
+
+    def speeds(self) -> dict[str, dict[str, float]]:
+        s = self.shape
+        size = self.dtype.itemsize
+        rows = {}
+        step_mass, piece_mass = self._mass(1, 1), self._mass(s.pieces, s.piece)
+        keys = s.n_local + 1 + s.n_init + s.topk * s.block
+        rows["mass, decode"] = self._bandwidth([step_mass], s.kv_heads * keys * s.dim * size)
+        spent = seconds(piece_mass, self.device, repeats=5)
+        work = 2 * s.heads * s.pieces * s.piece * (s.n_init + s.topk * s.block) * s.dim
+        rows["mass outside the window, prefill"] = {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
+        for name, pieces in (("decode", 1), ("prefill", s.pieces)):
+            lookup, every, counts = self._every_key(pieces)
+            call = self._choose(lookup, every, torch.tensor(counts, device=self.device))
+            rows[f"selection of every key, {name}"] = self._bandwidth([call], every.nbytes)
+        for name, n in (("decode", 1), ("prefill", s.pieces * s.piece)):
+            given, places = self._append(n)
+            moved = (2 * s.heads + 6 * s.kv_heads) * n * s.dim * size
+            rows[f"rotate and append, {name}"] = self._bandwidth([self._rotate(given, places)], moved)
+        arguments, sizes = self._published()
+        rows["published summaries of a piece"] = {
+            "us": seconds(lambda: dispatch.published_means(*arguments, **sizes), self.device) * 1e6
+        }
+        query = self._random(s.kv_heads, s.n_local + s.pieces * s.piece, s.dim)
+        rows["prefix sums"] = self._bandwidth(
+            [lambda: dispatch.query_prefix(query)], query.nbytes * 2 + query.numel() * 4
+        )
+        rows |= self._paging_speeds()
+        if self.device.type == "cuda":
+            rows["layer of a step"] = self._step_speeds()
+        return rows
+
+    def _choose(self, lookup: torch.Tensor, summaries: torch.Tensor, counts: torch.Tensor) -> Callable[[], object]:
+        return lambda: dispatch.top_blocks(lookup, summaries, counts, self.shape.topk, scopes=1)
+
+    @staticmethod
+    def _rotate(given: tuple[Any, ...], places: tuple[Destination, Destination]) -> Callable[[], object]:
+        return lambda: dispatch.rotate_append(*given, *places)
+
+    def _paging_speeds(self) -> dict[str, dict[str, float]]:
+        slab, hot, moves, counts = self._slab()
+        moved = hot.nbytes // hot.shape[1] * moves.shape[1]
+        rows = {
+            "pages from the host": self._bandwidth([lambda: dispatch.copy_pages(slab, hot, moves, counts)], moved),
+            "pages to the host": self._bandwidth(
+                [lambda: dispatch.copy_pages(hot, slab, moves.flip(-1), counts)], moved
+            ),
+        }
+        fp8, scales = slab.to(torch.float8_e4m3fn), torch.ones(slab.shape[:2])
+        if self.device.type == "cuda":
+            fp8, scales = fp8.pin_memory(), scales.pin_memory()
+        rows["fp8 pages from the host"] = self._bandwidth(
+            [lambda: dispatch.dequantise_pages(fp8, scales, hot, moves, counts)], moved // self.dtype.itemsize
+        )
+        state = Residency.empty(1, slab.shape[1], hot.shape[1], self.device)
+        ids = moves[None, :, :, 0].contiguous()
+        rows["table of pages"] = {"us": seconds(lambda: dispatch.admit_pages(state, ids, None), self.device) * 1e6}
+        return rows
+
+    def _step_speeds(self) -> dict[str, float]:
+        """One layer of a step, from projections to attention with all pages resident; launched one by one, and as a graph."""
+        s = self.shape
+        given, places = self._append(1)
+        lookup, summaries = self._lookup(1)
+        (_, key, value, far), sizes = self._segments(1, 1, paged=True)
+        counts, slot, back = self._numbers(s.n_blocks), self._numbers(0), self._numbers(s.n_local)
+        state = Residency.empty(1, s.n_blocks, 4 * s.topk, self.device)
+        slab = self._pinned(s.kv_heads, 8 * s.topk, s.block, s.dim)
+        nothing = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+        def layer() -> None:
+            near = dispatch.rotate_append(*given, *places)
+            ids, _, _ = dispatch.top_blocks(lookup, summaries, counts, s.topk, scopes=1)
+            slots, moves, _ = dispatch.admit_pages(state, ids, None)
+            assert far.page_key is not None
+            dispatch.copy_pages(slab, far.page_key, moves, nothing)
+            dispatch.attend_step(
+                near, key, value, replace(far, table=slots), slot=slot, back=back, scale=sizes["scale"]
+            )
+
+        eager = seconds(layer, self.device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layer()
+        return {"us": eager * 1e6, "graph_us": seconds(graph.replay, self.device) * 1e6}
