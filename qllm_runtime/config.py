@@ -83,7 +83,8 @@ class MemoryConfig(BaseModel):
         default=1.0,
         ge=0,
         allow_inf_nan=False,
-        description="Weight beta of the question's term in the block score (eq. 7); unit-free.",
+        description="Weight beta of the question's term in the block score (eq. 7). Both terms are standardised over the "
+        "blocks, so that 1 suits every model; with faithful=True they are not, and published values depend on the model.",
     )
     selection: Selection = Field(
         default="shared",

@@ -32,6 +32,14 @@ class FarSegment:
     table: torch.Tensor | None = None
     n_chosen: torch.Tensor | None = None
 
+    @property
+    def pieces(self) -> int:
+        """Pieces that see keys of their own."""
+        if self.table is not None:
+            return self.table.shape[0]
+        assert self.key is not None
+        return self.key.shape[1]
+
 
 def attend(
     query: torch.Tensor,
@@ -109,7 +117,7 @@ def attend_pieces(
     Args:
         near: [heads, pieces * length, head_dim] queries rotated to their slots.
         window_key, window_value: [kv_heads, slots, head_dim or value_dim], rows contiguous.
-        far: What lies outside the window, or None.
+        far: What lies outside the window, or None. It may cut the same queries into more, shorter pieces.
         slot: First window key of the first piece.
         back: Window keys of a piece before its first token.
         length: Tokens of a piece.
@@ -122,7 +130,7 @@ def attend_pieces(
     local = _attend_window(
         near, window_key, window_value, slot=slot, back=back, length=length, scale=scale, softcap=softcap
     )
-    return local if far is None else merge(attend_far(far, length=length, scale=scale, softcap=softcap), local)
+    return local if far is None else merge(attend_far(far, scale=scale, softcap=softcap), local)
 
 
 def _attend_window(
@@ -172,12 +180,11 @@ def _causal_bias(group: int, size: int, span: int, dtype: torch.dtype, device: t
     return torch.zeros(size, span, dtype=dtype, device=device).masked_fill_(later, float("-inf")).repeat(group, 1)
 
 
-def attend_far(
-    far: FarSegment, *, length: int, scale: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_far(far: FarSegment, *, scale: float, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The far part of `attend_pieces`: output [heads, rows, value_dim] and log-sum-exp [heads, rows]."""
     heads, rows, dim = far.query.shape
-    key, value, hidden = _far_keys(far, rows // length)
+    key, value, hidden = _far_keys(far, far.pieces)
+    length = rows // far.pieces
     bias = None
     if hidden is not None:
         mask = hidden[:, :, None]

@@ -12,7 +12,7 @@ _TILE_ELSEWHERE = 1 << 24
 
 
 def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) -> torch.Tensor:
-    """Score every block for every piece (paper eqs. 5-7; the question's term is folded into `lookup`).
+    """Score every block for every piece (paper eqs. 5 and 6).
 
     The score of a block for one head is the dot product with its best summary; heads are summed. Products and sums are
     fp32 for summaries of any dtype.
@@ -67,6 +67,27 @@ def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> 
     ids = torch.where(valid, ids, n_blocks).sort(dim=-1).values
     valid = ids < n_blocks
     return ids.clamp(max=n_blocks - 1), valid
+
+
+def standardise(scores: torch.Tensor, n_eligible: torch.Tensor | None) -> torch.Tensor:
+    """Scores with mean 0 and variance 1 over the eligible blocks, so that terms of different scale can be added.
+
+    Args:
+        scores: [pieces or 1, scopes, n_blocks] fp32.
+        n_eligible: [pieces] how many of the first blocks count; None: all of them.
+
+    Returns:
+        [pieces, scopes, n_blocks] ([1, ...] without `n_eligible`); what is not eligible holds numbers without meaning.
+    """
+    if n_eligible is None:
+        centred = scores - scores.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+    else:
+        count = n_eligible[:, None, None]
+        counted = torch.arange(scores.shape[-1], device=scores.device) < count
+        centred = scores - torch.where(counted, scores, 0).sum(-1, keepdim=True) / count
+        variance = torch.where(counted, centred.square(), 0).sum(-1, keepdim=True) / count
+    return centred * variance.clamp(min=torch.finfo(variance.dtype).tiny).rsqrt()
 
 
 def top_blocks(

@@ -42,4 +42,4 @@ def attend_step(
         softcap=softcap,
     )
     local = (out.reshape(heads, 1, -1), lse.reshape(heads, 1))
-    return local if far is None else merge(attend_far(far, length=1, scale=scale, softcap=softcap), local)
+    return local if far is None else merge(attend_far(far, scale=scale, softcap=softcap), local)

@@ -6,8 +6,9 @@ A query attends to
 * once blocks have left the window: the initial tokens, the question's tokens (pinned) and the `topk` blocks its piece
   looked up, all at the single distance `n_local - 1`.
 
-Every token is counted once. Pieces of `exec_block_size` queries share a lookup; a block is eligible for a piece when all of
-it lies at least `n_local` tokens before the piece, so results do not depend on where a text is cut between pieces.
+Every token is counted once. Pieces of `exec_block_size` queries share a lookup, but every token of the question looks up
+for itself: a mean over its words finds none of them. A block is eligible for a piece when all of it lies at least `n_local`
+tokens before the piece, so results do not depend on where a text is cut between pieces.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
 from qllm_runtime.memory.outside import Outside
 from qllm_runtime.memory.window import Window
 
+_TOGETHER = 64  # single tokens whose far keys are gathered at a time
+
 
 class BlockMemory(LayerMemory):
     """Memory of the policies qllm, infllm, streaming and lm-infinite.
@@ -42,6 +45,7 @@ class BlockMemory(LayerMemory):
         self._outside = Outside(config, rotation, reserve // config.block_size)
         self._window = Window(config, rotation)
         self._n_blocks = 0  # blocks that left the window; those of streaming policies are not kept
+        self._grid = 0  # pieces start here and every exec_block_size tokens from here
 
     @override
     def set_query(self, start: int, end: int) -> None:
@@ -61,6 +65,7 @@ class BlockMemory(LayerMemory):
             return single(query, key, value, scoring).transpose(0, 1)
         outs = []
         done = 0
+        self._grid = self.n_seen
         while done < n:
             size = self._launch_size(n - done)
             rows = slice(done, done + size)
@@ -70,13 +75,14 @@ class BlockMemory(LayerMemory):
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)
 
     def _launch_size(self, left: int) -> int:
-        """Tokens of the next launch: whole pieces, none after the piece in which a question becomes complete."""
-        size = min(left, self._window.launch_size)
-        complete = self._outside.query.completes_at(self.n_seen, size)
-        if complete is not None:
-            piece = self.config.exec_block_size
-            size = min(size, -(-complete // piece) * piece)
-        return size
+        """Tokens of the next launch: up to the end of a piece, and not beyond that of a question, which then takes effect."""
+        within = (self.n_seen - self._grid) % self.config.exec_block_size
+        size = min(left, self._window.launch_size - within)
+        question = self._outside.query.awaited
+        if question is not None:
+            size = min(size, question[1] - self.n_seen)
+        # attention mass is known only after a piece's attention, and the next piece may need it
+        return self._pieces(self.n_seen, size)[0][1] if self._window.weighs_tokens else size
 
     # -------------------------------------------------------------- what is where
 
@@ -117,10 +123,10 @@ class BlockMemory(LayerMemory):
         """Attention of one run of pieces (the last may be short): [heads, n, value_dim]."""
         first, n = self.n_seen, query.shape[1]
         near, _ = self._admit(query, key, value, scoring)
-        last = first + (n - 1) // self.config.exec_block_size * self.config.exec_block_size
-        self._evict(self._eligible(last), scoring)
+        pieces = self._pieces(first, n)
+        self._evict(self._eligible(pieces[-1][0]), scoring)
         outs = []
-        for starts, length in self._batches(first, n):
+        for starts, length in self._batches(pieces):
             rows = slice(starts[0] - first, starts[-1] - first + length)
             oldest = self._oldest(self._eligible(starts[0]))
             far = None
@@ -133,7 +139,7 @@ class BlockMemory(LayerMemory):
                 far,
                 slot=oldest - self._window.base,
                 back=starts[0] - oldest,
-                length=length,
+                length=length if length > 1 else len(starts),  # single tokens share one window
                 scale=scoring.scale,
                 softcap=scoring.softcap,
             )
@@ -144,25 +150,34 @@ class BlockMemory(LayerMemory):
         self._outside.query.capture(first, query, key, value, self.config.n_init)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def _batches(self, first: int, n: int) -> Iterator[tuple[list[int], int]]:
-        """Runs of equally long pieces whose windows begin equally far before them: (starts, length)."""
-        piece = self.config.exec_block_size
+    def _pieces(self, first: int, n: int) -> list[tuple[int, int]]:
+        """Start and length of the pieces of a launch; each question token is one, once there are blocks."""
+        size = self.config.exec_block_size
+        question = self._outside.query.awaited or (first + n, first + n)
+        pieces = []
+        start = first
+        while start < first + n:
+            end = min(start + size - (start - self._grid) % size, first + n)
+            if end > question[0] and self._eligible(start):
+                end = max(start + 1, question[0])
+            pieces.append((start, end - start))
+            start = end
+        return pieces
+
+    def _batches(self, pieces: list[tuple[int, int]]) -> Iterator[tuple[list[int], int]]:
+        """Runs of equally long pieces, (starts, length), whose windows begin equally far before them, or at one place."""
         run: list[int] = []
-        reach = None
-        for start in range(first, first + n, piece):
-            length = min(piece, first + n - start)
+        alike = None
+        for start, length in pieces:
             count = self._eligible(start)
-            back = (count > 0, start - self._oldest(count))
-            if run and (back != reach or length < piece):
-                yield run, piece
+            kind = (length, count > 0, start - self._oldest(count) if length > 1 else count)
+            if run and (kind != alike or (length == 1 and len(run) == _TOGETHER)):
+                yield run, alike[0] if alike else length
                 run = []
-            if length < piece:
-                yield [start], length
-                return
             run.append(start)
-            reach = back
-        if run:
-            yield run, piece
+            alike = kind
+        if alike:
+            yield run, alike[0]
 
     def _far(self, query: torch.Tensor, starts: list[int], length: int) -> FarSegment:
         """What pieces see outside their windows."""

@@ -9,9 +9,10 @@ from typing import NamedTuple, Self
 import torch
 
 from qllm_kernels.dispatch import top_blocks
-from qllm_kernels.select import select_blocks
+from qllm_kernels.select import select_blocks, standardise
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
+from qllm_runtime.memory.guide import Guide
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.resident import Resident
@@ -50,7 +51,7 @@ class Outside:
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
         self._resident: Resident | None = None
-        self._guide: tuple[torch.Tensor, torch.Tensor] | None = None  # a question's vector and its far, weighted form
+        self._guide: tuple[torch.Tensor, Guide] | None = None  # a question's tokens and its scores
 
     @property
     def empty(self) -> bool:
@@ -88,6 +89,9 @@ class Outside:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose blocks for pieces.
 
+        A block's score is that of the current tokens (eq. 6) plus `query_weight` times that of the question (eq. 5), each
+        standardised over the eligible blocks: so the weight means the same for every model, layer and length (eq. 7).
+
         Args:
             lookup: [pieces, heads, head_dim] fp32, each piece's mean query in far form.
             counts: Eligible blocks of each piece, ascending.
@@ -98,12 +102,23 @@ class Outside:
             ids [pieces, scopes, k] ascending, and valid [pieces, scopes, k] or None when all are.
         """
         config = self._config
-        vector = self.query.vector
-        if vector is not None and config.query_weight:
-            if self._guide is None or self._guide[0] is not vector:
-                self._guide = (vector, config.query_weight * self.far(vector))
-            lookup = lookup + self._guide[1]
-        ids, valid, scores = self._best(lookup, counts)
+        scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
+        parts = self.store.summaries(counts[-1])
+        guide = self._guiding(scopes)
+        if guide is None and len(parts) == 1:
+            ids, valid, scores = top_blocks(lookup, parts[0], counts, config.topk, scopes=scopes)
+        else:
+            each = [top_blocks(lookup, part, [part.shape[2]] * len(counts), 1, scopes=scopes)[2] for part in parts]
+            scores = each[0] if len(each) == 1 else torch.cat(each, -1)
+            eligible = None if counts[0] == counts[-1] else torch.tensor(counts, device=scores.device)
+            if guide is not None:
+                scores = standardise(scores, eligible) + config.query_weight * guide.scores(parts, counts)
+            k = min(config.topk, counts[-1])
+            if eligible is None:
+                ids, valid = scores.topk(k, dim=-1).indices.sort(dim=-1).values, None
+            else:
+                ids, valid = select_blocks(scores, eligible, config.topk)
+                valid = None if counts[0] >= k else valid
         if hook is not None:
             shared = config.selection == "shared"
             for piece, (start, count) in enumerate(zip(starts, counts, strict=True)):
@@ -111,19 +126,14 @@ class Outside:
                 hook(Lookup(start, length, count, chosen[0] if shared else chosen, seen[0] if shared else seen))
         return ids, valid
 
-    def _best(
-        self, lookup: torch.Tensor, counts: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """`top_blocks` over inherited and own blocks."""
-        topk = self._config.topk
-        scopes = self.store.kv_heads if self._config.selection == "per_kv_head" else 1
-        parts = self.store.summaries(counts[-1])
-        if len(parts) == 1:
-            return top_blocks(lookup, parts[0], counts, topk, scopes=scopes)
-        each = [top_blocks(lookup, part, [part.shape[2]] * len(counts), topk, scopes=scopes)[2] for part in parts]
-        scores = torch.cat(each, -1)
-        ids, valid = select_blocks(scores, torch.tensor(counts, device=scores.device), topk)
-        return ids, None if min(counts) >= ids.shape[2] else valid, scores
+    def _guiding(self, scopes: int) -> Guide | None:
+        """The question's scores, if it takes part in lookups."""
+        tokens = self.query.tokens
+        if tokens is None or not self._config.query_weight:
+            return None
+        if self._guide is None or self._guide[0] is not tokens:
+            self._guide = (tokens, Guide(self.far(tokens), scopes))
+        return self._guide[1]
 
     def keys(
         self,
@@ -180,13 +190,13 @@ class Outside:
     def _keep(self, ids: torch.Tensor, oldest: int) -> FarKeys:
         """The keys of a single piece, for which blocks that the piece before saw need no copying."""
         kept = self._resident
-        if kept is not None and kept.serves(self.query.vector, ids.shape[2]):
+        if kept is not None and kept.serves(self.query.tokens, ids.shape[2]):
             kept.exchange(ids[0].tolist(), self.store)
         else:
             key, value = self._fetch(ids)
             n_initial = 0 if self._initial is None else self._initial[0].shape[1]
             kept = self._resident = Resident(
-                self.query.vector, key[:, 0], value[:, 0], n_initial, self._config.block_size, ids[0].tolist()
+                self.query.tokens, key[:, 0], value[:, 0], n_initial, self._config.block_size, ids[0].tolist()
             )
         asked = len(self.query.positions)
         border = min(oldest, self.query.end)  # of the question, tokens before it are outside the window
@@ -226,7 +236,7 @@ class Outside:
         child = copy.copy(self)
         child.store = self.store.fork()
         child.query = self.query.fork()
-        child._resident = None
+        child._resident = child._guide = None
         return child
 
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The question as a segment of its own: pinned keys and values, and the vector that guides every lookup."""
+"""The question as a segment of its own: pinned keys and values, and the queries that guide every lookup."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 
 class PinnedQuery:
-    """The question's tokens (paper eq. 2, segment Q) and its mean query (eq. 5). A new question replaces the old one.
+    """The question's tokens (paper eq. 2, segment Q) and its queries (eq. 5). A new question replaces the old one.
 
     Attributes:
-        vector: [heads, head_dim] mean of the question's un-rotated queries, fp32; None before the first is complete.
+        tokens: [heads, tokens, head_dim] the question's un-rotated queries, fp32; None before the first is complete.
         key, value: [kv_heads, tokens, head_dim], un-rotated; tokens among the initial ones are left out.
         positions: [tokens] absolute indices of these tokens.
         end: Absolute index behind the last of them.
     """
 
     def __init__(self) -> None:
-        self.vector: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
         self.key = self.value = self.positions = torch.empty(0)
         self.end = 0
         self._spans: list[tuple[int, int]] = []
@@ -29,11 +29,10 @@ class PinnedQuery:
         """The tokens [start, end) to come are a question, after those announced before."""
         self._spans = [*self._spans, (start, end)]
 
-    def completes_at(self, first: int, n: int) -> int | None:
-        """Offset behind the next question's last token when it lies within the next n tokens."""
-        if not self._spans or self._spans[0][1] > first + n:
-            return None
-        return self._spans[0][1] - first
+    @property
+    def awaited(self) -> tuple[int, int] | None:
+        """Span of the next question that is not complete."""
+        return self._spans[0] if self._spans else None
 
     def capture(self, first: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n_init: int) -> None:
         """Keep what belongs to an announced span; with its last token the question takes effect.
@@ -47,10 +46,10 @@ class PinnedQuery:
         while self._spans and self._spans[0][0] < first + query.shape[1]:
             start, end = self._spans[0]
             rows = slice(max(start - first, 0), min(end - first, query.shape[1]))
-            self._parts.append((query[:, rows].float().sum(1), key[:, rows].clone(), value[:, rows].clone()))
+            self._parts.append((query[:, rows].float(), key[:, rows].clone(), value[:, rows].clone()))
             if first + rows.stop < end:
                 return
-            self.vector = torch.stack([part[0] for part in self._parts]).sum(0) / (end - start)
+            self.tokens = torch.cat([part[0] for part in self._parts], dim=1)
             skip = max(0, n_init - start)
             self.key = torch.cat([part[1] for part in self._parts], dim=1)[:, skip:]
             self.value = torch.cat([part[2] for part in self._parts], dim=1)[:, skip:]

@@ -14,7 +14,7 @@ class Resident:
     those that are not wanted any more.
 
     Args:
-        vector: The question's vector these belong to.
+        question: The question's queries these belong to.
         key, value: [kv_heads, m, head_dim or value_dim].
         n_initial: Initial tokens among them.
         block_size: Tokens of a block.
@@ -28,14 +28,14 @@ class Resident:
 
     def __init__(
         self,
-        vector: torch.Tensor | None,
+        question: torch.Tensor | None,
         key: torch.Tensor,
         value: torch.Tensor,
         n_initial: int,
         block_size: int,
         ids: list[list[int]],
     ) -> None:
-        self.vector = vector
+        self.question = question
         self.key, self.value = key, value
         self.ids = torch.tensor([ids])
         self.hidden: torch.Tensor | None = None
@@ -49,9 +49,9 @@ class Resident:
         ]
         self._places = [[(key[heads, rows], value[heads, rows]) for rows in places] for heads in self._heads]
 
-    def serves(self, vector: torch.Tensor | None, k: int) -> bool:
-        """Whether lookups of `k` blocks under the question of this vector find their places here."""
-        return self.vector is vector and len(self._wanted[0]) == k
+    def serves(self, question: torch.Tensor | None, k: int) -> bool:
+        """Whether lookups of `k` blocks under this question find their places here."""
+        return self.question is question and len(self._wanted[0]) == k
 
     def exchange(self, wanted: list[list[int]], store: BlockStore) -> None:
         """Make these blocks, a list per scope, the ones that are seen."""

@@ -47,7 +47,6 @@ class Window:
             room = min(room, max(rotation.comfortable_length - held, piece))
         self._ranks_tokens = config.uses_blocks and config.summary == "max" and config.repr_topk < config.block_size
         self.weighs_tokens = config.uses_blocks and config.summary == "published"
-        # attention mass is known only after a piece's attention, and the next piece may need it
         self.launch_size = piece if self.weighs_tokens else room // piece * piece
         self._held = held  # most slots that stay visible
         self._frozen = False  # the buffers are shared with a fork

@@ -36,10 +36,22 @@ class Naive:
         self.k = k if self.k is None else torch.cat((self.k, k), 1)
         self.v = v if self.v is None else torch.cat((self.v, v), 1)
         outs = []
-        for start in range(first, first + q.shape[1], c.exec_block_size):
-            end = min(start + c.exec_block_size, first + q.shape[1])
+        end = first
+        while end < first + q.shape[1]:
+            start = end
+            end = start + c.exec_block_size - (start - first) % c.exec_block_size
+            for lo, hi in self.spans if c.policy == "qllm" and self._count(start) else []:
+                if lo <= start < hi:
+                    end = start + 1
+                elif start < lo < end:
+                    end = lo
+            end = min(end, first + q.shape[1])
             outs.append(self._piece(start, end))
         return torch.cat(outs)
+
+    def _count(self, start: int) -> int:
+        """Blocks that a piece starting here may look up."""
+        return max(0, (start - self.config.n_local - self.config.n_init) // self.config.block_size)
 
     @property
     def _group(self) -> int:
@@ -118,19 +130,27 @@ class Naive:
         """[kv_heads, k] blocks."""
         c, kv_heads = self.config, self.k.shape[0]
         span = self._question(start)
-        lookup = self.q[:, start:end].mean(1)
-        if span is not None:
-            lookup = lookup + c.query_weight * self.q[:, span[0] : span[1]].mean(1)
-        scores = torch.stack([self._match(lookup, block) for block in range(count)], -1)
-        per_kv = scores.view(kv_heads, -1, count).sum(1)
-        if c.selection == "shared":
-            per_kv = per_kv.sum(0, keepdim=True).expand(kv_heads, -1)
+
+        def scores(lookup: torch.Tensor) -> torch.Tensor:
+            """[kv_heads, count]."""
+            found = torch.stack([self._match(lookup, block) for block in range(count)], -1)
+            per_kv = found.view(kv_heads, -1, count).sum(1)
+            return per_kv.sum(0, keepdim=True).expand(kv_heads, -1) if c.selection == "shared" else per_kv
+
+        def level(x: torch.Tensor) -> torch.Tensor:
+            spread = x.std(-1, keepdim=True, correction=0)
+            return torch.where(spread > 0, (x - x.mean(-1, keepdim=True)) / spread, 0)
+
+        per_kv = scores(self.q[:, start:end].mean(1))
+        if span is not None and c.query_weight:
+            asked = torch.stack([scores(self.q[:, t]) for t in range(*span)]).sum(0)
+            per_kv = level(per_kv) + c.query_weight * level(asked)
         return per_kv.topk(min(c.topk, count), -1).indices.sort(-1).values
 
     def _piece(self, start: int, end: int) -> torch.Tensor:
         c, group = self.config, self._group
         heads, kv_heads = self.q.shape[0], self.k.shape[0]
-        count = max(0, (start - c.n_local - c.n_init) // c.block_size)
+        count = self._count(start)
         oldest = c.n_init + count * c.block_size if count else 0
         far: list[set[int]] = [set(range(c.n_init)) if count else set() for _ in range(kv_heads)]
         if count and c.uses_blocks:

@@ -291,7 +291,12 @@ def test_two_engines_over_one_model_wait_for_each_other(llm: QLLM) -> None:
 
 
 def same(a: Answer, b: Answer) -> bool:
-    return (a.text, a.token_ids, a.sources) == (b.text, b.token_ids, b.sources)
+    places = [[(s.document, s.start, s.end, s.text) for s in x.sources] for x in (a, b)]
+    scores = [[s.score for s in x.sources] for x in (a, b)]
+    # sums over buffers of another length differ in their last digits
+    return (a.text, a.token_ids, places[0]) == (b.text, b.token_ids, places[1]) and scores[0] == pytest.approx(
+        scores[1], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("policy", ["qllm", "infllm", "streaming", "full"])

@@ -1,0 +1,58 @@
+"""The question's term of the block score (paper eq. 5): computed once per question and block, then only read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qllm_kernels.dispatch import top_blocks
+from qllm_kernels.select import standardise
+
+
+class Guide:
+    """Scores of all blocks for one question.
+
+    Every token of the question looks for its own best match in a block; matches are summed over tokens and heads. For
+    blocks with one summary this is eq. 5 itself; the mean query of all tokens, equal to it there, drowns single words as
+    soon as several summaries compete.
+
+    Args:
+        tokens: [heads, tokens, head_dim] the question's queries in far form, fp32.
+        scopes: Groups of heads that choose together.
+    """
+
+    def __init__(self, tokens: torch.Tensor, scopes: int) -> None:
+        self._tokens = tokens.transpose(0, 1)
+        self._scopes = scopes
+        self._scores = tokens.new_empty(scopes, 0)
+        self._last: tuple[tuple[int, ...], torch.Tensor] | None = None
+
+    def scores(self, summaries: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+        """Standardised scores of the blocks that pieces may look up.
+
+        Args:
+            summaries: Summaries of the first counts[-1] blocks in order, tensors [summary_heads, r, n, head_dim].
+            counts: Eligible blocks of each piece, ascending.
+
+        Returns:
+            [pieces, scopes, counts[-1]], mean 0 and variance 1 over the eligible blocks of each piece; [1, ...] where all
+            pieces may look up all.
+        """
+        key = tuple(counts) if counts[0] < counts[-1] else (counts[0],)
+        if self._last is None or self._last[0] != key:
+            self._extend(summaries)
+            eligible = None if len(key) == 1 else torch.tensor(key, device=self._scores.device)
+            self._last = key, standardise(self._scores[None, :, : counts[-1]], eligible)
+        return self._last[1]
+
+    def _extend(self, summaries: Sequence[torch.Tensor]) -> None:
+        known, first, new = self._scores.shape[1], 0, []
+        for part in summaries:
+            if first + part.shape[2] > known:
+                fresh = part[:, :, max(known - first, 0) :]
+                counts = [fresh.shape[2]] * len(self._tokens)
+                new.append(top_blocks(self._tokens, fresh, counts, 1, scopes=self._scopes)[2].sum(0))
+            first += part.shape[2]
+        if new:
+            self._scores = torch.cat((self._scores, *new), 1)
