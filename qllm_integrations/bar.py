@@ -16,7 +16,7 @@ def reading_bar() -> Progress:
     def show(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(desc="Reading", unit="token", unit_scale=True, leave=False)
+            bar = tqdm(total=total, desc="Reading", unit=" tokens", unit_scale=True, leave=False)
         bar.total = total
         bar.update(done - bar.n)
         if done >= total:

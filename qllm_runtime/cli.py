@@ -35,6 +35,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _interrupted()
         usage = getattr(error, "format_message", None)  # typer's usage errors, whichever class they are
         if usage is not None:
+            if type(error).__name__ == "NoArgsIsHelpError":  # called without anything: the message is the help
+                print(usage(), file=sys.stderr)
+                return 2
             command = getattr(getattr(error, "ctx", None), "command_path", None) or "qllm"
             return _complain(f"{usage().rstrip('.')}. Try `{command} --help`.", 2)
         if os.environ.get("QLLM_TRACEBACK"):

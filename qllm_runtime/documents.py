@@ -55,6 +55,8 @@ def load_document(path: str | Path) -> Document:
             raise DocumentError(f"Cannot read standard input: {error.strerror or error}.") from error
         return _document(data, "standard input", None, {"source": "-"})
     file = Path(path)
+    if not name:
+        raise DocumentError("The name of the document is empty.")
     if "\0" in name:
         raise DocumentError(f"Cannot read {name!r}: a path cannot hold a NUL character.")
     try:

@@ -76,11 +76,24 @@ class QLLM:
         config = loaded.inference.model.config.get_text_config()
         self._trained_length = int(getattr(config, "max_position_embeddings", None) or 4096)
         self.memory = memory or MemoryConfig.for_model(int(min(self._trained_length, short_length(config))))
-        if self.memory.n_local > self._trained_length and not self.memory.faithful:
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """Layout and lookup of the next readings and requests.
+
+        Raises:
+            InvalidConfigError: When set: a window longer than the model was trained for.
+        """
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: MemoryConfig) -> None:
+        if memory.n_local > self._trained_length and not memory.faithful:
             raise InvalidConfigError(
-                f"n_local={self.memory.n_local} exceeds the {self._trained_length} tokens that {loaded.name!r} was trained "
-                "for; lower n_local."
+                f"n_local={memory.n_local} exceeds the {self._trained_length} tokens that {self.name!r} was trained for; "
+                "lower n_local."
             )
+        self._memory = memory
 
     @classmethod
     def from_pretrained(
@@ -360,22 +373,10 @@ class QLLM:
         if settings.stop and self.tokenizer is None:
             raise InvalidConfigError("Stop strings need a tokenizer; pass one to QLLM, or leave them out.")
         rows, spans = as_rows(
-            input_ids,
-            query_span,
-            attention_mask,
-            vocabulary=inference.vocabulary,
-            any_span=self.memory.faithful,
+            input_ids, query_span, attention_mask, vocabulary=inference.vocabulary, any_span=self.memory.faithful
         )
-        return answering.generate(
-            inference,
-            self.tokenizer,
-            rows,
-            spans,
-            self.memory,
-            settings,
-            progress,
-            never if cancel is None else cancel.is_set,
-        )
+        cancelled = never if cancel is None else cancel.is_set
+        return answering.generate(inference, self.tokenizer, rows, spans, self.memory, settings, progress, cancelled)
 
     # ------------------------------------------------------------------ life
 

@@ -182,6 +182,7 @@ class TestBadInput:
     def test_missing_things(self, qllm, model, book, tmp_path):
         self.refused(qllm("ask", tmp_path / "none.txt", "Who?"), "no file")
         self.refused(qllm("ask", tmp_path, "Who?"), "directory")
+        self.refused(qllm("ask", "", "Who?"), "empty")
         self.refused(qllm("ask", book, "Who?", "--document", tmp_path / "none.txt"), "no file")
         self.refused(qllm("ask", "Who?"), "question")
         self.refused(qllm("ask", book), "question")
@@ -196,6 +197,7 @@ class TestBadInput:
         "option",
         [
             ("--max-tokens", 0), ("--max-tokens", -5), ("--max-tokens", "x"), ("--topk", 0), ("--n-local", 0),
+            ("--n-local", 257),
             ("--n-init", -1), ("--block-size", -1), ("--temperature", -1), ("--top-p", 2), ("--policy", "best"),
             ("--mode", "twice"), ("--device", "toaster"), ("--dtype", "int3"), ("--query-weight", -1),
         ],
@@ -246,6 +248,13 @@ class TestModels:
         status, out, _ = qllm("models", model, tmp_path)
         assert status == 1
         assert f"{tmp_path}: not supported: " in out
+
+
+def test_without_arguments_it_shows_the_help(qllm):
+    status, out, err = qllm()
+    assert (status, out) == (2, "")
+    assert err.startswith("Usage: qllm")
+    assert len(err.splitlines()) > 5
 
 
 def test_help_and_version_are_light(qllm):

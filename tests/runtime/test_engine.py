@@ -405,6 +405,16 @@ def test_nothing_keeps_a_closed_model_alive() -> None:
     assert gone() is None
 
 
+def test_a_window_beyond_the_trained_length_is_refused(llm: QLLM) -> None:
+    wide = llm.memory.replace(n_local=513)
+    with pytest.raises(InvalidConfigError, match="512 tokens"):
+        QLLM(llm.model, llm.tokenizer, wide)
+    before = llm.memory
+    with pytest.raises(InvalidConfigError, match="lower n_local"):
+        llm.memory = wide
+    assert llm.memory is before
+
+
 def test_bad_requests(llm: QLLM) -> None:
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (InvalidRequestError, "question is empty", lambda: llm.ask(" \n", BOOK)),

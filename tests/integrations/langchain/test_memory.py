@@ -67,6 +67,11 @@ def test_a_memory_answers_as_inline_documents_read_once_do(tiny: QLLMChat) -> No
     inline = tiny.invoke([HumanMessage([document, question])], mode="read_once", logprobs=True)
     with tiny.add_documents(types.Document(BOOK, "whale.txt")) as handle:
         asked = tiny.invoke([HumanMessage([handle.block(), question])], logprobs=True)
+    assert asked.text == inline.text
+    cited = [
+        [citation["extras"].pop("score") for citation in ai.additional_kwargs["citations"]] for ai in (asked, inline)
+    ]
+    assert cited[0] == pytest.approx(cited[1], abs=1e-5)
     assert asked.content_blocks == inline.content_blocks
     assert asked.usage_metadata["input_tokens"] == inline.usage_metadata["input_tokens"]
     scores = [[entry["logprob"] for entry in ai.response_metadata["logprobs"]["content"]] for ai in (asked, inline)]
