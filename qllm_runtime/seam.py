@@ -60,15 +60,13 @@ class ModelFacts:
         facts = self.layers[layer_idx]
         if not facts.rotary:
             return NoRotation()
-        layer_type = facts.layer_type if self.takes_layer_type else None
-        key = (layer_type, device, False)
-        if key not in self.tables:
-            self.tables[key] = RotaryTable(self.rotary, layer_type, device)
-        short = self.tables[key].comfortable_length
-        if short is not None and frame > short:  # one kind of frequencies throughout
-            key = (layer_type, device, True)
+        for long in (False, True):
+            key = (facts.layer_type if self.takes_layer_type else None, device, long)
             if key not in self.tables:
-                self.tables[key] = RotaryTable(self.rotary, layer_type, device, long=True)
+                self.tables[key] = RotaryTable(self.rotary, *key)
+            short = self.tables[key].comfortable_length
+            if short is None or frame <= short:  # one kind of frequencies throughout
+                break
         kind = (*key, type(facts.module), facts.head_dim)
         if kind not in self.rotations:
             self.rotations[kind] = ArchitectureRotation(facts.module, self.tables[key], facts.head_dim)
@@ -370,18 +368,14 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
         cache = MemoryCache(len(facts.layers), factory)
         try:
             with _hooked(model, facts.rotary, _identity):
-                mask = stand_in_mask(model.device)
-                parts = [
-                    model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-                    for part in (tokens[:, :40], tokens[:, 40:])
-                ]
+                shared = {"attention_mask": stand_in_mask(model.device), "past_key_values": cache, "use_cache": True}
+                parts = [model(input_ids=part, **shared).logits for part in (tokens[:, :40], tokens[:, 40:])]
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
             raise UnsupportedModelError(f"{name} does not run on a memory: {type(error).__name__}: {error}") from error
-    actual = torch.cat(parts, 1).float()
     spread = expected.std().clamp(min=1e-6)
-    error_ratio = ((actual - expected).pow(2).mean().sqrt() / spread).item()
+    error_ratio = ((torch.cat(parts, 1).float() - expected).pow(2).mean().sqrt() / spread).item()
     limit = 1e-3 if model.dtype == torch.float32 else 5e-2
     if not error_ratio <= limit:
         raise UnsupportedModelError(
