@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import qllm_kernels
+import qllm_runtime.memory
 
 _PACKAGES = ("qllm-integrations", "torch", "transformers", "tokenizers", "triton", "numpy")
 
@@ -32,8 +36,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _engine() -> str:
+    """Eight hexadecimal digits that change with the source of memory and kernels."""
+    crc = 0
+    for package in (qllm_runtime.memory, qllm_kernels):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            crc = zlib.crc32(path.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Hardware and versions for a report; ``device`` is the one measured on."""
+    """Hardware, versions and a fingerprint of the engine for a report; ``device`` is the one measured on."""
     import torch
 
     hardware: dict[str, Any] = {
@@ -48,4 +61,4 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         hardware["gpu"] = facts.name
         hardware["gpu_memory_gib"] = round(facts.total_memory / 2**30, 1)
         hardware["cuda"] = torch.version.cuda
-    return {"hardware": hardware, "versions": _versions()}
+    return {"hardware": hardware, "versions": _versions(), "engine": _engine()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,12 +85,17 @@ class Journal:
             os.fsync(file.fileno())
 
     def begin(self, arguments: Mapping[str, Any], device: str = "cpu") -> None:
-        """Note a start: when, with which arguments, on which machine."""
-        run = {
+        """Note a start: when, with which arguments, on which machine; warns of results of another engine's code."""
+        run: Row = {
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "arguments": json.loads(json.dumps(arguments, default=str)),
             **environment(device),
         }
+        if self.rows and any(line["run"].get("engine") != run["engine"] for line in self.runs):
+            print(
+                f"{self.name}: some results in {self.path} were made before the engine changed; remove it to start anew.",
+                file=sys.stderr,
+            )
         self.runs.append({"run": run})
         self._write(self.runs[-1])
 

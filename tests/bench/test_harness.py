@@ -75,6 +75,17 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         Journal(tmp_path / "file", "x", {})
 
 
+def test_results_of_another_engine_are_told(tmp_path, capsys, monkeypatch):
+    from qllm_bench import environment
+
+    for engine, told in (("a", False), ("a", False), ("b", True)):
+        monkeypatch.setattr(environment, "_engine", lambda engine=engine: engine)
+        journal = Journal(tmp_path, "x", SUBJECT)
+        journal.begin({})
+        run(journal, jobs("ab", []))
+        assert ("before the engine changed" in capsys.readouterr().err) is told
+
+
 def test_report_says_what_when_and_where(tmp_path):
     journal = Journal(tmp_path, "x", SUBJECT)
     journal.begin({"lengths": [512]})
