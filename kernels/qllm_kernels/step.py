@@ -1,4 +1,4 @@
-"""Attention of a single token whose place in the window only the device knows, so that a CUDA graph can hold the step."""
+"""Attention of single tokens whose places in their windows only the device knows, so that a CUDA graph can hold the step."""
 
 from __future__ import annotations
 
@@ -18,28 +18,33 @@ def attend_step(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_pieces` for one piece of one token. Nothing is read by the host, and no shape depends on values.
+    """`attend_pieces` for one new token of each of several sequences, whose windows lie in one buffer.
+
+    Nothing is read by the host, and no shape depends on values.
 
     Args:
-        near, window_key, window_value, far, scale, softcap: As in `attend_pieces`. Keys of slots outside the window must be
-            finite.
-        slot, back: [1] integers on the device: first window key, and window keys before the token.
+        near: [heads, sequences, head_dim] queries rotated to their slots.
+        window_key, window_value: [kv_heads, slots, head_dim or value_dim], rows contiguous; all of them finite.
+        far: What lies outside the windows, a piece per sequence, or None.
+        slot, back: [sequences] integers on the device: first window key, and window keys before the token.
+        scale, softcap: As in `attend_pieces`.
 
     Returns:
-        As `attend_pieces`.
+        Output [heads, sequences, value_dim] and natural log-sum-exp [heads, sequences] in fp32.
     """
     kv_heads, slots = window_key.shape[:2]
-    heads, _, dim = near.shape
+    heads, sequences, dim = near.shape
+    group = heads // kv_heads
     place = torch.arange(slots, device=near.device)
-    bias = torch.zeros(1, slots, dtype=near.dtype, device=near.device)
-    bias.masked_fill_((place < slot) | (place > slot + back), float("-inf"))
+    hidden = (place < slot[:, None]) | (place > (slot + back)[:, None])
+    bias = torch.zeros(hidden.shape, dtype=near.dtype, device=near.device).masked_fill_(hidden, float("-inf"))
     out, lse = attend(
-        near.view(1, kv_heads, heads // kv_heads, dim),
-        window_key[None],
-        window_value[None],
+        near.view(kv_heads, group, sequences, dim).permute(2, 0, 1, 3),
+        window_key.expand(sequences, -1, -1, -1),
+        window_value.expand(sequences, -1, -1, -1),
         scale=scale,
-        bias=bias,
+        bias=bias[:, None, None],
         softcap=softcap,
     )
-    local = (out.reshape(heads, 1, -1), lse.reshape(heads, 1))
+    local = (out.permute(1, 2, 0, 3).reshape(heads, sequences, -1), lse.permute(1, 2, 0).reshape(heads, sequences))
     return local if far is None else merge(attend_far(far, scale=scale, softcap=softcap), local)

@@ -51,6 +51,35 @@ def test_a_window_that_only_the_device_knows(**shape):
         torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("serve", [step.attend_step, gpu.attend_step])
+def test_sequences_of_different_lengths_in_one_launch(serve):
+    backs, pages = [9, 0, 40], random(2, 6, 4, 16)
+    key, value, near, query = random(2, 80, 16), random(2, 80, 16), random(6, 3, 16), random(6, 3, 16, seed=1)
+    slots, chosen = [3, 20, 30], torch.tensor([2, 1, 3], dtype=torch.int32)
+    far = FarSegment(
+        query,
+        random(2, 3, 5, 16),
+        random(2, 3, 5, 16, seed=1),
+        page_key=pages,
+        page_value=pages + 1,
+        table=torch.tensor([[[0, 2, 5]], [[1, 1, 1]], [[2, 3, 4]]]),
+        n_chosen=chosen,
+    )
+    out, lse = serve(near, key, value, far, slot=torch.tensor(slots), back=torch.tensor(backs), scale=0.2)
+    for i, (slot, back) in enumerate(zip(slots, backs, strict=True)):
+        one = FarSegment(
+            query[:, i : i + 1],
+            far.key[:, i : i + 1],
+            far.value[:, i : i + 1],
+            page_key=pages,
+            page_value=pages + 1,
+            table=far.table[i : i + 1, :, : chosen[i]],
+        )
+        sizes = {"slot": slot, "back": back, "length": 1, "scale": 0.2}
+        expected = attention.attend_pieces(near[:, i : i + 1], key, value, one, **sizes)
+        torch.testing.assert_close((out[:, i : i + 1], lse[:, i : i + 1]), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 40])
 def test_half_precision(length):
     check(length=length, back=40, loose=20, pages=2, dtype=torch.float16)

@@ -82,7 +82,7 @@ def segment_attention(
 ):  # fmt: skip
     """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys.
 
-    With ON_DEVICE, `slot` and `back` are pointers to what they are without.
+    With ON_DEVICE, `slot` and `back` point to those of each piece, which is a sequence of its own.
     """
     i_m, i_h, i_p = tl.program_id(0) // SPLITS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_split = tl.program_id(0) % SPLITS
@@ -96,9 +96,9 @@ def segment_attention(
     i_scope = i_h * SCOPES // kv_heads
 
     if ON_DEVICE:
-        b_slot, b_back = tl.load(slot).to(tl.int32), tl.load(back).to(tl.int32)
+        b_slot, b_back = tl.load(slot + i_p).to(tl.int32), tl.load(back + i_p).to(tl.int32)
     else:
-        b_slot, b_back = slot, back
+        b_slot, b_back = slot + i_p * length, back
     # tiles: window keys all rows see, window keys at the rows' own tokens, pages, loose keys
     i_first = (i_m * BM) // GROUP
     n_window = b_back + tl.minimum((i_m * BM + BM - 1) // GROUP + 1, length)
@@ -127,8 +127,8 @@ def segment_attention(
     # [BM], [BM, BD]
     p_q = near + o_head * stride_near_head + o_row * stride_near_row
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k = window_key + i_h * stride_window_key_head + (b_slot + i_p * length) * stride_window_key_row
-    p_v = window_value + i_h * stride_window_value_head + (b_slot + i_p * length) * stride_window_value_row
+    p_k = window_key + i_h * stride_window_key_head + b_slot * stride_window_key_row
+    p_v = window_value + i_h * stride_window_value_head + b_slot * stride_window_value_row
     for i_t in range(t_begin, tl.minimum(t_end, t_full)):
         o_k = (i_t * BN + o_n).to(tl.int64)
         b_m, b_l, b_o = fold_tile(
