@@ -139,7 +139,7 @@ def constants(
     With `side_by_side`, the summaries of a block are neighbours in memory and read in pairs.
     """
     b_group, b_k = power_of_2(group), power_of_2(topk, 2)
-    b_d = power_of_2(dim, 16) if size < 4 else min(power_of_2(dim, 16), 64)
+    b_d = power_of_2(dim, 16) if size < 4 else min(power_of_2(dim, 16), 32)
     rows = max(16, min(_ROWS if size < 4 else 16, b_group * power_of_2(pieces)))
     together = 2 if side_by_side else 1
     b_n = max((64 if dim <= 128 else 32) // together, b_k)
