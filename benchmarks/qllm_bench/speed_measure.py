@@ -130,17 +130,16 @@ class _Engine:
         with inference.request():
             cache = inference.cache(config, reserve=len(ids) + steps)
             prefill = _timed(self._device, lambda: inference.read(cache, [ids[:-1]], config))
+            held = cache.nbytes() / 2**20
+            decode = _decode(self._device, steps, int(ids[-1]), lambda token: inference.step(cache, [token]))
             fork = cache.fork()
-            question = ids[:QUESTION]
 
             def ask() -> None:
-                inference.read(fork, [question[:-1]], config)
-                inference.step(fork, [int(question[-1])])
+                inference.read(fork, [ids[: QUESTION - 1]], config)
+                inference.step(fork, [int(ids[QUESTION - 1])])
 
             second = _timed(self._device, ask)
-            held = cache.nbytes() / 2**20
-            times = _times(self._device, steps, int(ids[-1]), lambda token: inference.step(cache, [token]))
-        return {"prefill_s": prefill, "decode_ms": times, "second_ms": 1000 * second, "held_mib": held}
+        return {"prefill_s": prefill, "decode_ms": decode, "second_ms": 1000 * second, "held_mib": held}
 
 
 class _Stock:
@@ -163,11 +162,10 @@ class _Stock:
                 forward(part)
 
         prefill = _timed(model.device, read)
-        second = _timed(model.device, lambda: forward(ids[:QUESTION]))
-        cache.crop(-QUESTION)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 2**20
-        times = _times(model.device, steps, int(ids[-1]), lambda token: forward(torch.tensor([token])))
-        return {"prefill_s": prefill, "decode_ms": times, "second_ms": 1000 * second, "held_mib": held}
+        decode = _decode(model.device, steps, int(ids[-1]), lambda token: forward(torch.tensor([token])))
+        second = _timed(model.device, lambda: forward(ids[:QUESTION]))
+        return {"prefill_s": prefill, "decode_ms": decode, "second_ms": 1000 * second, "held_mib": held}
 
 
 def _wait(device: torch.device) -> None:
@@ -184,7 +182,7 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _times(device: torch.device, steps: int, token: int, step: Callable[[int], torch.Tensor]) -> float:
+def _decode(device: torch.device, steps: int, token: int, step: Callable[[int], torch.Tensor]) -> float:
     """Median milliseconds of a decode step; each takes the likeliest token of the one before."""
     times = []
     for _ in range(steps):
