@@ -16,8 +16,8 @@ from qllm_bench.questions.pools import Pools
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
 
 FAMILY_WEIGHTS = {
-    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.4, "code": 1.0, "relation": 2.8,
-    "multi": 1.2, "two_hop": 1.8,
+    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 2.0, "code": 1.0, "relation": 2.8,
+    "multi": 2.8, "two_hop": 2.6,
 }  # fmt: skip
 BLOCK = 32
 N_INIT = 32

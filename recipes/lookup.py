@@ -1,7 +1,8 @@
-"""The auxiliary lookup objective of the phase ``reader``: the right block should win when keys are averaged per block.
+"""The auxiliary lookup objective of the phase ``reader``: a token's lookup should find the block its question needs.
 
-A query (the mean over a question's tokens, alone or with the token being answered) is rotated as for a far key and
-compared with the mean un-rotated key of every block of the batch and of recent batches; cross-entropy, heads summed.
+As in the engine, a block scores the sum over heads of its best match among its keys: queries are rotated to the far
+distance, keys are not. Cross-entropy against every other block of the batch and of recent batches. The layers' inputs
+are detached, so that only the query and key projections learn from it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from recipes.batches import BLOCK, N_INIT, Batch
 from recipes.model import Reader, ReaderConfig, rotate
 
 LAYERS = (1, 2)
-BANK = 3072
+BANK = 1024
 SHARPNESS = 3.0
 WINDOWS = (128, 256, 256, 256, 384, 512)
 
@@ -28,7 +29,7 @@ class LookupObjective:
         weight: Weight of this loss beside the answers' loss.
     """
 
-    def __init__(self, config: ReaderConfig, weight: float = 0.03) -> None:
+    def __init__(self, config: ReaderConfig, weight: float = 0.1) -> None:
         self.config = config
         self.weight = weight
         self.banks: dict[int, Tensor] = {}
@@ -51,12 +52,15 @@ class LookupObjective:
 
     def queries(
         self, batch: Batch, place: dict[tuple[int, int], int], rng: random.Random
-    ) -> tuple[list[list[tuple[int, int, float]]], list[list[int]]]:
-        """Queries as weighted tokens (row, token, weight), and the blocks each should find."""
-        rows: list[list[tuple[int, int, float]]] = []
+    ) -> tuple[list[tuple[int, int]], list[list[int]]]:
+        """Tokens (row, token) that look up, and the blocks each should find.
+
+        Per question: one of its last tokens, one of the answer's tokens ahead of the value and the one right before it.
+        """
+        rows: list[tuple[int, int]] = []
         targets: list[list[int]] = []
         for row, asks in enumerate(batch.asks):
-            for n, (question, answer, needs) in enumerate(asks):
+            for question, answer, needs in asks:
                 wanted = sorted(
                     {
                         place[row, i]
@@ -67,35 +71,33 @@ class LookupObjective:
                 )
                 if not wanted:
                     continue
-                mean = [(row, t, 1.0 / (question[1] - question[0])) for t in range(*question)]
-                token = (row, rng.randrange(answer[0] - 1, answer[1] - 1), 1.0)
-                kinds = [mean, [*mean, token]]
-                pinned = batch.pinned[row]
-                if n == 0 and pinned[1] > pinned[0]:
-                    kinds.append([(row, t, 1.0 / (pinned[1] - pinned[0])) for t in range(*pinned)])
-                rows += kinds
-                targets += [wanted] * len(kinds)
+                value = next(t for t in range(*answer) if batch.weights[row, t] >= 3.0) - 1
+                tokens = {
+                    rng.randrange((question[0] + question[1]) // 2, question[1]),
+                    rng.randint(answer[0] - 1, value),
+                    value,
+                }
+                rows += [(row, t) for t in sorted(tokens)]
+                targets += [wanted] * len(tokens)
         return rows, targets
 
-    def __call__(self, model: Reader, probes: list[tuple[Tensor, Tensor]], batch: Batch, rng: random.Random) -> Tensor:
+    def __call__(self, model: Reader, inputs: list[Tensor], batch: Batch, rng: random.Random) -> Tensor:
         """Loss of one batch.
 
         Args:
-            model: The model, for its rotary frequencies.
-            probes: Un-rotated queries and keys of every layer.
+            model: The model.
+            inputs: Normed input [B, T, D] of every layer's attention.
             batch: The batch they come from.
             rng: Source of the window the far angle belongs to.
         """
-        device = probes[0][0].device
+        device = inputs[0].device
         flat, place = self.blocks(batch)
         rows, targets = self.queries(batch, place, rng)
         if not rows:
             return torch.zeros((), device=device)
         flat = flat.to(device)
         length = batch.ids.shape[1]
-        at = torch.tensor([r * length + t for q in rows for r, t, _ in q], device=device)
-        share = torch.tensor([w for q in rows for _, _, w in q], device=device)
-        owner = torch.tensor([i for i, q in enumerate(rows) for _ in q], device=device)
+        at = torch.tensor([r * length + t for r, t in rows], device=device)
         pairs = torch.tensor([(i, w) for i, ws in enumerate(targets) for w in ws], device=device)
         counts = torch.tensor([1.0 / len(ws) for ws in targets for _ in ws], device=device)
         positive = torch.zeros(len(rows), len(flat), dtype=torch.bool, device=device)
@@ -106,32 +108,27 @@ class LookupObjective:
         c = self.config
         total = torch.zeros((), device=device)
         for n in LAYERS:
-            q, k = (x.float() for x in probes[n])
-            tokens = q.transpose(1, 2).reshape(-1, c.heads * c.head_dim)
-            pooled = torch.zeros(len(rows), tokens.shape[1], device=device).index_add(
-                0, owner, tokens[at] * share[:, None]
-            )
-            far = rotate(pooled.view(-1, c.heads, c.head_dim), angle.cos(), angle.sin())
-            grouped = far.view(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim).sum(2).flatten(1)
-            whole = k[:, :, N_INIT : N_INIT + (length - N_INIT) // BLOCK * BLOCK]
-            means = (
-                whole.reshape(*whole.shape[:2], -1, BLOCK, c.head_dim)
-                .mean(3)
-                .transpose(1, 2)
-                .flatten(0, 1)
-                .flatten(1)[flat]
-            )
+            attention = model.layers[n].self_attn
+            x = inputs[n].detach()
+            q = attention.q_proj(x.flatten(0, 1)[at]).view(-1, c.heads, c.head_dim)
+            far = rotate(q, angle.cos(), angle.sin()).to(x.dtype)
+            whole = x[:, N_INIT : N_INIT + (length - N_INIT) // BLOCK * BLOCK].reshape(-1, BLOCK, c.hidden_size)[flat]
+            keys = attention.k_proj(whole).view(-1, c.kv_heads, c.head_dim)
             bank = self.banks.get(n)
-            keys = means if bank is None else torch.cat((means, bank))
-            scores = grouped @ keys.T
+            every = keys if bank is None else torch.cat((keys, bank))
+            # [G, rows * group, e] x [G, e, keys]
+            grouped = far.view(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim).transpose(0, 1).flatten(1, 2)
+            dots = grouped @ every.permute(1, 2, 0)
+            best = dots.unflatten(-1, (-1, BLOCK)).amax(-1)
+            scores = best.view(c.kv_heads, len(rows), -1, best.shape[-1]).float().sum((0, 2))
             # Only the order of blocks matters to a lookup, so the scale of the scores is taken out.
             scores = scores * (SHARPNESS / (scores.detach().std(-1, keepdim=True) + 1e-6))
             # The other blocks a question needs do not count against the one at hand.
-            others = scores.masked_fill(torch.nn.functional.pad(positive, (0, len(keys) - len(flat))), -torch.inf)
+            others = scores.masked_fill(torch.nn.functional.pad(positive, (0, scores.shape[1] - len(flat))), -torch.inf)
             rest = others.logsumexp(-1)
             hit = scores[pairs[:, 0], pairs[:, 1]]
             losses = torch.logaddexp(hit, rest[pairs[:, 0]]) - hit
             total = total + (losses * counts).sum() / len(rows)
-            kept = means.detach()
-            self.banks[n] = kept if bank is None else torch.cat((kept, bank))[:BANK]
+            kept = keys.detach()
+            self.banks[n] = kept if bank is None else torch.cat((kept, bank))[: BANK * BLOCK]
         return total / len(LAYERS)

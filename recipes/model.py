@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, g * e, bias=False)
         self.o_proj = nn.Linear(h * e, d, bias=False)
 
-    def forward(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
         """Attend causally.
 
         Args:
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             angles: Rotations and masks shared by all layers.
 
         Returns:
-            Output [B, T, D], un-rotated queries [B, H, T, e] and un-rotated keys [B, G, T, e].
+            Output [B, T, D].
         """
         b, t, _ = x.shape
         c = self.config
@@ -128,7 +128,8 @@ class Attention(nn.Module):
             scores = torch.where(angles.near, near_scores, far_scores) * c.head_dim**-0.5 + angles.bias
             probs = scores.softmax(-1).view(b, c.kv_heads, groups * t, t)
             out = (probs @ v).view(b, c.heads, t, c.head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1)), q, k
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+        return mixed
 
 
 @dataclass
@@ -168,11 +169,11 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
 
-    def forward(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new residual stream and the un-rotated queries and keys."""
-        out, q, k = self.self_attn(self.input_layernorm(x), angles)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), q, k
+    def forward(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Return the new residual stream and the normed input of the attention."""
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, angles)
+        return x + self.mlp(self.post_attention_layernorm(x)), normed
 
 
 class Reader(nn.Module):
@@ -211,19 +212,19 @@ class Reader(nn.Module):
 
     def forward(
         self, ids: Tensor, positions: Tensor, n_local: int | None = None, keep: Tensor | None = None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the network.
 
         Returns:
-            Normed hidden states [B, T, D] and, per layer, the un-rotated queries and keys.
+            Normed hidden states [B, T, D] and the normed input [B, T, D] of every layer's attention.
         """
         angles = self.angles(positions, n_local, keep)
         x = self.embed_tokens(ids)
-        probes = []
+        inputs = []
         for layer in self.layers:
-            x, q, k = layer(x, angles)
-            probes.append((q, k))
-        return self.norm(x), probes
+            x, normed = layer(x, angles)
+            inputs.append(normed)
+        return self.norm(x), inputs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D]."""

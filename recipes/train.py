@@ -47,7 +47,7 @@ STAGES = {
     "plain": ((0.3, 256, 24, 0.45), (0.94, 512, 12, 0.45), (1.0, 1024, 6, 0.45)),
     "reader": ((0.3, 256, 24, 0.45), (0.94, 512, 12, 0.45), (1.0, 1024, 6, 0.45)),
 }
-CLAMP_SHARE = {"trunk": 0.2, "plain": 0.4, "reader": 0.4}
+CLAMP_SHARE = {"trunk": 0.2, "plain": 0.4, "reader": 0.35}
 SAVE_EVERY_S = 120.0
 CHECK_EVERY_S = 60.0
 
@@ -188,11 +188,11 @@ class Run:
         keep = torch.from_numpy(batch.keep).to(self.device) if clamp else None
         extra = 0.0
         with torch.autocast(self.device.type, torch.bfloat16):
-            hidden, probes = self.model(ids, positions, n_local, keep)
+            hidden, inputs = self.model(ids, positions, n_local, keep)
             loss = weighted_loss(self.model, hidden, batch)
             total = loss
             if self.lookup is not None:
-                side = self.lookup(self.model, probes, batch, rng)
+                side = self.lookup(self.model, inputs, batch, rng)
                 total = loss + self.lookup.weight * side
                 extra = float(side.detach())
         total.backward()  # type: ignore[no-untyped-call]
