@@ -148,7 +148,7 @@ class MemoryConfig(BaseModel):
     def for_model(cls, max_position_embeddings: int, **overrides: Any) -> MemoryConfig:
         """Defaults for a model trained on contexts of `max_position_embeddings` tokens.
 
-        Half of the trained window (at most 4096 tokens) is local, as much again is looked up: positions never leave the
+        Half of the trained window (at most 4096 tokens) is local, up to twice as much is looked up: positions never leave the
         trained range and the attention cost per token stays constant however long the document is. Every key represents its
         block (`repr_topk == block_size`): with fewer, facts that nothing attended to yet are not found again (docs/results.md).
 
@@ -163,7 +163,7 @@ class MemoryConfig(BaseModel):
             "n_init": block,
             "n_local": n_local,
             "block_size": block,
-            "topk": min(32, n_local // block),
+            "topk": min(32, 2 * n_local // block),
             "repr_topk": min(4, size) if overrides.get("faithful") else size,
             "exec_block_size": min(256, n_local // 2),
             "chunk_size": max(2048, min(8192, 2 * n_local)),

@@ -99,7 +99,7 @@ def test_defaults_fit_the_model(trained: int) -> None:
     config = MemoryConfig.for_model(trained)
     assert config.policy == "qllm"
     assert config.n_local <= max(64, trained // 2)
-    assert config.window <= max(128, trained)
+    assert config.window <= max(192, 3 * trained // 2)
     assert config.chunk_size >= config.exec_block_size
     assert MemoryConfig.for_model(trained, policy="streaming", n_init=3).n_init == 3
     with pytest.raises(InvalidConfigError):
