@@ -15,20 +15,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Self
+from typing import Self, TypedDict
 
 import torch
 from typing_extensions import override
 
 from qllm_kernels.attention import FarSegment, apply_sinks, segment_logits
-from qllm_kernels.dispatch import attend_pieces, backend
+from qllm_kernels.dispatch import attend_pieces, attention_mass, backend
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
-from qllm_runtime.memory.outside import Outside
+from qllm_runtime.memory.outside import FarKeys, Outside
 from qllm_runtime.memory.window import Window
 
 _TOGETHER = 64  # single tokens whose far keys are gathered at a time
+
+
+class Span(TypedDict):
+    """Where pieces lie in the window and how their dot products become weights, as the kernels take it."""
+
+    slot: int
+    back: int
+    length: int
+    scale: float
+    softcap: float | None
 
 
 class BlockMemory(LayerMemory):
@@ -59,8 +69,7 @@ class BlockMemory(LayerMemory):
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
-        # kernels give no weights
-        single = self._launch if self.on_weights is None and backend(query.device) == "triton" else self._step
+        single = self._launch if backend(query.device) == "triton" else self._step
         if n == 1:
             return single(query, key, value, scoring).transpose(0, 1)
         outs = []
@@ -129,22 +138,23 @@ class BlockMemory(LayerMemory):
         for starts, length in self._batches(pieces):
             rows = slice(starts[0] - first, starts[-1] - first + length)
             oldest = self._oldest(self._eligible(starts[0]))
-            far = None
+            far = seen = None
             if self._eligible(starts[0]) and not self._outside.empty:
-                far = self._far(query[:, rows], starts, length)
-            out, lse = attend_pieces(
-                near[:, rows],
-                self._window.key,
-                self._window.value,
-                far,
+                far, seen = self._far(query[:, rows], starts, length)
+            span = Span(
                 slot=oldest - self._window.base,
                 back=starts[0] - oldest,
                 length=length if length > 1 else len(starts),  # single tokens share one window
                 scale=scoring.scale,
                 softcap=scoring.softcap,
             )
+            out, lse = attend_pieces(near[:, rows], self._window.key, self._window.value, far, **span)
             if scoring.sinks is not None:
                 out, lse = apply_sinks(out, lse, scoring.sinks)
+            if n == 1 and self.on_weights is not None:
+                mass = attention_mass(near, self._window.key, far, lse, **span)
+                parts = [x[0].flatten(1) for x in (mass.window, mass.pages, mass.loose) if x is not None]
+                self.on_weights(torch.cat(parts, 1), self._positions(oldest, seen, key))
             self._window.note_lse(starts[0], lse)
             outs.append(out)
         self._outside.query.capture(first, query, key, value, self.config.n_init)
@@ -179,7 +189,7 @@ class BlockMemory(LayerMemory):
         if alike:
             yield run, alike[0]
 
-    def _far(self, query: torch.Tensor, starts: list[int], length: int) -> FarSegment:
+    def _far(self, query: torch.Tensor, starts: list[int], length: int) -> tuple[FarSegment, FarKeys]:
         """What pieces see outside their windows."""
         heads, _, dim = query.shape
         far = self._outside.far(query)
@@ -187,7 +197,15 @@ class BlockMemory(LayerMemory):
         counts = [self._eligible(start) for start in starts]
         oldest = [self._oldest(count) for count in counts]
         seen = self._outside.keys(means, counts, oldest, starts, length, self.on_lookup)
-        return FarSegment(far, seen.key, seen.value, seen.hidden)
+        return FarSegment(far, seen.key, seen.value, seen.hidden), seen
+
+    def _positions(self, oldest: int, seen: FarKeys | None, key: torch.Tensor) -> torch.Tensor:
+        """Absolute indices [kv_heads, m] of the keys a single token sees: its window, then those outside it."""
+        positions = torch.arange(oldest, self.n_seen, device=key.device).expand(key.shape[0], -1)
+        if seen is None:
+            return positions
+        distant = self._outside.positions(seen.ids, key.device).expand(key.shape[0], -1)
+        return torch.cat((positions, distant), 1)
 
     # -------------------------------------------------------------- attention of one token
 
@@ -223,11 +241,7 @@ class BlockMemory(LayerMemory):
             n_keys += seen.key.shape[2]
             out = torch.baddbmm(out, shares[..., n_near:n_keys], seen.value[:, 0])
         if self.on_weights is not None:
-            positions = torch.arange(oldest, self.n_seen, device=key.device).expand(kv_heads, -1)
-            if seen is not None:
-                distant = self._outside.positions(seen.ids, key.device).expand(kv_heads, -1)
-                positions = torch.cat((positions, distant), 1)
-            self.on_weights(weights[..., :n_keys].sum(1), positions)
+            self.on_weights(weights[..., :n_keys].sum(1), self._positions(oldest, seen, key))
         if window.weighs_tokens:
             window.note_lse(first, torch.logsumexp(joint, -1).view(heads, 1))
         self._outside.query.capture(first, query, key, value, self.config.n_init)

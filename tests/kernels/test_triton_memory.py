@@ -1,0 +1,106 @@
+"""The block memory on Triton kernels against its definition and against the torch path."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qllm_kernels import dispatch
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.memory.base import Scoring
+from qllm_runtime.memory.block import BlockMemory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+
+from definition import Naive
+from rope import Rope
+
+DIM, HEADS, KV_HEADS = 16, 4, 2
+BASE = {
+    "n_init": 3, "n_local": 12, "block_size": 4, "topk": 2, "repr_topk": 2, "exec_block_size": 6, "chunk_size": 12,
+}  # fmt: skip
+PLAIN = Scoring(DIM**-0.5)
+CAPPED = Scoring(0.3, 1.5, torch.linspace(-1, 1, HEADS))
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    dispatch.backend.cache_clear()
+    yield
+    monkeypatch.undo()
+    dispatch.backend.cache_clear()
+
+
+def tokens(n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of the first n of 80 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(heads, 80, DIM, generator=generator)[:, :n] for heads in (HEADS, KV_HEADS, KV_HEADS))
+
+
+def feed(memory: BlockMemory, qkv: tuple[torch.Tensor, ...], scoring: Scoring, chunk: int) -> torch.Tensor:
+    parts = zip(*(x.split(chunk, 1) for x in qkv), strict=True)
+    return torch.cat([memory.append(*part, scoring) for part in parts])
+
+
+def cut(qkv: tuple[torch.Tensor, ...], lengths: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    return list(zip(*(x.split(lengths, 1) for x in qkv), strict=True))
+
+
+def check(lengths: list[int], spans: list[tuple[int, int]], scoring: Scoring = PLAIN, **settings: Any) -> BlockMemory:
+    """Feed segments of these lengths, 80 tokens at most, to memory and definition."""
+    config, rope = MemoryConfig(**{**BASE, **settings}), Rope(DIM)
+    memory, naive = BlockMemory(config, rope), Naive(config, rope.at, scoring, list(spans))
+    for span in spans:
+        memory.set_query(*span)
+    for part in cut(tokens(sum(lengths)), lengths):
+        torch.testing.assert_close(feed(memory, part, scoring, 12), naive.feed(*part), atol=4e-5, rtol=2e-4)
+    return memory
+
+
+def served(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> list[Any]:
+    """The arguments of every call of a kernel from here on."""
+    gpu = __import__(f"qllm_kernels.gpu.{module}", fromlist=[name])
+    real, calls = getattr(gpu, name), []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(gpu, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("policy", "selection", "scoring"),
+    [("qllm", "per_kv_head", PLAIN), ("qllm", "shared", CAPPED), ("streaming", "shared", CAPPED)],
+)
+def test_recorded_steps(monkeypatch: pytest.MonkeyPatch, policy: str, selection: str, scoring: Scoring) -> None:
+    """Weights belong to distinct keys and give, with their values, the output; they are those of the torch path."""
+    memory = check([32], [(20, 24)] if policy == "qllm" else [], scoring, policy=policy, selection=selection)
+    q, k, v = tokens(36)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    calls = served(monkeypatch, "mass", "attention_mass")
+    for t in range(32, 36):
+        step = [x[:, t : t + 1] for x in (q, k, v)]
+        twin = memory.fork()
+        memory.on_weights = twin.on_weights = lambda weights, positions: found.append((weights, positions))
+        out = memory.append(*step, scoring)
+        with monkeypatch.context() as torch_only:
+            torch_only.setattr(dispatch, "backend", lambda device: "torch")
+            torch_only.setattr("qllm_runtime.memory.block.backend", lambda device: "torch")
+            torch.testing.assert_close(twin.append(*step, scoring), out, atol=4e-5, rtol=2e-4)
+        (weights, positions), theirs = found[-2:]
+        for g in range(KV_HEADS):
+            seen = {int(at): float(w) for at, w in zip(positions[g], weights[g], strict=True) if w > 0}
+            assert len(seen) == int((weights[g] > 0).sum())
+            same = {int(at): float(w) for at, w in zip(theirs[1][g], theirs[0][g], strict=True) if w > 0}
+            assert seen == pytest.approx(same, abs=1e-5)
+            expected = out[0, 2 * g : 2 * g + 2].sum(0)
+            torch.testing.assert_close(weights[g] @ v[g, positions[g]], expected, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 4
