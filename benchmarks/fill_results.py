@@ -1,7 +1,7 @@
 """Put the tables of `benchmarks/results` into `docs/results.md`: `python -m benchmarks.fill_results`.
 
-A table stands between `<!-- table: needle.md -->` and `<!-- end -->`; the name is a file of `benchmarks/results`. A file that isn't
-there yet leaves what stands between them.
+A table stands between `<!-- table: needle.md -->` and `<!-- end -->`; the name is a file of `benchmarks/results`. What stands
+between them stays while there is no such file.
 """
 
 from __future__ import annotations
