@@ -93,7 +93,8 @@ class MemoryConfig(BaseModel):
     summary: Summary = Field(
         default="max",
         description="What represents a block: 'published' (mean of the repr_topk tokens with most attention mass), "
-        "'mean' (of all keys), 'max' (repr_topk single keys, the best match counts).",
+        "'mean' (of all keys), 'max' (repr_topk single keys, the best match counts; where that is all of them, "
+        "lookups that many tokens share use the mean).",
     )
     chunk_size: int = Field(
         default=2048,
@@ -134,6 +135,11 @@ class MemoryConfig(BaseModel):
     def uses_blocks(self) -> bool:
         """Whether evicted tokens are kept as blocks that can be looked up."""
         return self.policy in ("qllm", "infllm")
+
+    @property
+    def every_key(self) -> bool:
+        """Whether every key represents its block for single tokens; pieces of several are compared with its mean."""
+        return self.uses_blocks and self.summary == "max" and self.repr_topk == self.block_size
 
     @property
     def window(self) -> int:

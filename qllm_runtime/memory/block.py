@@ -112,7 +112,7 @@ class BlockMemory(LayerMemory):
         start = self.config.n_init + self._n_blocks * self.config.block_size
         self._n_blocks = n_eligible
         if self.config.uses_blocks:
-            self._outside.store.append(*self._window.blocks(start, new, scoring))
+            self._outside.keep_blocks(*self._window.blocks(start, new, scoring))
 
     def _admit(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring

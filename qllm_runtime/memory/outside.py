@@ -13,6 +13,7 @@ from qllm_kernels.select import select_blocks, standardise
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.guide import Guide
+from qllm_runtime.memory.means import BlockMeans
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.resident import Resident
@@ -48,6 +49,7 @@ class Outside:
         self._rotation = rotation
         self.store = BlockStore(reserve=reserve)
         self.query = PinnedQuery()
+        self._means = BlockMeans() if config.every_key else None
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
         self._resident: Resident | None = None
@@ -84,6 +86,12 @@ class Outside:
                 self._far_map = self._rotation.rotate_all(eye, config.n_local - 1)[0] @ at_zero.T
         return (x.float() @ self._far_map).to(x.dtype)
 
+    def keep_blocks(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
+        """Keep blocks that left the window; arguments as for `BlockStore.append`."""
+        self.store.append(key, value, summaries)
+        if self._means is not None:
+            self._means.append(key)
+
     def look_up(
         self, lookup: torch.Tensor, counts: Sequence[int], starts: Sequence[int], length: int, hook: LookupHook | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,7 +111,8 @@ class Outside:
         """
         config = self._config
         scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
-        parts = self.store.summaries(counts[-1])
+        means = self._means if length > 1 else None
+        parts = self.store.summaries(counts[-1]) if means is None else means.first(counts[-1])
         guide = self._guiding(scopes)
         if guide is None and len(parts) == 1:
             ids, valid, scores = top_blocks(lookup, parts[0], counts, config.topk, scopes=scopes)
@@ -112,7 +121,9 @@ class Outside:
             scores = each[0] if len(each) == 1 else torch.cat(each, -1)
             eligible = None if counts[0] == counts[-1] else torch.tensor(counts, device=scores.device)
             if guide is not None:
-                scores = standardise(scores, eligible) + config.query_weight * guide.scores(parts, counts)
+                scores = standardise(scores, eligible) + config.query_weight * guide.scores(
+                    self.store.summaries(counts[-1]), counts
+                )
             k = min(config.topk, counts[-1])
             if eligible is None:
                 ids, valid = scores.topk(k, dim=-1).indices.sort(dim=-1).values, None
@@ -236,6 +247,7 @@ class Outside:
         child = copy.copy(self)
         child.store = self.store.fork()
         child.query = self.query.fork()
+        child._means = None if self._means is None else self._means.fork()
         child._resident = child._guide = None
         return child
 
@@ -244,4 +256,5 @@ class Outside:
         kept: tuple[torch.Tensor, ...] = self._initial or ()
         if self._resident is not None:
             kept = (*kept, self._resident.key, self._resident.value)
-        return self.store.nbytes() + sum(x.nbytes for x in kept)
+        means = 0 if self._means is None else self._means.nbytes()
+        return self.store.nbytes() + means + sum(x.nbytes for x in kept)
