@@ -68,8 +68,7 @@ def admit_pages(
             for _, page in chosen:
                 if slot_of[page] >= 0:
                     used[slot_of[page]] = start + piece + 1
-            free = [slot for slot in range(len(used)) if used[slot] <= start]
-            free.sort(key=lambda slot: (int(used[slot]), slot))
+            free = sorted(range(len(used)), key=lambda slot: (int(used[slot]), slot))
             for place, page in chosen:
                 if slot_of[page] < 0:
                     slot = free.pop(0)

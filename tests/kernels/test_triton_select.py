@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,18 +116,3 @@ def test_what_is_refused(monkeypatch):
     assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double(), 4)
     monkeypatch.setattr(gpu, "target", lambda device: Target(False, 99 * 1024))
     assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256).half(), 256)
-
-
-@pytest.mark.parametrize("scopes", [1, 2])
-def test_dispatch(monkeypatch, scopes):
-    from qllm_kernels import dispatch
-
-    lookup, summaries = random(2, 4, 16), random(2, 1, 6, 16, seed=1)
-    dispatch.backend.cache_clear()
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    called = []
-    monkeypatch.setattr(gpu, "top_blocks", lambda *args, **options: called.append(options) or (None, None, None))
-    dispatch.top_blocks(lookup, summaries, [6, 6], 2, scopes=scopes)
-    dispatch.top_blocks(lookup, summaries, torch.tensor([6, 6]), 2, scopes=scopes)
-    assert called == 2 * [{"scopes": scopes}]
-    dispatch.backend.cache_clear()

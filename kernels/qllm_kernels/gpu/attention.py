@@ -220,7 +220,7 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
         **dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True)),
         "BD": b_d,
         "BV": b_v,
-        "BC": b_d if size < 4 else min(b_d, 64),
+        "BC": b_d if size < 4 else min(b_d, 32 if wide > 128 else 64),
     }
 
 

@@ -35,10 +35,9 @@ def admit(
         m_miss = m_id & (b_slot < 0)
         tl.store(p_used + b_slot, b_start + i_p + 1, mask=m_id & (b_slot >= 0))
         tl.debug_barrier()
-        # [BS] slots in the order in which they give way; those of this call never do
-        b_used = tl.load(p_used + o_s, mask=o_s < n_slots, other=0x7FFFFFFF)
-        b_order = tl.where(b_used <= b_start, (b_used + 1).to(tl.int64), 0x7FFFFFFF) << 32
-        b_order = tl.sort(b_order | o_s).to(tl.int32)
+        # [BS] slots in the order in which they give way; there are enough before those of this call
+        b_used = tl.load(p_used + o_s, mask=o_s < n_slots, other=0x7FFFFFFE)
+        b_order = tl.sort(((b_used.to(tl.int64) + 1) << 32) | o_s).to(tl.int32)
         # [BK]
         b_rank = tl.cumsum(m_miss.to(tl.int32), 0) - 1
         b_given = tl.gather(b_order, tl.maximum(b_rank, 0), 0)

@@ -140,23 +140,29 @@ def constants(
     """
     b_group, b_k = power_of_2(group), power_of_2(topk, 2)
     b_d = power_of_2(dim, 16) if size < 4 else min(power_of_2(dim, 16), 32)
-    rows = max(16, min(_ROWS if size < 4 else 16, b_group * power_of_2(pieces)))
+    # a product takes 16 rows at least; what pieces don't fill goes to heads, so that top-k has no rows in vain
+    b_p = max(1, min(power_of_2(pieces), (_ROWS if size < 4 else 16) // b_group))
+    b_group = max(b_group, 16 // b_p)
+    rows = b_group * b_p
     together = 2 if side_by_side else 1
     b_n = max((64 if dim <= 128 else 32) // together, b_k)
     tile = (rows + b_n * together) * b_d * size
     stages = min(1 if size == 4 else 3 if dim <= 128 else 2, on.shared // tile)
     if stages == 0:
         return None
-    return {
+    sizes = {
         "BG": b_group,
-        "BP": rows // b_group,
+        "BP": b_p,
         "BD": b_d,
         "BN": b_n,
         "BR": together,
         "BK": b_k,
-        "num_warps": 8,
+        "num_warps": 4 if b_p == 1 else 8,
         "num_stages": stages,
     }
+    if b_p == 1 and not on.warp_groups:
+        sizes["maxnreg"] = 208  # left alone, ptxas spills a few bytes for more programs than the shared memory allows
+    return sizes
 
 
 def top_blocks(
