@@ -157,7 +157,8 @@ def _take(pages: Pages, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     key, value, _ = pages
     ids = ids.clamp(0, key.shape[1] - 1)
     if ids.shape[0] == 1:
-        return key.index_select(1, ids[0]), value.index_select(1, ids[0])
+        # index_select would first copy the whole of a view that is not contiguous
+        return key[:, ids[0]], value[:, ids[0]]
     heads = torch.arange(key.shape[0], device=ids.device)[:, None]
     return key[heads, ids], value[heads, ids]
 
