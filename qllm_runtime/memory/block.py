@@ -197,15 +197,14 @@ class BlockMemory(LayerMemory):
         counts = [self._eligible(start) for start in starts]
         oldest = [self._oldest(count) for count in counts]
         seen = self._outside.keys(means, counts, oldest, starts, length, self.on_lookup)
-        return FarSegment(far, seen.key, seen.value, seen.hidden), seen
+        return seen.segment(far), seen
 
     def _positions(self, oldest: int, seen: FarKeys | None, key: torch.Tensor) -> torch.Tensor:
         """Absolute indices [kv_heads, m] of the keys a single token sees: its window, then those outside it."""
         positions = torch.arange(oldest, self.n_seen, device=key.device).expand(key.shape[0], -1)
         if seen is None:
             return positions
-        distant = self._outside.positions(seen.ids, key.device).expand(key.shape[0], -1)
-        return torch.cat((positions, distant), 1)
+        return torch.cat((positions, self._outside.positions(seen).expand(key.shape[0], -1)), 1)
 
     # -------------------------------------------------------------- attention of one token
 

@@ -8,7 +8,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-from qllm_kernels.dispatch import top_blocks
+from qllm_kernels.attention import FarSegment
+from qllm_kernels.dispatch import backend, top_blocks
 from qllm_kernels.select import select_blocks, standardise
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
@@ -17,22 +18,32 @@ from qllm_runtime.memory.means import BlockMeans
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.resident import Resident
-from qllm_runtime.memory.store import BlockStore
+from qllm_runtime.memory.store import BlockStore, PagedKeys
 
 
 class FarKeys(NamedTuple):
-    """Everything outside the window that pieces see: initial tokens, looked-up blocks and question, in this order.
+    """Everything outside the window that pieces see.
 
     Attributes:
-        key, value: [kv_heads, pieces, m, head_dim].
-        hidden: True where a key is not seen, [pieces, scopes, m]; None when all are.
+        key, value: [kv_heads, pieces, m, head_dim] initial tokens, looked-up blocks unless they are in `paged`, question.
+        hidden: True where one of these is not seen, [pieces, scopes, m]; None when all are.
         ids: Chosen blocks [pieces, scopes, k] in the order of their keys, or None for policies without blocks.
+        paged: The blocks in their pages, or None.
+        n_chosen: [pieces] int32, how many of the first `paged` ones a piece sees; None: all.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     hidden: torch.Tensor | None
     ids: torch.Tensor | None
+    paged: PagedKeys | None = None
+    n_chosen: torch.Tensor | None = None
+
+    def segment(self, query: torch.Tensor) -> FarSegment:
+        """What kernels take, for these queries [heads, pieces * length, head_dim] in far form."""
+        if self.paged is None:
+            return FarSegment(query, self.key, self.value, self.hidden)
+        return FarSegment(query, self.key, self.value, self.hidden, *self.paged, self.n_chosen)
 
 
 class Outside:
@@ -167,36 +178,43 @@ class Outside:
             key, value = (x[:, None].expand(-1, pieces, -1, -1) for x in self._initial)
             return FarKeys(key, value, None, None)
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
-        if pieces == 1 and ids.device.type == "cpu":
+        paged = None
+        if backend(ids.device) == "triton":
+            paged = self.store.in_place(ids, valid)
+        elif pieces == 1 and ids.device.type == "cpu":
             return self._keep(ids, oldest[0])
-        key, value = self._fetch(ids)
+        if paged is None:
+            key, value = self._join(*self.store.gather(ids, valid))
+        else:
+            key, value = self._join(*(x[:, None, :0].expand(-1, pieces, -1, -1, -1) for x in paged[:2]))
         hidden = None
         asked = len(self.query.positions)
-        if valid is not None or asked:
+        if asked or (valid is not None and paged is None):
             scopes = ids.shape[1]
             size = self._config.block_size
             hidden = torch.zeros(pieces, scopes, key.shape[2], dtype=torch.bool, device=key.device)
-            if valid is not None:
+            if valid is not None and paged is None:
                 first = 0 if self._initial is None else self._initial[0].shape[1]
                 hidden[:, :, first : first + ids.shape[2] * size] = ~valid.repeat_interleave(size, dim=-1)
             if asked:
                 hidden[:, :, -asked:] = self._question_hidden(ids, oldest)
-        return FarKeys(key, value, hidden, ids)
+        n_chosen = None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32)
+        return FarKeys(key, value, hidden, ids, paged, n_chosen)
 
-    def positions(self, ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """Absolute indices [scopes, m] of the far keys of a single piece, in the order of `keys`."""
+    def positions(self, seen: FarKeys) -> torch.Tensor:
+        """Absolute indices [scopes, m] of the far keys of a single piece: those in pages, then the others, in order."""
+        config, ids, device = self._config, seen.ids, seen.key.device
         parts = []
-        scopes = 1 if ids is None else ids.shape[1]
         if self._initial is not None:
-            parts.append(torch.arange(self._initial[0].shape[1], device=device).expand(scopes, -1))
+            parts.append(torch.arange(self._initial[0].shape[1], device=device)[None])
         if ids is not None:
-            size = self._config.block_size
-            parts.append(
-                (ids[0, :, :, None] * size + self._config.n_init + torch.arange(size, device=device)).flatten(1)
-            )
+            within = torch.arange(config.block_size, device=device)
+            blocks = (ids[0, :, :, None] * config.block_size + config.n_init + within).flatten(1)
+            parts.insert(0 if seen.paged is not None else len(parts), blocks)
             if len(self.query.positions):
-                parts.append(self.query.positions.expand(scopes, -1))
-        return torch.cat(parts, 1)
+                parts.append(self.query.positions[None])
+        scopes = 1 if ids is None else ids.shape[1]
+        return torch.cat([part.expand(scopes, -1) for part in parts], 1)
 
     def _keep(self, ids: torch.Tensor, oldest: int) -> FarKeys:
         """The keys of a single piece, for which blocks that the piece before saw need no copying."""
@@ -204,7 +222,7 @@ class Outside:
         if kept is not None and kept.serves(self.query.tokens, ids.shape[2]):
             kept.exchange(ids[0].tolist(), self.store)
         else:
-            key, value = self._fetch(ids)
+            key, value = self._join(*self.store.gather(ids))
             n_initial = 0 if self._initial is None else self._initial[0].shape[1]
             kept = self._resident = Resident(
                 self.query.tokens, key[:, 0], value[:, 0], n_initial, self._config.block_size, ids[0].tolist()
@@ -218,17 +236,16 @@ class Outside:
             kept.border = border
         return FarKeys(kept.key[:, None], kept.value[:, None], kept.hidden, kept.ids)
 
-    def _fetch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [kv_heads, pieces, m, head_dim] around chosen blocks [pieces, scopes, k]."""
-        pieces, scopes, k = ids.shape
+    def _join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Initial tokens, blocks [kv_heads, pieces, k, block_size, head_dim] and question: [kv_heads, pieces, m, head_dim]."""
         asked = (self.query.key, self.query.value) if len(self.query.positions) else None
         joined = []
-        for index, pages in enumerate(self.store.gather(ids.transpose(0, 1).reshape(scopes, pieces * k))):
-            parts = [pages.reshape(pages.shape[0], pieces, k * pages.shape[2], pages.shape[-1])]
+        for index, blocks in enumerate((key, value)):
+            parts = [blocks.flatten(2, 3)]
             if self._initial is not None:
-                parts.insert(0, self._initial[index][:, None].expand(-1, pieces, -1, -1))
+                parts.insert(0, self._initial[index][:, None].expand(-1, blocks.shape[1], -1, -1))
             if asked is not None:
-                parts.append(asked[index][:, None].expand(-1, pieces, -1, -1))
+                parts.append(asked[index][:, None].expand(-1, blocks.shape[1], -1, -1))
             joined.append(torch.cat(parts, 2))
         return joined[0], joined[1]
 

@@ -32,6 +32,19 @@ class Pages(NamedTuple):
         return Pages(self.key[:, :n], self.value[:, :n], self.summaries[:, :, :n])
 
 
+class PagedKeys(NamedTuple):
+    """Chosen blocks that are read where they lie.
+
+    Attributes:
+        key, value: [kv_heads, n_pages, block_size, head_dim or value_dim], each page contiguous.
+        table: [pieces, scopes, k] the page of each block.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    table: torch.Tensor
+
+
 class BlockStore:
     """Blocks in order of eviction.
 
@@ -120,25 +133,37 @@ class BlockStore:
             index -= pages.key.shape[1]
         raise IndexError(f"There is no block {index} after the last one.")
 
-    def gather(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of blocks.
+    def in_place(self, ids: torch.Tensor, valid: torch.Tensor | None) -> PagedKeys | None:
+        """Where chosen blocks can be read without a copy, until the next call; None: they must be gathered.
 
         Args:
-            ids: [scopes, m]; one row for all kv heads or one per kv head.
+            ids: [pieces, scopes, k], one scope for all kv heads or one per kv head; each row ascending.
+            valid: [pieces, scopes, k], False for places that hold no choice; None: all do.
+        """
+        return PagedKeys(self._runs[0].key, self._runs[0].value, ids) if len(self._runs) == 1 else None
+
+    def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of chosen blocks.
+
+        Args:
+            ids, valid: As in `in_place`.
 
         Returns:
-            keys [kv_heads, m, block_size, head_dim] and values [kv_heads, m, block_size, value_dim].
+            keys [kv_heads, pieces, k, block_size, head_dim] and values likewise; any finite numbers where there is no choice.
         """
         runs = self._runs
-        key, value = _take(runs[0], ids)
+        pieces, scopes, k = ids.shape
+        ids = ids.transpose(0, 1).reshape(scopes, pieces * k)
+        key, value = take(runs[0].key, ids), take(runs[0].value, ids)
         first = runs[0].key.shape[1]
         for pages in runs[1:]:
             # which run a block is in stays on the device: nothing waits for the host
             later = (ids >= first)[:, :, None, None]
-            theirs = _take(pages, ids - first)
-            key, value = torch.where(later, theirs[0], key), torch.where(later, theirs[1], value)
+            key = torch.where(later, take(pages.key, ids - first), key)
+            value = torch.where(later, take(pages.value, ids - first), value)
             first += pages.key.shape[1]
-        return key, value
+        kv_heads = key.shape[0]
+        return key.view(kv_heads, pieces, k, *key.shape[2:]), value.view(kv_heads, pieces, k, *value.shape[2:])
 
     def fork(self) -> BlockStore:
         """A store that continues after this one's present blocks."""
@@ -152,15 +177,14 @@ class BlockStore:
         return sum(_nbytes(pages) for pages in runs)
 
 
-def _take(pages: Pages, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks `ids` [scopes, m] of a run; any for ids outside it."""
-    key, value, _ = pages
-    ids = ids.clamp(0, key.shape[1] - 1)
+def take(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Pages `ids` [scopes, m] of `pages` [kv_heads, n, ...], as [kv_heads, m, ...]; any for ids that are not among them."""
+    ids = ids.clamp(0, pages.shape[1] - 1)
     if ids.shape[0] == 1:
         # index_select would first copy the whole of a view that is not contiguous
-        return key[:, ids[0]], value[:, ids[0]]
-    heads = torch.arange(key.shape[0], device=ids.device)[:, None]
-    return key[heads, ids], value[heads, ids]
+        return pages[:, ids[0]]
+    heads = torch.arange(pages.shape[0], device=ids.device)[:, None]
+    return pages[heads, ids]
 
 
 def _nbytes(pages: Pages) -> int:

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from definition import Naive
 from rope import Rope
 
+Spans = list[tuple[int, int]]
+
 DIM, HEADS, KV_HEADS = 16, 4, 2
 BASE = {
     "n_init": 3, "n_local": 12, "block_size": 4, "topk": 2, "repr_topk": 2, "exec_block_size": 6, "chunk_size": 12,
@@ -52,7 +54,7 @@ def cut(qkv: tuple[torch.Tensor, ...], lengths: list[int]) -> list[tuple[torch.T
     return list(zip(*(x.split(lengths, 1) for x in qkv), strict=True))
 
 
-def check(lengths: list[int], spans: list[tuple[int, int]], scoring: Scoring = PLAIN, **settings: Any) -> BlockMemory:
+def check(lengths: list[int], spans: Spans, scoring: Scoring = PLAIN, **settings: Any) -> BlockMemory:
     """Feed segments of these lengths, 80 tokens at most, to memory and definition."""
     config, rope = MemoryConfig(**{**BASE, **settings}), Rope(DIM)
     memory, naive = BlockMemory(config, rope), Naive(config, rope.at, scoring, list(spans))
@@ -92,8 +94,8 @@ def test_recorded_steps(monkeypatch: pytest.MonkeyPatch, policy: str, selection:
         memory.on_weights = twin.on_weights = lambda weights, positions: found.append((weights, positions))
         out = memory.append(*step, scoring)
         with monkeypatch.context() as torch_only:
-            torch_only.setattr(dispatch, "backend", lambda device: "torch")
-            torch_only.setattr("qllm_runtime.memory.block.backend", lambda device: "torch")
+            for module in ("qllm_kernels.dispatch", "qllm_runtime.memory.block", "qllm_runtime.memory.outside"):
+                torch_only.setattr(f"{module}.backend", lambda device: "torch")
             torch.testing.assert_close(twin.append(*step, scoring), out, atol=4e-5, rtol=2e-4)
         (weights, positions), theirs = found[-2:]
         for g in range(KV_HEADS):
@@ -104,3 +106,34 @@ def test_recorded_steps(monkeypatch: pytest.MonkeyPatch, policy: str, selection:
             expected = out[0, 2 * g : 2 * g + 2].sum(0)
             torch.testing.assert_close(weights[g] @ v[g, positions[g]], expected, atol=1e-5, rtol=1e-4)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "spans"),
+    [
+        ({"selection": "per_kv_head"}, [(5, 9)]),
+        ({"repr_topk": 4, "n_init": 0}, []),  # nothing but pages
+        ({"topk": 9, "exec_block_size": 4}, []),  # pieces with different numbers of blocks
+    ],
+    ids=str,
+)
+def test_pages_are_read_in_place(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], spans: Spans) -> None:
+    calls = served(monkeypatch, "attention", "attend_pieces")
+    memory = check([33, 1], spans, **settings)
+    far = [segment for *_, segment in calls if segment is not None]
+    assert far
+    assert all(segment.table is not None for segment in far)
+    assert not any(segment.key.shape[2] >= BASE["block_size"] + BASE["n_init"] for segment in far if not spans)
+    if "topk" in settings:
+        assert any(segment.n_chosen is not None and len(set(segment.n_chosen.tolist())) > 1 for segment in far)
+    assert len(memory._outside.store) >= 4
+
+
+def test_forks_gather() -> None:
+    """A fork whose blocks lie in two places continues as if it had read all by itself."""
+    config, rope = MemoryConfig(**{**BASE, "n_local": 8, "topk": 4}), Rope(DIM)
+    trunk, rest = cut(tokens(46), [30, 16])
+    parent, naive = BlockMemory(config, rope), Naive(config, rope.at, PLAIN)
+    feed(parent, trunk, PLAIN, 12)
+    naive.feed(*trunk)
+    torch.testing.assert_close(feed(parent.fork(), rest, PLAIN, 12), naive.feed(*rest), atol=4e-5, rtol=2e-4)

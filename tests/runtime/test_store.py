@@ -18,7 +18,10 @@ def blocks(m: int, seed: int, r: int | None) -> tuple[torch.Tensor, torch.Tensor
     return key, value, None if r is None else torch.randn(HEADS, r, m, DIM, generator=generator)
 
 
-def check(store: BlockStore, expected: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
+Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def check(store: BlockStore, expected: list[Block], one_run: bool = True) -> None:
     key, value = (torch.cat([part[i] for part in expected], 1) for i in range(2))
     n = key.shape[1]
     assert len(store) == n
@@ -31,8 +34,16 @@ def check(store: BlockStore, expected: list[tuple[torch.Tensor, torch.Tensor, to
     own = torch.stack([shared[0], shared[0].flip(0)])
     for ids in (shared, own):
         heads = torch.arange(HEADS)[:, None]
-        assert torch.equal(store.gather(ids)[0], key[heads, ids])
-        assert torch.equal(store.gather(ids)[1], value[heads, ids])
+        pieces = torch.stack([ids, ids.flip(1)])  # [pieces, scopes, n]
+        gathered = store.gather(pieces)
+        for actual, whole in zip(gathered, (key, value), strict=True):
+            assert torch.equal(actual[:, 0], whole[heads, ids])
+            assert torch.equal(actual[:, 1], whole[heads, ids.flip(1)])
+        paged = store.in_place(pieces, None)
+        assert (paged is None) == (not one_run)
+        if paged is not None:
+            assert torch.equal(paged.key[heads, paged.table[1]], key[heads, ids.flip(1)])
+            assert torch.equal(paged.value[heads, paged.table[1]], value[heads, ids.flip(1)])
     summaries = key.transpose(1, 2) if expected[0][2] is None else torch.cat([part[2] for part in expected], 2)
     for count in range(1, n + 1):
         assert torch.equal(torch.cat(store.summaries(count), 2), summaries[:, :, :count])
@@ -52,9 +63,9 @@ def test_generations(r: int | None) -> None:
     child.append(*parts[3])
     twin.append(*parts[4])
     check(root, [parts[0], parts[1]])
-    check(child, [parts[0], parts[2], parts[3]])
-    check(grandchild, [parts[0], parts[2]])
-    check(twin, [parts[0], parts[2], parts[4]])
+    check(child, [parts[0], parts[2], parts[3]], one_run=False)
+    check(grandchild, [parts[0], parts[2]], one_run=False)
+    check(twin, [parts[0], parts[2], parts[4]], one_run=False)
     assert BlockStore().fork().kv_heads == 0
     assert twin.kv_heads == HEADS
 
