@@ -10,18 +10,77 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LAUNCH = ("num_warps", "num_stages")
+LAUNCH = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one program of a kernel takes; spilled counts bytes of stack and local memory."""
+    """What one program of a kernel takes; spilled counts bytes of stack and local memory, matrix tensor-core instructions."""
 
     registers: int
     shared: int
     spilled: int
-    wgmma: int
-    mma: int
+    matrix: int
+    warp_groups: bool
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel with everything its compilation depends on.
+
+    Attributes:
+        pointers: Triton type of each pointer, all aligned to 16 bytes.
+        constants: Compile-time arguments and launch options.
+        floats: Names of arguments that are floating-point numbers.
+        wide: Names of arguments that are 64-bit integers. Strides are multiples of 16.
+    """
+
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    floats: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+
+    def source(self) -> tuple[Any, dict[str, int]]:
+        from triton.compiler import ASTSource
+
+        options = {name: self.constants[name] for name in LAUNCH if name in self.constants}
+        constexprs = {name: value for name, value in self.constants.items() if name not in options}
+        signature, attributes = {}, {}
+        for index, name in enumerate(self.kernel.arg_names):
+            if name in constexprs:
+                signature[name] = "constexpr"
+                continue
+            integer = "i64" if name in self.wide else "i32"
+            signature[name] = self.pointers.get(name, "fp32" if name in self.floats else integer)
+            if name in self.pointers or name.startswith("stride_"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constexprs, attributes), options
+
+    def usage(self, arch: int) -> Usage:
+        """Compile to a binary for sm_`arch`."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        source, options = self.source()
+        binary = triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options}
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            command = [_cuobjdump(), "-res-usage", file.name]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+        ptx = binary.asm["ptx"]
+        instructions = [ptx.count(name) for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync")]
+        return Usage(
+            registers=used["REG"],
+            shared=binary.metadata.shared,
+            spilled=used["STACK"] + used["LOCAL"],
+            matrix=sum(instructions),
+            warp_groups=sum(instructions[:2]) > 0,
+        )
 
 
 @functools.cache
@@ -29,40 +88,3 @@ def _cuobjdump() -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-
-
-def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Usage:
-    """Compile `kernel` to a binary for sm_`arch`.
-
-    Args:
-        types: Triton type of every run-time argument; `/16` behind it promises divisibility by 16.
-        constants: Compile-time arguments and launch options.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {name: constants[name] for name in LAUNCH if name in constants}
-    constexprs = {name: value for name, value in constants.items() if name not in options}
-    signature = {name: types[name].partition("/")[0] if name in types else "constexpr" for name in kernel.arg_names}
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if types.get(name, "").endswith("/16")
-    }
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [_cuobjdump(), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = binary.asm["ptx"]
-    return Usage(
-        registers=used["REG"],
-        shared=binary.metadata.shared,
-        spilled=used["STACK"] + used["LOCAL"],
-        wgmma=ptx.count("wgmma.mma_async"),
-        mma=ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
-    )

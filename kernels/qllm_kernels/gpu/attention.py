@@ -207,7 +207,7 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
     b_d, b_v = power_of_2(dim, 16), power_of_2(value_dim, 16)
     wide = max(b_d, b_v)
     if size == 4:
-        tile = (16, 32 if wide <= 128 else 16, 4, 1)
+        tile = (16, 32, 4, 1) if wide <= 128 else (16, 16, 8 if on.warp_groups else 4, 1)
     elif rows <= 16:
         tile = (16, 64 if wide <= 128 else 32, 4, 3 if wide <= 128 else 2)
     elif wide > 128 and not on.warp_groups:

@@ -160,8 +160,9 @@ def constants(
         "num_warps": 4 if b_p == 1 else 8,
         "num_stages": stages,
     }
-    if b_p == 1 and not on.warp_groups:
-        sizes["maxnreg"] = 208  # left alone, ptxas spills a few bytes for more programs than the shared memory allows
+    if b_p == 1 and dim <= 128 and not on.warp_groups:
+        # left alone, ptxas spills a few bytes to fit more programs than the shared memory allows
+        sizes["maxnreg"] = 208
     return sizes
 
 

@@ -1,0 +1,298 @@
+"""What the kernels are compiled for: every value of every axis, in as few cases as a greedy search finds."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from compiling import Compilation
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+SHARED = dict.fromkeys((86, 89, 120), 99 * 1024) | {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one program
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: the kernel's name in `KERNELS` and the values of the axes it depends on."""
+
+    name: str
+    arch: int = 90
+    dtype: str = "bf16"
+    dim: int = 128
+    group: int = 4
+    block: int = 64
+    softcap: bool = False
+
+    @property
+    def label(self) -> str:
+        kept = [
+            f"sm_{self.arch}",
+            *(str(getattr(self, axis)) for axis in AXES[self.name] if axis not in ("arch", "softcap")),
+        ]
+        return " ".join([*kept, *(["softcap"] if self.softcap else [])])
+
+    @property
+    def size(self) -> int:
+        return TYPES[self.dtype]
+
+    @property
+    def target(self) -> Any:
+        from qllm_kernels.gpu.shapes import Target
+
+        return Target(self.arch in (90, 100), SHARED[self.arch])
+
+    def pointers(self, same: str, **others: str) -> dict[str, str]:
+        return dict.fromkeys(same.split(), f"*{self.dtype}") | {name: f"*{kind}" for name, kind in others.items()}
+
+
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "arch": ARCHS,
+    "dtype": tuple(TYPES),
+    "dim": (32, 64, 96, 128, 256),
+    "group": (1, 4, 7, 16),
+    "block": (16, 64, 256),
+    "softcap": (False, True),
+}
+_KEYS = "window_key loose_key page_key"
+
+
+def _attention(case: Case, rows: int, splits: int) -> Compilation:
+    from qllm_kernels.gpu import attention
+
+    out = "fp32" if splits > 1 else case.dtype
+    on_device = splits > 1
+    pointers = case.pointers(
+        f"near far {_KEYS} window_value loose_value page_value",
+        out=out, lse="fp32", hidden="u8", table="i64", n_chosen="i32", **({"slot": "i64", "back": "i64"} if on_device else {}),
+    )  # fmt: skip
+    flags = {
+        "LOOSE": True,
+        "HIDDEN": True,
+        "PAGES": True,
+        "COUNTED": True,
+        "SOFTCAP": case.softcap,
+        "ON_DEVICE": on_device,
+    }
+    sizes = attention.constants(rows * case.group, case.dim, case.dim, case.size, case.target)
+    shape = {"GROUP": case.group, "D": case.dim, "DV": case.dim, "PAGE": case.block, "SCOPES": 1, "SPLITS": splits}
+    wide = ("stride_page_key_head", "stride_page_value_head")
+    return Compilation(attention.segment_attention, pointers, {**flags, **shape, **sizes}, ("factor", "cap"), wide)
+
+
+def _mass(case: Case, rows: int) -> Compilation:
+    from qllm_kernels.gpu import mass
+
+    pointers = case.pointers(f"near far {_KEYS}", lse="fp32", mass="fp32", hidden="u8", table="i64", n_chosen="i32")
+    flags = {"LOOSE": True, "HIDDEN": True, "PAGES": True, "COUNTED": True, "SOFTCAP": case.softcap}
+    sizes = mass.constants(rows * case.group, case.dim, case.size)
+    shape = {"GROUP": case.group, "D": case.dim, "PAGE": case.block, "SCOPES": 1}
+    return Compilation(
+        mass.segment_mass, pointers, {**flags, **shape, **sizes}, ("factor", "cap"), ("stride_page_key_head",)
+    )
+
+
+def _select(case: Case, pieces: int, every_key: bool) -> Compilation:
+    from qllm_kernels.gpu import select
+
+    pointers = case.pointers(
+        "summaries", lookup=case.dtype if pieces > 1 else "fp32", n_eligible="i32", scores="fp32", candidates="i64",
+        done="i32", ids="i64", valid="i1",
+    )  # fmt: skip
+    sizes = select.constants(pieces, case.group, case.dim, 32, case.size, case.target, side_by_side=every_key)
+    assert sizes is not None
+    shape = {"HEADS": 8, "GROUP": case.group, "R": case.block if every_key else 4, "D": case.dim}
+    return Compilation(
+        select.score_blocks,
+        pointers,
+        {**shape, "MERGE": pieces == 1, "BC": 512, **sizes},
+        wide=("stride_summary_head",),
+    )
+
+
+def _merge_candidates(case: Case) -> Compilation:
+    from qllm_kernels.gpu import select
+
+    pointers = case.pointers("", candidates="i64", ids="i64", valid="i1")
+    return Compilation(select.merge_candidates, pointers, {"BC": 512, "BK": 32, "num_warps": 4})
+
+
+def _merge_splits(case: Case) -> Compilation:
+    from qllm_kernels.gpu import attention
+    from qllm_kernels.gpu.shapes import power_of_2
+
+    pointers = case.pointers("out", parts="fp32", part_lse="fp32", lse="fp32")
+    constants = {"SPLITS": 32, "DV": case.dim, "BS": 32, "BV": power_of_2(case.dim, 16), "num_warps": 4}
+    return Compilation(attention.merge_splits, pointers, constants)
+
+
+def _average_keys(case: Case) -> Compilation:
+    from qllm_kernels.gpu import summary
+
+    constants = {"SIZE": case.block, "D": case.dim, "BB": case.block, "BD": 32, "num_warps": 4}
+    return Compilation(summary.average_keys, case.pointers("key out"), constants)
+
+
+def _best_keys(case: Case) -> Compilation:
+    from qllm_kernels.gpu import summary
+
+    constants = {"SIZE": case.block, "R": 4, "D": case.dim, "BB": case.block, "BR": 4, "BD": 32, "num_warps": 4}
+    return Compilation(summary.best_keys, case.pointers("key rotated out", prefix="fp32"), constants)
+
+
+def _token_mass(case: Case) -> Compilation:
+    from qllm_kernels.gpu import published
+
+    sizes = published.constants(case.dim, case.size)
+    constants = {"GROUP": case.group, "D": case.dim, "SOFTCAP": case.softcap, **sizes}
+    return Compilation(
+        published.token_mass, case.pointers("query rotated", lse="fp32", mass="fp32"), constants, ("factor", "cap")
+    )
+
+
+def _mean_of_best(case: Case) -> Compilation:
+    from qllm_kernels.gpu import published
+
+    constants = {
+        "GROUP": 4,
+        "SIZE": case.block,
+        "R": 4,
+        "D": case.dim,
+        "BB": case.block,
+        "BR": 4,
+        "BD": 32,
+        "num_warps": 4,
+    }
+    return Compilation(published.mean_of_best, case.pointers("key out", mass="fp32"), constants)
+
+
+def _prefix(case: Case, kernel: str) -> Compilation:
+    from qllm_kernels.gpu import prefix
+
+    constants = {"D": case.dim, "BT": 64, "BD": 64, "num_warps": 4}
+    return Compilation(getattr(prefix, kernel), case.pointers("query", sums="fp32", prefix="fp32"), constants)
+
+
+def _rotate(case: Case, interleaved: bool) -> Compilation:
+    from qllm_kernels.gpu import rotary
+    from qllm_kernels.gpu.shapes import power_of_2
+
+    same = "query key value near window_key window_value raw_key raw_value"
+    pointers = case.pointers(same, cos="fp32", sin="fp32", positions="i64", window_rows="i64", raw_rows="i64")
+    width = power_of_2(case.dim)
+    constants = {"HEADS": 32, "D": case.dim, "DV": case.dim, "ROTARY": case.dim // 2, "BD": width, "BV": width}
+    return Compilation(
+        rotary.turn_and_store, pointers, {**constants, "INTERLEAVED": interleaved, "BT": 16, "num_warps": 4}
+    )
+
+
+def _pages(case: Case, kernel: str) -> Compilation:
+    from qllm_kernels.gpu import pages
+
+    kinds = {
+        "move_pages": {"source": case.dtype, "target": case.dtype},
+        "quantise": {"source": case.dtype, "target": "u8", "scales": "fp32"},
+        "dequantise": {"source": "u8", "target": case.dtype, "scales": "fp32"},
+    }
+    pointers = case.pointers("", moves="i64", counts="i32", **kinds[kernel])
+    constants = {"ROWS": 1, "SIZE": case.block * 128, "BE": 4096, "num_warps": 8}
+    wide = tuple(f"stride_{x}_{y}" for x in ("source", "target") for y in ("head", "page"))
+    return Compilation(getattr(pages, kernel), pointers, constants, wide=wide)
+
+
+def _admit(case: Case, slots: int) -> Compilation:
+    from qllm_kernels.gpu import residency
+
+    tables = dict.fromkeys(("counts", "slot_of", "page_of", "used", "clock"), "i32")
+    pointers = case.pointers("", ids="i64", valid="i1", slots="i64", moves="i64", **tables)
+    constants = {"VALID": True, "BK": 32, "BS": slots, "num_warps": 4 if slots <= 256 else 8, "num_stages": 1}
+    return Compilation(residency.admit, pointers, constants)
+
+
+KERNELS: dict[str, Callable[[Case], Compilation]] = {
+    "segment_attention, prefill": lambda case: _attention(case, 256, 1),
+    "segment_attention, decode": lambda case: _attention(case, 1, 32),
+    "segment_mass, prefill": lambda case: _mass(case, 256),
+    "segment_mass, decode": lambda case: _mass(case, 1),
+    "score_blocks, prefill": lambda case: _select(case, 32, every_key=False),
+    "score_blocks, decode": lambda case: _select(case, 1, every_key=False),
+    "score_blocks of every key, prefill": lambda case: _select(case, 32, every_key=True),
+    "score_blocks of every key, decode": lambda case: _select(case, 1, every_key=True),
+    "merge_candidates": _merge_candidates,
+    "merge_splits": _merge_splits,
+    "average_keys": _average_keys,
+    "best_keys": _best_keys,
+    "token_mass": _token_mass,
+    "mean_of_best": _mean_of_best,
+    "sum_tiles": lambda case: _prefix(case, "sum_tiles"),
+    "sum_before": lambda case: _prefix(case, "sum_before"),
+    "turn_and_store": lambda case: _rotate(case, interleaved=False),
+    "turn_and_store, interleaved": lambda case: _rotate(case, interleaved=True),
+    "move_pages": lambda case: _pages(case, "move_pages"),
+    "quantise": lambda case: _pages(case, "quantise"),
+    "dequantise": lambda case: _pages(case, "dequantise"),
+    "admit, 64 slots": lambda case: _admit(case, 64),
+    "admit, 1024 slots": lambda case: _admit(case, 1024),
+}
+_MATRIX = ("segment_attention", "segment_mass", "score_blocks", "token_mass")  # kernels that multiply matrices
+#: axes that the compilation of a kernel depends on
+AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(KERNELS, ("arch", "dtype")),
+    **{name: tuple(_VALUES) for name in KERNELS if name.startswith(("segment_attention", "segment_mass"))},
+    **{name: ("arch", "dtype", "dim", "group") for name in KERNELS if name.startswith("score_blocks")},
+    "score_blocks of every key, decode": ("arch", "dtype", "dim", "group", "block"),
+    "score_blocks of every key, prefill": ("arch", "dtype", "dim", "group", "block"),
+    "merge_candidates": ("arch",),
+    "token_mass": ("arch", "dtype", "dim", "group", "softcap"),
+    "average_keys": ("arch", "dtype", "block"),
+    "best_keys": ("arch", "dtype", "block"),
+    "mean_of_best": ("arch", "dtype", "block"),
+    "admit, 64 slots": ("arch",),
+    "admit, 1024 slots": ("arch",),
+}
+
+
+def multiplies(name: str) -> bool:
+    """Whether the binary must hold tensor-core instructions."""
+    return name.startswith(_MATRIX)
+
+
+def _met(case: Case) -> set[tuple[Any, ...]]:
+    """The values that meet in this case: each of its own; of attention, types and head sizes together."""
+    alone = {(axis, getattr(case, axis)) for axis in AXES[case.name]}
+    return alone | {(case.dtype, case.dim)} if case.name.startswith("segment_attention") else alone
+
+
+def covering(name: str) -> list[Case]:
+    """Cases of a kernel in which everything meets that shall; Llama-3-8B's shape in bf16 for those compiled in `make test`."""
+    axes = AXES[name]
+    product = [
+        Case(name, **dict(zip(axes, values, strict=True))) for values in itertools.product(*(_VALUES[a] for a in axes))
+    ]
+    chosen = [case for case in AGAIN if case.name == name] or [Case(name)]
+    missing = set().union(*map(_met, product)) - set().union(*map(_met, chosen))
+    draw = random.Random(0)
+    while missing:
+        best = max(draw.sample(product, min(len(product), 300)), key=lambda case: len(_met(case) & missing))
+        if _met(best) & missing:
+            chosen.append(best)
+            missing -= _met(best)
+    return chosen
+
+
+#: compiled again by the tests
+AGAIN = (
+    Case("segment_attention, prefill", arch=90),
+    Case("segment_attention, prefill", arch=86),
+    Case("segment_attention, prefill", arch=100),
+    Case("segment_attention, decode", arch=80),
+    Case("segment_mass, prefill", arch=120),
+    Case("score_blocks, decode", arch=89),
+    Case("score_blocks of every key, prefill", arch=80),
+    Case("admit, 64 slots", arch=90),
+    Case("quantise", arch=80),
+    Case("turn_and_store", arch=90),
+)
