@@ -60,6 +60,7 @@ def build_prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    read: Prompt | None = None,
 ) -> Prompt:
     """Lay out and tokenise a conversation.
 
@@ -82,6 +83,7 @@ def build_prompt(
         tools: Tools in the format of OpenAI functions.
         template_kwargs: Further variables for the chat template.
         add_generation_prompt: End with the opening of an assistant turn.
+        read: What `build_reading` made of the first documents, which are then not tokenised again.
 
     Raises:
         InvalidRequestError: The conversation is empty or the chat template refuses it.
@@ -89,7 +91,7 @@ def build_prompt(
         UnsupportedModelError: Not a fast tokenizer.
     """
     messages = lay_out(turns, query, mode)
-    return _build(tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt)
+    return _build(tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt, known=read)
 
 
 def build_reading(tokenizer: Any, documents: Sequence[Document], *, system: str | None) -> Prompt:
@@ -115,6 +117,7 @@ def _build(
     template_kwargs: Mapping[str, Any] | None,
     add_generation_prompt: bool,
     reading: bool = False,
+    known: Prompt | None = None,
 ) -> Prompt:
     template = template_of(tokenizer, tools)
     segmenter = SegmentTokenizer.of(tokenizer, template)
@@ -134,7 +137,7 @@ def _build(
     if reading:
         last = max(i for i, segment in enumerate(segments) if segment.kind == "document")
         segments = segments[: last + 1]
-    return _tokenise(tokenizer, segmenter, segments)
+    return _tokenise(tokenizer, segmenter, segments, known)
 
 
 def _with_tools_as_text(messages: list[Message], description: str, mode: Mode) -> list[Message]:
@@ -149,7 +152,7 @@ def _with_tools_as_text(messages: list[Message], description: str, mode: Mode) -
     return changed
 
 
-def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Segment]) -> Prompt:
+def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Segment], known: Prompt | None) -> Prompt:
     parts: list[NDArray[np.int64]] = []
     queries: list[tuple[int, int]] = []
     spans: list[DocumentSpan] = []
@@ -164,7 +167,11 @@ def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Se
             if index == 0:
                 ids = _with_bos(tokenizer, ids)
         else:
-            ids, offsets = segmenter.text(segment.text, space=space)
+            if known and segment.kind == "document" and int(segment.document or 0) < len(known.document_spans):
+                span = known.document_spans[int(segment.document or 0)]
+                ids, offsets = known.ids[span.start : span.end], span.offsets
+            else:
+                ids, offsets = segmenter.text(segment.text, space=space)
             if index == 0:
                 ids, offsets = _with_bos(tokenizer, ids), offsets
             space = False

@@ -23,7 +23,8 @@ from qllm_runtime import types
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
 
-BOOK = "It was a quiet night. Call me Ishmael. Some years ago I went to sea. " * 20
+# no two blocks alike: between equals a lookup may choose either
+BOOK = " ".join(f"It was night {n * n}. Call me Ishmael. Some {n} years ago I went to sea." for n in range(20))
 OTHER = "The harbour was empty. Nobody came. The lamp burned until the morning. " * 20
 
 
