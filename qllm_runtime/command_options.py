@@ -68,8 +68,6 @@ class Options:
             return llm
         if "n_local" in chosen:
             chosen["exec_block_size"] = min(llm.memory.exec_block_size, chosen["n_local"])
-        if "block_size" in chosen:
-            chosen["repr_topk"] = min(llm.memory.repr_topk, chosen["block_size"])
         llm.memory = llm.memory.replace(**chosen)
         return llm
 

@@ -23,6 +23,7 @@ _PUBLISHED_POLICIES: dict[str, Policy] = {
     "infinite-lm": "lm-infinite",
     "origin": "full",
 }
+_PUBLISHED_REPRESENTATIVES = 4
 _WHOLE_PROMPT = 2**31  # chunk_size: null of the published configs
 # keys of the published configs that steer its caching or its GPU code and have no influence on results
 _PUBLISHED_ENGINE_KEYS = frozenset(
@@ -75,7 +76,12 @@ class MemoryConfig(BaseModel):
     )
     block_size: int = Field(default=64, ge=1, le=4096, description="Tokens per memory block B.")
     topk: int = Field(default=16, ge=0, le=4096, description="Blocks looked up per piece and layer (blocks).")
-    repr_topk: int = Field(default=4, ge=1, description="Representative tokens r_k per block (tokens).")
+    repr_topk: int = Field(
+        default=_PUBLISHED_REPRESENTATIVES,
+        ge=1,
+        description="Representative tokens r_k per block (tokens). Unless given: with summary 'max' every key of the block, "
+        "else 4 as published.",
+    )
     exec_block_size: int = Field(
         default=256, ge=1, description="Queries that share one lookup while reading (a 'piece')."
     )
@@ -109,6 +115,10 @@ class MemoryConfig(BaseModel):
     def __init__(self, **data: Any) -> None:
         if data.get("faithful"):
             data.setdefault("summary", "published")
+        size = data.get("block_size", type(self).model_fields["block_size"].default)
+        if "repr_topk" not in data and isinstance(size, int):
+            every_key = data.get("summary", "max") == "max"
+            data["repr_topk"] = max(1, size if every_key else min(size, _PUBLISHED_REPRESENTATIVES))
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -147,8 +157,9 @@ class MemoryConfig(BaseModel):
         return self.n_local + (self.topk * self.block_size if self.uses_blocks else 0)
 
     def replace(self, **changes: Any) -> MemoryConfig:
-        """A validated copy with some fields changed."""
-        return MemoryConfig(**{**self.model_dump(), **changes})
+        """A validated copy with some fields changed; where every key represents its block, it keeps doing so."""
+        kept = self.model_dump(exclude={"repr_topk"} if self.every_key else None)
+        return MemoryConfig(**{**kept, **changes})
 
     @classmethod
     def for_model(cls, max_position_embeddings: int, **overrides: Any) -> MemoryConfig:
@@ -164,13 +175,11 @@ class MemoryConfig(BaseModel):
         """
         n_local = min(4096, max(64, 2 ** int(math.log2(max(128, max_position_embeddings) / 2))))
         block = 64 if n_local >= 1024 else 32
-        size = overrides.get("block_size", block)
         defaults: dict[str, Any] = {
             "n_init": block,
             "n_local": n_local,
             "block_size": block,
             "topk": min(32, 2 * n_local // block),
-            "repr_topk": min(4, size) if overrides.get("faithful") else size,
             "exec_block_size": min(256, n_local // 2),
             "chunk_size": max(2048, min(8192, 2 * n_local)),
         }
