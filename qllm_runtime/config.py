@@ -108,6 +108,13 @@ class MemoryConfig(BaseModel):
         description="Tokens per forward pass while reading, rounded down to whole pieces; no effect on results. "
         "With faithful=True it is taken exactly and does affect them, as in the published code.",
     )
+    device_blocks: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Blocks of each layer kept on the device (blocks, at least 2 * topk); all blocks lie in the host's memory "
+        "and are fetched when looked up, results stay the same. None: all blocks stay on the device.",
+    )
     faithful: bool = Field(
         default=False, description="Reproduce the published research code number for number, quirks included."
     )
@@ -135,11 +142,24 @@ class MemoryConfig(BaseModel):
             raise ValueError(f"repr_topk ({self.repr_topk}) must not exceed block_size ({self.block_size})")
         if self.uses_blocks and self.exec_block_size > self.n_local:
             raise ValueError(f"exec_block_size ({self.exec_block_size}) must not exceed n_local ({self.n_local})")
+        if self.device_blocks is not None:
+            self._check_offload(self.device_blocks)
         if self.faithful and (self.selection, self.summary) != ("shared", "published"):
             raise ValueError("faithful=True implies selection='shared' and summary='published'")
         if self.faithful and self.policy == "full":
             raise ValueError("faithful=True has no counterpart for policy 'full'")
         return self
+
+    def _check_offload(self, device_blocks: int) -> None:
+        if not self.uses_blocks or self.faithful:
+            raise ValueError("device_blocks needs policy 'qllm' or 'infllm' without faithful=True; leave it out")
+        if device_blocks < 2 * self.topk:
+            raise ValueError(f"device_blocks ({device_blocks}) must be at least twice topk ({self.topk})")
+        if self.summary == "max" and self.repr_topk == self.block_size:
+            raise ValueError(
+                f"with device_blocks, summaries alone stay on the device: repr_topk ({self.repr_topk}) must be below "
+                f"block_size ({self.block_size}), as keys that all represent their block could not leave it"
+            )
 
     @property
     def uses_blocks(self) -> bool:

@@ -97,7 +97,8 @@ class Inference:
             text += f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB were free)"
         return OutOfMemoryError(
             f"Out of memory on {place}: {text}. A smaller chunk_size lowers the peak while reading, a smaller n_local or topk "
-            "the window, dtype='bfloat16' or 'float16' halves the key/value memory; close() frees documents read before."
+            "the window, dtype='bfloat16' or 'float16' halves the key/value memory, "
+            "device_blocks keeps most of it on the host; close() frees documents read before."
         )
 
     def cache(self, config: MemoryConfig, *, rows: int = 1, reserve: int = 0) -> MemoryCache:

@@ -25,7 +25,8 @@ def copy_pages(source: torch.Tensor, target: torch.Tensor, moves: torch.Tensor, 
     heads = source.shape[0]
     for head in range(heads):
         origin, destination = _pairs(moves, counts, head, heads)
-        target[head, destination] = source[head, origin]
+        page = source[head, origin.to(source.device)]
+        target[head, destination.to(target.device)] = page.to(target.device)
 
 
 def quantise_pages(

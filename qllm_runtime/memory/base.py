@@ -92,4 +92,4 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of keys, values and summaries held (shared parts counted once per fork)."""
+        """Bytes of keys, values and summaries held on the device (shared parts counted once per fork)."""

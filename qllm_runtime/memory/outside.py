@@ -15,6 +15,7 @@ from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.guide import Guide
 from qllm_runtime.memory.means import BlockMeans
+from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.resident import Resident
@@ -58,7 +59,8 @@ class Outside:
     def __init__(self, config: MemoryConfig, rotation: Rotation, reserve: int) -> None:
         self._config = config
         self._rotation = rotation
-        self.store = BlockStore(reserve=reserve)
+        held = config.device_blocks
+        self.store = BlockStore(reserve) if held is None else OffloadedStore(held, reserve)
         self.query = PinnedQuery()
         self._means = BlockMeans() if config.every_key else None
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -100,15 +100,7 @@ class BlockStore:
             shape, order = (capacity, heads, size), (1, 0, 2, 3)
         key = like.key.new_empty(*shape, dim).permute(order)
         value = like.value.new_empty(*shape, like.value.shape[-1]).permute(order)
-        summaries = None
-        if not every_key:
-            heads, r, _, dim = like.summaries.shape
-            if r > 1 and backend(key.device) == "torch":
-                # dot products of few queries with many summaries are faster along columns
-                summaries = like.summaries.new_empty(heads, r, dim, capacity).transpose(2, 3)
-            else:
-                summaries = like.summaries.new_empty(heads, r, capacity, dim)
-        grown = Pages.of(key, value, summaries)
+        grown = Pages.of(key, value, None if every_key else summary_space(like.summaries, capacity))
         if self._own is not None:
             for target, source in zip(grown.first(self._n), self._own.first(self._n), strict=True):
                 target.copy_(source)
@@ -175,6 +167,15 @@ class BlockStore:
         """Bytes of all pages, inherited ones included."""
         runs = self._inherited if self._own is None else (*self._inherited, self._own)
         return sum(_nbytes(pages) for pages in runs)
+
+
+def summary_space(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Room for summaries of so many blocks, like these [summary_heads, r, any, head_dim]."""
+    heads, r, _, dim = like.shape
+    if r > 1 and backend(like.device) == "torch":
+        # dot products of few queries with many summaries are faster along columns
+        return like.new_empty(heads, r, dim, capacity).transpose(2, 3)
+    return like.new_empty(heads, r, capacity, dim)
 
 
 def take(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

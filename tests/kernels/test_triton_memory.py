@@ -137,3 +137,21 @@ def test_forks_gather() -> None:
     feed(parent, trunk, PLAIN, 12)
     naive.feed(*trunk)
     torch.testing.assert_close(feed(parent.fork(), rest, PLAIN, 12), naive.feed(*rest), atol=4e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("selection", ["shared", "per_kv_head"])
+def test_offloaded_blocks(monkeypatch: pytest.MonkeyPatch, selection: str) -> None:
+    """Blocks are fetched from the host by what the device chose, also those of a fork, whose pages lie in two slabs."""
+    config = MemoryConfig(**{**BASE, "n_local": 8, "topk": 2, "device_blocks": 4, "selection": selection})
+    rope = Rope(DIM)
+    trunk, *rest = cut(tokens(54), [36, 15, 1, 1, 1])
+    memory, naive = BlockMemory(config, rope), Naive(config, rope.at, PLAIN)
+    admitted, copied = served(monkeypatch, "residency", "admit_pages"), served(monkeypatch, "pages", "copy_pages")
+    torch.testing.assert_close(feed(memory, trunk, PLAIN, 12), naive.feed(*trunk), atol=4e-5, rtol=2e-4)
+    memory = memory.fork()
+    calls = served(monkeypatch, "attention", "attend_pieces")
+    for part in rest:
+        torch.testing.assert_close(feed(memory, part, PLAIN, 12), naive.feed(*part), atol=4e-5, rtol=2e-4)
+    assert all(segment.table.max() < 4 for *_, segment in calls)
+    assert len(memory._outside.store) > 8
+    assert len(copied) > len(admitted) > 0

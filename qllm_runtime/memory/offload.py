@@ -1,0 +1,157 @@
+"""Pages in the host's memory: the device keeps the summaries and the blocks that were looked up last."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from typing_extensions import override
+
+from qllm_kernels.dispatch import admit_pages, copy_pages
+from qllm_kernels.residency import Residency
+from qllm_runtime.memory.store import BlockStore, PagedKeys, Pages, summary_space, take
+
+
+class OffloadedStore(BlockStore):
+    """Blocks whose keys and values are kept by the host, pinned where the device is a GPU.
+
+    Chosen blocks are fetched to slots on the device by a list that the device makes; those used longest ago give way. The host
+    does not wait for what was chosen. A fork shares what lies on the host and has slots of its own.
+
+    Args:
+        device_blocks: Slots, at least twice the blocks of a lookup.
+        reserve: Blocks expected; sizes the first slab of host memory.
+    """
+
+    def __init__(self, device_blocks: int, reserve: int = 0) -> None:
+        super().__init__(reserve)
+        self._device_blocks = device_blocks
+        # a slab per run: [capacity, kv_heads, 1, width], keys and values of a head's block in a row
+        self._slabs: tuple[torch.Tensor, ...] = ()
+        self._slots: torch.Tensor | None = None  # [device_blocks, kv_heads, 1, width]
+        self._state: Residency | None = None
+
+    @override
+    def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
+        assert summaries is not None, "with offloaded blocks summaries are compact (MemoryConfig)"
+        m = key.shape[1]
+        if self._own is None or self._n + m > self._own.key.shape[1]:
+            self._add_slab(key, value, summaries, max(self._reserve, 2 * self._n, m, 8))
+        assert self._own is not None
+        new = slice(self._n, self._n + m)
+        leaving = torch.cat([x.transpose(0, 1).flatten(2) for x in (key, value)], 2)
+        _to_host(leaving[:, :, None], self._slabs[-1][new])
+        self._own.summaries[:, :, new] = summaries
+        self._n += m
+        self._runs = (*self._inherited, self._own.first(self._n))
+
+    def _add_slab(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor, capacity: int) -> None:
+        """What is on the host stays where it is: there may be more of it than can be held twice."""
+        shape = (capacity, key.shape[0], 1, key[0, 0].numel() + value[0, 0].numel())
+        slab = torch.empty(shape, dtype=key.dtype, device="cpu", pin_memory=key.is_cuda)
+        self._slabs = (*self._slabs, slab)
+        self._inherited, self._n, self._reserve = self._runs, 0, 0
+        self._own = Pages(*_split(slab, key.shape, value.shape), summary_space(summaries, capacity))
+
+    @override
+    def in_place(self, ids: torch.Tensor, valid: torch.Tensor | None) -> PagedKeys | None:
+        if ids.shape[0] * ids.shape[2] > self._device_blocks:
+            return None
+        slots, state = self._tables(ids)
+        table, moves, counts = admit_pages(state, ids, valid)
+        _await_host_copies(ids.device)
+        first = 0
+        for slab, pages in zip(self._slabs, self._runs, strict=True):
+            n = pages.key.shape[1]
+            theirs = (moves, counts) if len(self._runs) == 1 else _moves_of(first, first + n, moves, counts)
+            copy_pages(slab.transpose(0, 1), slots.transpose(0, 1), *theirs)
+            first += n
+        return PagedKeys(*_split(slots, self._runs[0].key.shape, self._runs[0].value.shape), table)
+
+    @override
+    def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        pieces, scopes, k = ids.shape
+        together = self._device_blocks // k
+        parts = []
+        for at in range(0, pieces, together):
+            rows = slice(at, at + together)
+            paged = self.in_place(ids[rows], None if valid is None else valid[rows])
+            assert paged is not None
+            table = paged.table.transpose(0, 1).reshape(scopes, -1)
+            parts.append((take(paged.key, table), take(paged.value, table)))
+        key, value = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+        kv_heads = key.shape[0]
+        return key.view(kv_heads, pieces, k, *key.shape[2:]), value.view(kv_heads, pieces, k, *value.shape[2:])
+
+    def _tables(self, ids: torch.Tensor) -> tuple[torch.Tensor, Residency]:
+        """Slots, and tables of what they hold that know every block."""
+        known = sum(slab.shape[0] for slab in self._slabs)
+        if self._slots is None or self._state is None:
+            like = self._slabs[0]
+            # what is not chosen reads slot 0, which is the first to be filled
+            self._slots = torch.empty(self._device_blocks, *like.shape[1:], dtype=like.dtype, device=ids.device)
+            self._state = Residency.empty(ids.shape[1], known, self._device_blocks, ids.device)
+        more = known - self._state.slot_of.shape[1]
+        if more:
+            slot_of = torch.nn.functional.pad(self._state.slot_of, (0, more), value=-1)
+            self._state = dataclasses.replace(self._state, slot_of=slot_of)
+        return self._slots, self._state
+
+    @override
+    def fork(self) -> OffloadedStore:
+        child = OffloadedStore(self._device_blocks)
+        child._inherited = child._runs = self._runs
+        child._slabs = self._slabs
+        return child
+
+    @override
+    def nbytes(self) -> int:
+        """Bytes on the device: summaries and slots."""
+        runs = self._inherited if self._own is None else (*self._inherited, self._own)
+        tables = () if self._state is None else tuple(vars(self._state).values())
+        held = (*(pages.summaries for pages in runs), *tables, *(() if self._slots is None else (self._slots,)))
+        return sum(x.nbytes for x in held)
+
+
+def _split(joint: torch.Tensor, key: torch.Size, value: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [kv_heads, n, block_size, head_dim or value_dim] in pages [n, kv_heads, 1, width]."""
+    n, kv_heads = joint.shape[:2]
+    border = key[2] * key[3]
+    parts = (joint[:, :, 0, :border], key), (joint[:, :, 0, border:], value)
+    views = [part.view(n, kv_heads, *shape[2:]).transpose(0, 1) for part, shape in parts]
+    return views[0], views[1]
+
+
+def _moves_of(first: int, end: int, moves: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moves [rows, length, 2] whose pages are among first .. end - 1, counted from `first`, and their numbers [rows]."""
+    page, slot = moves.unbind(2)
+    listed = torch.arange(moves.shape[1], device=moves.device) < counts[:, None]
+    theirs = listed & (page >= first) & (page < end)
+    order = theirs.to(torch.uint8).argsort(dim=1, descending=True)
+    chosen = torch.stack((page.gather(1, order) - first, slot.gather(1, order)), 2)
+    return chosen, theirs.sum(1, dtype=torch.int32)
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to the host beside what the device computes."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _to_host(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy without making host or device wait."""
+    if not source.is_cuda:
+        target.copy_(source)
+        return
+    stream = _copying(source.device)
+    stream.wait_stream(torch.cuda.current_stream(source.device))
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+    source.record_stream(stream)
+
+
+def _await_host_copies(device: torch.device) -> None:
+    """Let what follows on the device see everything that was copied to the host."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_copying(device))

@@ -1,0 +1,132 @@
+"""Blocks kept by the host give what blocks on the device give."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from rope import Rope
+from test_block_memory import BASE, DIM, SCORING, feed, tokens
+from test_histories import sizes
+from test_store import blocks
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.memory.offload import OffloadedStore
+from qllm_runtime.memory.store import BlockStore
+
+
+def choice(n: int, pieces: int, scopes: int, k: int, draw: random.Random) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ascending ids [pieces, scopes, k], some rows ending in places without a choice."""
+    ids = torch.tensor([[sorted(draw.sample(range(n), k)) for _ in range(scopes)] for _ in range(pieces)])
+    if draw.random() < 0.5:
+        return ids, None
+    valid = torch.arange(k) < torch.tensor([draw.randint(1, k) for _ in range(pieces)])[:, None, None]
+    valid = valid.expand(-1, scopes, -1)
+    return torch.where(valid, ids, n - 1), valid
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_store(seed: int) -> None:
+    """Any history of appending, forking and fetching; slots are few, slabs fill up."""
+    draw = random.Random(seed)
+    scopes, topk, r = draw.choice([1, 2]), draw.choice([1, 2, 5]), draw.choice([1, 3])
+    slots = draw.choice([2 * topk, 3 * topk + 1, 40])
+    pairs = [(BlockStore(), OffloadedStore(slots, reserve=draw.choice([0, 3, 60])))]
+    for turn in range(40):
+        plain, offloaded = draw.choice(pairs)
+        event = draw.choice(["append", "append", "fork", "look", "look", "look"])
+        if event == "append" or not len(plain):
+            new = blocks(draw.choice([1, 1, 2, 7]), 100 * seed + turn, r)
+            plain.append(*new)
+            offloaded.append(*new)
+        elif event == "fork":
+            pairs.append((plain.fork(), offloaded.fork()))
+        n = len(plain)
+        assert (len(offloaded), offloaded.kv_heads) == (n, plain.kv_heads)
+        assert torch.equal(torch.cat(offloaded.summaries(n), 2), torch.cat(plain.summaries(n), 2))
+        at = draw.randrange(n)
+        assert all(torch.equal(x, y) for x, y in zip(offloaded.block(at), plain.block(at), strict=True))
+        k = min(topk, n)
+        ids, valid = choice(n, draw.randint(1, 6), scopes, k, draw)
+        wanted, found = plain.gather(ids, valid), offloaded.gather(ids, valid)
+        paged = offloaded.in_place(ids, valid)
+        assert (paged is None) == (ids.shape[0] * k > slots)
+        shown = torch.ones(ids.shape, dtype=torch.bool) if valid is None else valid
+        shown = shown.repeat_interleave(plain.kv_heads // scopes, 1).transpose(0, 1)
+        for index, (x, y) in enumerate(zip(found, wanted, strict=True)):
+            assert torch.equal(x[shown], y[shown])
+            assert x[~shown].isfinite().all()
+            if paged is not None:
+                table = paged.table.repeat_interleave(plain.kv_heads // scopes, 1).transpose(0, 1)
+                heads = torch.arange(plain.kv_heads)[:, None, None]
+                assert torch.equal(paged[index][heads, table][shown], y[shown])
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_history(seed: int) -> None:
+    """A memory that offloads and one that does not, through the same random history."""
+    draw = random.Random(seed)
+    config = sizes(draw).replace(policy=draw.choice(["qllm", "infllm"]), block_size=4, repr_topk=draw.choice([1, 3]))
+    offload = config.replace(device_blocks=2 * config.topk + draw.choice([0, 1, 20]))
+    pair = [BlockMemory(each, Rope(DIM)) for each in (config, offload)]
+    whole, stray = tokens(110, seed=seed), tokens(20, seed=seed + 1)
+    at, asked = 0, 0
+    while at < 110:
+        n = min(110 - at, draw.choice([1, 1, 2, 3, draw.randint(1, 40)]))
+        event = draw.choice(["question", "fork", "fork goes on", "parent goes on", None, None])
+        if event == "question" and asked <= at:
+            span = (at + draw.randrange(n), at + n + 3)
+            asked = span[1]
+            for memory in pair:
+                memory.set_query(*span)
+        elif event == "fork":
+            pair = [memory.fork() for memory in pair]
+        elif event == "fork goes on":
+            outs = [feed(memory.fork(), stray) for memory in pair]
+            assert torch.equal(*outs)
+        elif event == "parent goes on":
+            parents, pair = pair, [memory.fork() for memory in pair]
+            assert torch.equal(*(feed(memory, stray) for memory in parents))
+        part = tuple(x[:, at : at + n] for x in whole)
+        assert torch.equal(*(feed(memory, part) for memory in pair))
+        at += n
+    assert all(len(memory._outside.store) for memory in pair)
+
+
+def test_the_device_holds_as_much_for_any_length() -> None:
+    """All that grows with the text are summaries and an entry per block of the table."""
+    config = MemoryConfig(**{**BASE, "repr_topk": 1, "device_blocks": 6})
+    held = []
+    for n in (208, 800):
+        memory = BlockMemory(config, Rope(DIM), reserve=n)
+        feed(memory, tokens(n), SCORING)
+        store = memory._outside.store
+        assert isinstance(store, OffloadedStore)
+        (slab,) = store._slabs
+        pages = slab.shape[0]
+        assert pages == n // config.block_size
+        assert slab.nbytes == pages * 2 * (2 * config.block_size * DIM * 4)
+        held.append(memory.nbytes() - pages * (2 * DIM * 4 + 4))
+        assert store.nbytes() < 6 * slab[0].nbytes + pages * (2 * DIM * 4 + 4) + 100
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_blocks": 3}, "at least twice topk"),
+        ({"device_blocks": 4, "repr_topk": 4}, "repr_topk .4. must be below block_size"),
+        ({"device_blocks": 4, "policy": "streaming"}, "needs policy"),
+        ({"device_blocks": 4, "faithful": True}, "needs policy"),
+        ({"device_blocks": 4000}, "less than or equal to 1024"),
+        ({"device_blocks": 0}, "greater than or equal to 1"),
+    ],
+    ids=str,
+)
+def test_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidConfigError, match=message):
+        MemoryConfig(**{**BASE, **settings})
+    MemoryConfig(**{**BASE, "repr_topk": 4, "summary": "mean", "device_blocks": 4})
