@@ -7,8 +7,7 @@ from typing import Self
 
 import torch
 
-from qllm_kernels.dispatch import linear_top_keys, mean_keys
-from qllm_kernels.summary import softmax_mass, top_keys
+from qllm_kernels.dispatch import linear_top_keys, mean_keys, published_means, query_prefix
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation, Scoring
 
@@ -137,18 +136,18 @@ class Window:
         query = self._rotation.rotate(self._query[:, lo : lo + reach + 1], lo)
         rotated = self.key[:, lo : lo + n]
         if self._ranks_tokens:
-            prefix = torch.nn.functional.pad(query.float().cumsum(1), (0, 0, 1, 0))
-            return key, value, linear_top_keys(key, rotated, prefix, config.n_local, config.repr_topk)
-        scores = softmax_mass(
-            query[:, :reach],
+            return key, value, linear_top_keys(key, rotated, query_prefix(query), config.n_local, config.repr_topk)
+        summaries = published_means(
+            key,
             rotated,
+            query[:, :reach],
             self._lse[:, lo : lo + reach],
             n_local=config.n_local,
+            repr_topk=config.repr_topk,
             scale=scoring.scale,
             softcap=scoring.softcap,
         )
-        best = top_keys(key, scores.view(-1, n_blocks, size), config.repr_topk)
-        return key, value, mean_keys(best.transpose(1, 2))
+        return key, value, summaries
 
     def fork(self) -> Self:
         """An independent continuation."""

@@ -139,6 +139,20 @@ def test_forks_gather() -> None:
     torch.testing.assert_close(feed(parent.fork(), rest, PLAIN, 12), naive.feed(*rest), atol=4e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("summary", "module", "kernel"),
+    [
+        ("published", "published", "published_means"),
+        ("max", "prefix", "query_prefix"),
+        ("mean", "summary", "mean_keys"),
+    ],
+)
+def test_summaries(monkeypatch: pytest.MonkeyPatch, summary: str, module: str, kernel: str) -> None:
+    calls = served(monkeypatch, module, kernel)
+    check([33], [], CAPPED, summary=summary, n_local=8)
+    assert calls
+
+
 @pytest.mark.parametrize("selection", ["shared", "per_kv_head"])
 def test_offloaded_blocks(monkeypatch: pytest.MonkeyPatch, selection: str) -> None:
     """Blocks are fetched from the host by what the device chose, also those of a fork, whose pages lie in two slabs."""
