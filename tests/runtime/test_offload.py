@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import tiny
 import torch
 from rope import Rope
 from test_block_memory import BASE, DIM, SCORING, feed, tokens
@@ -12,10 +13,12 @@ from test_histories import sizes
 from test_store import blocks
 
 from qllm_runtime.config import MemoryConfig
+from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.store import BlockStore
+from qllm_runtime.types import Document
 
 
 def choice(n: int, pieces: int, scopes: int, k: int, draw: random.Random) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -130,3 +133,17 @@ def test_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidConfigError, match=message):
         MemoryConfig(**{**BASE, **settings})
     MemoryConfig(**{**BASE, "repr_topk": 4, "summary": "mean", "device_blocks": 4})
+
+
+def test_engine() -> None:
+    """Answers and sources are those without offload, at a fraction of the bytes."""
+    book = Document("The cat sat on the mat and the dog looked at the moon. " * 40, "cats")
+    found, held = [], []
+    for memory in (tiny.MEMORY, tiny.MEMORY.replace(device_blocks=6)):
+        with QLLM(tiny.model(), tiny.tokenizer(), memory) as llm, llm.read(book) as reading:
+            answers = [llm.ask(question, reading, max_tokens=20) for question in ("Who sat?", "Where?")]
+            found.append([(answer.token_ids, [(x.start, x.end) for x in answer.sources]) for answer in answers])
+            held.append(reading.nbytes)
+    assert found[0] == found[1]
+    assert all(sources for _, sources in found[0])
+    assert held[1] < held[0] / 2
