@@ -143,9 +143,9 @@ class TestAsk:
 
 @pytest.mark.skipif(not (ROOT / "qllm_runtime/models/reader-plain").exists(), reason="the trained readers are not here")
 def test_the_reader_finds_a_fact_and_shows_it(qllm, tmp_path):
-    fact = "The pass key is 71432."  # within the window: what this reader can do at length is measured, not asserted
+    fact = "The pass key is 71432."
     path = tmp_path / "story.txt"
-    path.write_text(f"{PROSE[:500]} {fact} {PROSE[:500]}", encoding="utf-8")
+    path.write_text(f"{PROSE} {fact} {PROSE}", encoding="utf-8")
     status, out, _ = qllm("ask", path, "What is the pass key?", "--json")
     assert status == 0
     assert "71432" in json.loads(out)["answer"]

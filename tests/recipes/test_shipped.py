@@ -64,4 +64,4 @@ def test_prompt_holds_the_question_where_the_layout_says(folder: Path) -> None:
 
 def test_answers_in_the_window(folder: Path) -> None:
     report = in_window(folder, story_prose(), 384, 5, "canonical", "query_aware", seed=1)
-    assert report["scores"]["all"]["share"] >= 0.4, report["misses"]
+    assert report["scores"]["all"]["share"] >= 0.65, report["misses"]
