@@ -155,7 +155,7 @@ class MemoryConfig(BaseModel):
             raise ValueError("device_blocks needs policy 'qllm' or 'infllm' without faithful=True; leave it out")
         if device_blocks < 2 * self.topk:
             raise ValueError(f"device_blocks ({device_blocks}) must be at least twice topk ({self.topk})")
-        if self.summary == "max" and self.repr_topk == self.block_size:
+        if self.every_key:
             raise ValueError(
                 f"with device_blocks, summaries alone stay on the device: repr_topk ({self.repr_topk}) must be below "
                 f"block_size ({self.block_size}), as keys that all represent their block could not leave it"
