@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qllm_kernels.select import block_scores, select_blocks
@@ -19,6 +21,11 @@ def eligible_blocks(starts: torch.Tensor, *, n_init: int, n_local: int, block_si
     """
     outside = starts - (n_local + n_init)
     return torch.div(outside, block_size, rounding_mode="floor").clamp(min=0).to(torch.int32)
+
+
+def to_device(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers of the host as an int32 tensor on the device, which the host does not wait for (`torch.tensor` does)."""
+    return torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def top_blocks(

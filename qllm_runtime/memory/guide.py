@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from qllm_kernels.dispatch import top_blocks
+from qllm_kernels.eligible import to_device
 from qllm_kernels.select import standardise
 
 
@@ -42,7 +43,7 @@ class Guide:
         key = tuple(counts) if counts[0] < counts[-1] else (counts[0],)
         if self._last is None or self._last[0] != key:
             self._extend(summaries)
-            eligible = None if len(key) == 1 else torch.tensor(key, device=self._scores.device)
+            eligible = None if len(key) == 1 else to_device(key, self._scores.device)
             self._last = key, standardise(self._scores[None, :, : counts[-1]], eligible)
         return self._last[1]
 

@@ -10,6 +10,7 @@ import torch
 
 from qllm_kernels.attention import FarSegment
 from qllm_kernels.dispatch import backend, top_blocks
+from qllm_kernels.eligible import to_device
 from qllm_kernels.select import select_blocks, standardise
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
@@ -132,7 +133,7 @@ class Outside:
         else:
             each = [top_blocks(lookup, part, [part.shape[2]] * len(counts), 1, scopes=scopes)[2] for part in parts]
             scores = each[0] if len(each) == 1 else torch.cat(each, -1)
-            eligible = None if counts[0] == counts[-1] else torch.tensor(counts, device=scores.device)
+            eligible = None if counts[0] == counts[-1] else to_device(counts, scores.device)
             if guide is not None:
                 scores = standardise(scores, eligible) + config.query_weight * guide.scores(
                     self.store.summaries(counts[-1]), counts
@@ -257,7 +258,7 @@ class Outside:
         block = torch.div(positions - self._config.n_init, self._config.block_size, rounding_mode="floor")
         hidden = (ids[..., None] == block).any(dim=2)
         if self.query.end > min(oldest):
-            in_window = positions >= torch.tensor(oldest, device=ids.device)[:, None]
+            in_window = positions >= to_device(oldest, ids.device)[:, None]
             hidden = hidden | in_window[:, None]
         return hidden
 

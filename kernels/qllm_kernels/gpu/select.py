@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qllm_kernels.eligible import to_device
 from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
 
 MOST_BLOCKS_CHOSEN = 256
@@ -186,7 +187,7 @@ def top_blocks(
     if isinstance(counts, torch.Tensor):
         n_eligible, all_valid = counts, False
     else:
-        n_eligible = torch.tensor(counts, dtype=torch.int32, device=lookup.device)
+        n_eligible = to_device(counts, lookup.device)
         all_valid = min(counts) >= k
     n_candidates = splits * sizes["BK"]
     b_c = max(sizes["BK"], min(512, power_of_2(n_candidates)))
