@@ -49,7 +49,10 @@ def ask(
     options: Options,
     mode: Annotated[
         Mode | None,
-        typer.Option(help="query_aware reads the document for the question, read_once without knowing it."),
+        typer.Option(
+            help="query_aware reads the document for the question, read_once without knowing it; reread looks the answer up "
+            "and reads the passages again."
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:

@@ -21,6 +21,7 @@ from qllm_runtime.inference import Cancelled, Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
 from qllm_runtime.prompt import build_prompt, build_reading
+from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
 from qllm_runtime.types import Answer, Document, Piece, Progress, QuerySource, Turn
 from qllm_runtime.worker import stream
@@ -34,11 +35,12 @@ _UNBOUNDED = 4 * 1024 * 1024
 class QLLM:
     """A language model that reads whole documents through a query-aware block memory (Q-LLM, arXiv 2406.07528).
 
-    Two ways of working with documents:
+    Ways of working with documents:
 
     * `query_aware`: the question is put ahead of the documents as well, and they are read for it (the paper).
     * `read_once`: the documents are read without knowing the question (`read`), and any number of questions follow; the
       lookup is routed anew for each.
+    * `reread`: read once, then the passages behind a draft of the answer again, close together.
 
     Args:
         model: A decoder-only model of transformers that is loaded already.
@@ -285,7 +287,7 @@ class QLLM:
             **options: As in `ask`, and `tools`, `logits_processors`, `template_kwargs` (see `ChatOptions`).
         """
         request, cancelled = self._request(turns, query, query_source, memory, options)
-        *_, last = answering.run(request, cancelled)
+        *_, last = serve(request, cancelled)
         assert last.answer is not None
         return last.answer
 
@@ -302,7 +304,7 @@ class QLLM:
         request, _ = self._request(turns, query, query_source, memory, options)
 
         def work(emit: Callable[[Piece], None], cancelled: Cancelled) -> None:
-            for piece in answering.run(request, cancelled):
+            for piece in serve(request, cancelled):
                 emit(piece)
 
         return stream(work, options.get("cancel"))

@@ -35,7 +35,7 @@ class AskOptions(SamplingOptions, total=False):
     """Options of `QLLM.ask` and `QLLM.stream`.
 
     Attributes:
-        mode: "query_aware" or "read_once"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
+        mode: "query_aware", "read_once" or "reread"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
         progress: Called with (tokens read, tokens in all).
         on_lookup: Called with (layer, record) for every lookup while reading and writing, as it happens.
         cancel: Set it to stop within one chunk or one token.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Mode = Literal["query_aware", "read_once"]
+Mode = Literal["query_aware", "read_once", "reread"]
 FinishReason = Literal["stop", "length", "cancelled"]
 QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
 

@@ -106,7 +106,7 @@ def prepare(
         "query": request.query,
         "query_source": request.query_source,
         "memory": memory,
-        "mode": given.get("mode") or (llm.mode if memory is None else None),
+        "mode": given.get("mode") or (llm.mode if memory is None or llm.mode == "reread" else None),
         "sampling": sampling,
         "tools": tools,
         "logits_processors": processors,

@@ -65,7 +65,8 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         dtype: "auto", "bfloat16", ...
         token: Access token of the hub.
         trust_remote_code: Run modelling code from the hub.
-        mode: "query_aware" reads the documents anew under each question; "read_once" reads them without it.
+        mode: "query_aware" reads the documents anew under each question; "read_once" reads them without it;
+            "reread" reads once, then the passages behind a draft again.
         max_tokens: Upper bound of tokens per answer.
         temperature: 0 is greedy.
         top_p: Smallest set of tokens with this probability.
