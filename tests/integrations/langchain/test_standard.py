@@ -21,7 +21,7 @@ from pdf_by_hand import pdf_bytes
 
 from qllm_integrations.langchain import QLLMChat
 
-DECIDES = "the tiny model cannot decide or copy; needs a real model"
+DECIDES = "the tiny model cannot decide or copy, nor can the reader (tried: wrong argument, no second call); needs a real model"
 _BOOK = "Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail about a little. " * 3
 
 
