@@ -138,7 +138,7 @@ def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
     documents = tuple(document for turn in turns for document in turn.documents)
     query, source = _query(request)
     mode: Mode = "read_once" if request.memory is not None else request.mode or DEFAULT_MODE
-    before, read_cache = (None, None) if request.memory is None else request.memory.contents(inference)
+    held = None if request.memory is None else request.memory.contents(inference)
     prompt = build_prompt(
         request.tokenizer,
         turns,
@@ -146,16 +146,17 @@ def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
         mode=mode,
         tools=request.tools,
         template_kwargs=request.template_kwargs,
-        read=before,
+        read=held[0] if held else None,
     )
     _check_fits(prompt, config, inference)
     tokenized = time.perf_counter()
     n = len(prompt.ids)
     with inference.request(cancelled):
         known = 0
-        if request.memory is not None and before is not None and read_cache is not None:
+        if request.memory is not None and held is not None:
+            before, cache = held
             known = check_prefix(before, prompt, request.memory)
-            cache = read_cache.fork()
+            cache = cache.fork()
         else:
             cache = inference.cache(config, reserve=n + request.sampling.max_tokens)
         announce(cache, 0, [span for span in prompt.query_spans if span[0] >= known], config)

@@ -44,7 +44,7 @@ class Window:
         room = max(config.chunk_size, piece)
         if rotation.comfortable_length is not None:
             room = min(room, max(rotation.comfortable_length - held, piece))
-        self._ranks_tokens = config.uses_blocks and config.summary == "max" and config.repr_topk < config.block_size
+        self._ranks_tokens = config.uses_blocks and config.summary == "max" and not config.every_key
         self.weighs_tokens = config.uses_blocks and config.summary == "published"
         self.launch_size = piece if self.weighs_tokens else room // piece * piece
         self._held = held  # most slots that stay visible
