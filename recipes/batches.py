@@ -16,8 +16,8 @@ from qllm_bench.questions.pools import Pools
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
 
 FAMILY_WEIGHTS = {
-    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 2.0, "code": 1.0, "relation": 2.8,
-    "multi": 2.8, "two_hop": 2.6,
+    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.6, "code": 1.0, "relation": 2.8,
+    "multi": 3.2, "two_hop": 3.0,
 }  # fmt: skip
 BLOCK = 32
 N_INIT = 32
@@ -180,7 +180,10 @@ class Sampler:
 
     def turn(self, question: Question) -> tuple[list[int], list[int], list[float]]:
         """Question tokens, answer tokens with the end mark, and the weights of the latter."""
-        encoding = self.tokenizer.encode(question.answer, add_special_tokens=False)
+        # A lower-case word keeps the space it has inside a sentence, so that its tokens can be copied from there; what
+        # stands in quotes has none.
+        shift = int(question.answer[:1].islower() and question.family != "kv")
+        encoding = self.tokenizer.encode(" " * shift + question.answer, add_special_tokens=False)
         # The first two tokens decide between answering and declining.
         decide = 1.0 if question.values else 2.0
         weights = [decide if i < 2 else 0.1 for i in range(len(encoding.ids))]
@@ -191,7 +194,7 @@ class Sampler:
                 v, question.answer.rfind(" is ") if len(wanted) == 1 and not question.short and question.values else at
             )
             at = question.answer.find(v) if at < 0 else at
-            a, b = token_span(encoding.offsets, (at, at + len(v)), 0)
+            a, b = token_span(encoding.offsets, (at + shift, at + shift + len(v)), 0)
             for i in range(a, min(b + 1, len(weights))):
                 weights[i] = FIRST_WEIGHT if i == a and question.values else decide
             at += len(v)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from recipes.attention import FAR_AWAY, attend, causal_bias
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ReaderConfig:
 
     vocab_size: int = 2048
     hidden_size: int = 256
-    layers: int = 4
+    layers: int = 6
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 32
@@ -113,35 +116,23 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(b, t, c.heads, c.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(b, t, c.kv_heads, c.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(b, t, c.kv_heads, c.head_dim).transpose(1, 2)
-        groups = c.heads // c.kv_heads
+        far = None if angles.far_cos is None else (rotate(q, angles.far_cos, cast(Tensor, angles.far_sin)), k)
         qr, kr = rotate(q, angles.cos, angles.sin), rotate(k, angles.cos, angles.sin)
-        if angles.near is None:
-            out = F.scaled_dot_product_attention(qr, kr, v, is_causal=True, enable_gqa=groups > 1)
-        else:
-            assert angles.far_cos is not None
-            assert angles.far_sin is not None
-            assert angles.bias is not None
-            far = rotate(q, angles.far_cos, angles.far_sin)
-            shape = (b, c.kv_heads, groups * t, c.head_dim)
-            near_scores = (qr.reshape(shape) @ kr.transpose(-1, -2)).view(b, c.heads, t, t)
-            far_scores = (far.reshape(shape) @ k.transpose(-1, -2)).view(b, c.heads, t, t)
-            scores = torch.where(angles.near, near_scores, far_scores) * c.head_dim**-0.5 + angles.bias
-            probs = scores.softmax(-1).view(b, c.kv_heads, groups * t, t)
-            out = (probs @ v).view(b, c.heads, t, c.head_dim)
+        out = attend(qr, kr, v, angles.bias, angles.near, far)
         mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
         return mixed
 
 
 @dataclass
 class Angles:
-    """Rotations of one batch: cos/sin [B, 1, T, e/2]; with a clamp also the far angle and masks [B, 1, T, T]."""
+    """Rotations cos/sin [B, 1, T, e/2] and bias [B or 1, 1, T, T] of one batch; with a clamp also far angle and mask."""
 
     cos: Tensor
     sin: Tensor
+    bias: Tensor
     far_cos: Tensor | None = None
     far_sin: Tensor | None = None
     near: Tensor | None = None
-    bias: Tensor | None = None
 
 
 class MLP(nn.Module):
@@ -200,15 +191,15 @@ class Reader(nn.Module):
         theta = positions[:, None, :, None].float() * freq
         cos, sin = theta.cos(), theta.sin()
         if n_local is None:
-            return Angles(cos, sin)
+            return Angles(cos, sin, causal_bias(positions.shape[1], positions.device))
         distance = positions[:, None, :, None] - positions[:, None, None, :]
         near = distance < n_local
         visible = distance >= 0
         if keep is not None:
             visible = visible & (near | keep[:, None, None, :])
-        bias = torch.zeros(visible.shape, device=positions.device).masked_fill_(~visible, -1e30)
+        bias = torch.zeros(visible.shape, device=positions.device).masked_fill_(~visible, FAR_AWAY)
         far = (n_local - 1) * freq
-        return Angles(cos, sin, far.cos(), far.sin(), near, bias)
+        return Angles(cos, sin, bias, far.cos(), far.sin(), near)
 
     def forward(
         self, ids: Tensor, positions: Tensor, n_local: int | None = None, keep: Tensor | None = None

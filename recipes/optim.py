@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def orthogonalise(g: Tensor, steps: int = 4) -> Tensor:
-    """Nearest semi-orthogonal matrix of ``g`` [n, m], by a quintic Newton-Schulz iteration."""
+    """Nearest semi-orthogonal matrix of ``g`` [n, m] in bf16, by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x: Tensor = g / (g.norm() + 1e-7)
+    x: Tensor = (g / (g.norm() + 1e-7)).bfloat16()
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T

@@ -34,18 +34,18 @@ from recipes.optim import Optimizers
 from recipes.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 20240607
-SHARES = {"trunk": 0.48, "plain": 0.2, "reader": 0.32}
+SHARES = {"trunk": 0.54, "plain": 0.2, "reader": 0.26}
 STORIES = 3
 # (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
 STAGES = {
     "trunk": (
         (0.06, 128, 32, 1.0),
         (0.16, 192, 24, 0.6),
-        (0.75, 256, 24, 0.45),
-        (1.0, 512, 12, 0.45),
+        (0.6, 256, 24, 0.4),
+        (1.0, 512, 12, 0.35),
     ),
-    "plain": ((0.3, 256, 24, 0.45), (0.94, 512, 12, 0.45), (1.0, 1024, 6, 0.45)),
-    "reader": ((0.3, 256, 24, 0.45), (0.94, 512, 12, 0.45), (1.0, 1024, 6, 0.45)),
+    "plain": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
+    "reader": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
 }
 CLAMP_SHARE = {"trunk": 0.2, "plain": 0.4, "reader": 0.35}
 SAVE_EVERY_S = 120.0
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints, curves and the finished models"
     )
-    parser.add_argument("--minutes", type=float, default=118.0, help="training time of all phases together")
+    parser.add_argument("--minutes", type=float, default=85.0, help="training time of all phases together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phase", choices=tuple(SHARES), help="run one phase only")
