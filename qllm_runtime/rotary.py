@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from qllm_runtime.memory.base import Rotation
+from qllm_kernels import rotary
+from qllm_runtime.memory.base import Rotation, Tables
 
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 
@@ -102,6 +103,9 @@ class ArchitectureRotation(Rotation):
         cos, _ = table.rows(0, 1)
         self._eye = torch.eye(head_dim, device=cos.device)[None, :, None]  # rows as heads of one token
         self._turn: tuple[int, torch.Tensor] | None = None
+        self._tables: Tables | None = None
+        self._pairs: tuple[int, bool] | None = None  # rotated dimensions, interleaved
+        self._knows_pairs = False
         sample = self._eye[:, :1]
         try:
             self._rotary_dim = head_dim
@@ -145,8 +149,50 @@ class ArchitectureRotation(Rotation):
         return self._rotate(x4, x4[:, :0], position, 1)[0].reshape(x.shape).to(x.dtype)
 
 
+    @override
+    def tables(self, n: int, device: torch.device) -> Tables | None:
+        if self.comfortable_length is not None:
+            return None
+        if not self._knows_pairs:
+            self._pairs, self._knows_pairs = self._find_pairs(), True
+        if self._pairs is not None and (self._tables is None or n > self._tables.cos.shape[0]):
+            have = 0 if self._tables is None else self._tables.cos.shape[0]
+            self._tables = self._paired(max(n, 2 * have), *self._pairs)
+        return self._tables
+
+    def _find_pairs(self) -> tuple[int, bool] | None:
+        """How many dimensions the function rotates and which belong together; None: neither in halves nor as neighbours."""
+        head_dim = self._eye.shape[-1]
+        sample = torch.randn(1, 5, head_dim, generator=torch.Generator().manual_seed(0)).to(self._eye.device)
+        expected = self.rotate(sample, 0)
+        width = self._table.rows(0, 1)[0].shape[-1]
+        for dim in (width, 2 * width):  # tables of some models hold one column per pair
+            for interleaved in (False, True):
+                if dim <= head_dim:
+                    cos, sin, _ = self._paired(5, dim, interleaved)
+                    if torch.allclose(rotary.rotate(sample, cos, sin, interleaved=interleaved), expected, atol=1e-4):
+                        return dim, interleaved
+        return None
+
+    def _paired(self, n: int, dim: int, interleaved: bool) -> Tables:
+        """Tables read off what the function makes of ones at the first or the second members of all pairs."""
+        second = torch.arange(dim, device=self._eye.device)
+        second = second % 2 == 1 if interleaved else second >= dim // 2
+        probe = torch.zeros(1, n, self._eye.shape[-1], device=self._eye.device)
+        probe[:, :, :dim] = second.float()
+        by_second = self.rotate(probe, 0)[0, :, :dim]
+        probe[:, :, :dim] = 1 - second.float()
+        by_first = self.rotate(probe, 0)[0, :, :dim]
+        return Tables(torch.where(second, by_second, by_first), torch.where(second, by_first, -by_second), interleaved)
+
+
 class NoRotation(Rotation):
     """A layer without positional embedding."""
+
+    @override
+    def tables(self, n: int, device: torch.device) -> Tables | None:
+        one = torch.ones(n, 2, device=device)
+        return Tables(one, torch.zeros_like(one), False)
 
     @override
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:

@@ -152,6 +152,25 @@ def attention_mass(
     )  # fmt: skip
 
 
+def step_mass(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    far: attention.FarSegment | None,
+    lse: torch.Tensor,
+    *,
+    slot: torch.Tensor,
+    back: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> mass.Mass:
+    """See :func:`qllm_kernels.step.step_mass`."""
+    serve = step.step_mass
+    gpu = _kernels("mass", near.device)
+    if gpu is not None and _serves("step_mass", gpu.cannot_serve(near, window_key, far)):
+        serve = gpu.step_mass
+    return serve(near, window_key, far, lse, slot=slot, back=back, scale=scale, softcap=softcap)
+
+
 def mean_keys(key: torch.Tensor) -> torch.Tensor:
     """See :func:`qllm_kernels.summary.mean_keys`."""
     serve = summary.mean_keys

@@ -13,12 +13,12 @@ class Destination:
 
     Attributes:
         key, value: [kv_heads, rows, head_dim or value_dim], head vectors contiguous; pages [kv_heads, n_pages, block_size, ...]
-            that lie one behind the other are such a buffer, too.
+            that lie one behind the other are such a buffer, too. Without a value only keys are written.
         rows: [n] integers on the device, the row of each new token; negative: not written.
     """
 
     key: torch.Tensor
-    value: torch.Tensor
+    value: torch.Tensor | None
     rows: torch.Tensor
 
 
@@ -54,7 +54,7 @@ def rotate_append(
     *,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """Rotate the queries of new tokens; write keys rotated to the window and un-rotated to their page, values to both.
+    """Rotate the queries of new tokens; write keys rotated to the window and un-rotated to their page, with their values.
 
     Args:
         query: [heads, n, head_dim], un-rotated.
@@ -62,7 +62,7 @@ def rotate_append(
         cos, sin: [n_positions, rotary_dim] fp32 tables.
         positions: [n] integers on the device, rows of the tables for the new tokens.
         window: Takes rotated keys.
-        raw: Takes un-rotated keys.
+        raw: Takes un-rotated keys; its value may be missing, where the window's is the only copy.
         interleaved: As in `rotate`.
 
     Returns:
@@ -72,5 +72,6 @@ def rotate_append(
     for place, keys in ((window, rotate(key, cos, sin, interleaved=interleaved)), (raw, key)):
         kept = place.rows >= 0
         place.key[:, place.rows[kept]] = keys[:, kept]
-        place.value[:, place.rows[kept]] = value[:, kept]
+        if place.value is not None:
+            place.value[:, place.rows[kept]] = value[:, kept]
     return rotate(query, cos, sin, interleaved=interleaved)

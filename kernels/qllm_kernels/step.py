@@ -1,10 +1,11 @@
-"""Attention of single tokens whose places in their windows only the device knows, so that a CUDA graph can hold the step."""
+"""Attention of single tokens, and its mass, where only the device knows the tokens' places: a CUDA graph can hold the step."""
 
 from __future__ import annotations
 
 import torch
 
 from qllm_kernels.attention import FarSegment, attend, attend_far, merge
+from qllm_kernels.mass import Mass, attention_mass
 
 
 def attend_step(
@@ -48,3 +49,31 @@ def attend_step(
     )
     local = (out.permute(1, 2, 0, 3).reshape(heads, sequences, -1), lse.permute(1, 2, 0).reshape(heads, sequences))
     return local if far is None else merge(attend_far(far, scale=scale, softcap=softcap), local)
+
+
+def step_mass(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    far: FarSegment | None,
+    lse: torch.Tensor,
+    *,
+    slot: torch.Tensor,
+    back: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Mass:
+    """The mass each key received in `attend_step`; nothing is read by the host, and no shape depends on values.
+
+    Args:
+        near, window_key, far, slot, back, scale, softcap: As in `attend_step`, for one sequence.
+        lse: [heads, 1] log-sum-exp over everything the query saw, sinks included.
+
+    Returns:
+        The mass of all slots of the window, zeros for those that the token does not see, and of the keys outside it.
+    """
+    slots = window_key.shape[1]
+    mass = attention_mass(near, window_key, far, lse, slot=0, back=slots - 1, length=1, scale=scale, softcap=softcap)
+    assert mass.window is not None
+    place = torch.arange(slots, device=near.device)
+    hidden = (place < slot[:, None]) | (place > (slot + back)[:, None])
+    return Mass(mass.window.masked_fill(hidden[:, None], 0.0), mass.pages, mass.loose)

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 WeightsHook = Callable[["torch.Tensor", "torch.Tensor"], None]
 
 
+class Tables(NamedTuple):
+    """What `qllm_kernels.rotary` rotates by.
+
+    Attributes:
+        cos, sin: [n, rotary_dim] fp32, a row per position.
+        interleaved: Pairs are neighbours; otherwise half the dimensions apart.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+
 class Rotation(ABC):
     """The rotary position embedding of one layer, applied by the architecture's own function.
 
@@ -36,6 +49,10 @@ class Rotation(ABC):
     def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """Rotate every row of `x` [heads, n, head_dim] to the same `position`."""
 
+    def tables(self, n: int, device: torch.device) -> Tables | None:
+        """Tables of at least the positions below `n`; None where pairs of dimensions and fixed angles do not tell all."""
+        return None
+
 
 class Scoring(NamedTuple):
     """How one attention module turns dot products into weights.
@@ -51,6 +68,18 @@ class Scoring(NamedTuple):
     sinks: torch.Tensor | None = None
 
 
+class Steady(NamedTuple):
+    """A single token's step that changes nothing but numbers, so that it can be recorded and run again.
+
+    Attributes:
+        reads: What the step reads that is not made in it; another step is the same where these are the same objects.
+        numbers: What the next token's step reads on the device, see `LayerMemory.numbers`.
+    """
+
+    reads: tuple[object, ...]
+    numbers: tuple[int, ...]
+
+
 class LayerMemory(ABC):
     """Keys and values of one layer and one sequence. Keys arrive and are kept un-rotated.
 
@@ -59,9 +88,12 @@ class LayerMemory(ABC):
         on_lookup: Called with the record of every lookup, or None.
         on_weights: Called for every single-token step with its attention weights [kv_heads, m], summed over the heads that
             share a kv head, and the absolute indices [kv_heads, m] of the keys they belong to; or None.
+        numbers: Where single tokens find the numbers of `Steady` on the device, [len(numbers), 1] int64 whose rows lie 16 bytes
+            apart. While it is set, `append` counts nothing; who set it calls `settle` before and `count` after.
     """
 
     n_seen: int = 0
+    numbers: torch.Tensor | None = None
     on_lookup: LookupHook | None = None
     on_weights: WeightsHook | None = None
 
@@ -85,6 +117,14 @@ class LayerMemory(ABC):
 
         A question takes effect once its last token was read and replaces the one before; several may be announced in order.
         """
+
+    def settle(self) -> Steady | None:
+        """Do everything that precedes a single token, and say what its step takes; None: it cannot run on numbers alone."""
+        return None
+
+    def count(self) -> None:
+        """One more token was taken in, by a step that ran on `numbers`."""
+        raise NotImplementedError
 
     @abstractmethod
     def fork(self) -> Self:

@@ -86,8 +86,12 @@ def _attention(case: Case, rows: int, splits: int) -> Compilation:
 def _mass(case: Case, rows: int) -> Compilation:
     from qllm_kernels.gpu import mass
 
-    pointers = case.pointers(f"near far {_KEYS}", lse="fp32", mass="fp32", hidden="u8", table="i64", n_chosen="i32")
+    on_device = {"slot": "i64", "back": "i64"} if rows == 1 else {}
+    pointers = case.pointers(
+        f"near far {_KEYS}", lse="fp32", mass="fp32", hidden="u8", table="i64", n_chosen="i32", **on_device
+    )
     flags = {"LOOSE": True, "HIDDEN": True, "PAGES": True, "COUNTED": True, "SOFTCAP": case.softcap}
+    flags["ON_DEVICE"] = rows == 1
     sizes = mass.constants(rows * case.group, case.dim, case.size)
     shape = {"GROUP": case.group, "D": case.dim, "PAGE": case.block, "SCOPES": 1}
     return Compilation(
@@ -185,7 +189,9 @@ def _rotate(case: Case, interleaved: bool) -> Compilation:
     width = power_of_2(case.dim)
     constants = {"HEADS": 32, "D": case.dim, "DV": case.dim, "ROTARY": case.dim // 2, "BD": width, "BV": width}
     return Compilation(
-        rotary.turn_and_store, pointers, {**constants, "INTERLEAVED": interleaved, "BT": 16, "num_warps": 4}
+        rotary.turn_and_store,
+        pointers,
+        {**constants, "INTERLEAVED": interleaved, "RAW_VALUE": True, "BT": 16, "num_warps": 4},
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from making import PREFILL, STEP, examples, poisoned, random, segments
 
-from qllm_kernels import attention, mass
+from qllm_kernels import attention, mass, step
 from qllm_kernels.gpu import mass as gpu
 
 
@@ -31,6 +31,24 @@ def check(window=True, dtype=torch.float32, **shape):
 @given(**PREFILL)
 def test_prefill(dims, **shape):
     check(dim=dims[0], value_dim=dims[1], window=shape["short"], **shape)
+
+
+@examples(10)
+@given(**STEP)
+def test_step(**shape):
+    given = segments(length=1, hide=True, short=True, **shape)
+    _, lse = attention.attend_pieces(given.near, given.key, given.value, given.far, **given.sizes)
+    where = {name: torch.tensor([given.sizes[name]]) for name in ("slot", "back")}
+    factors = {name: given.sizes[name] for name in ("scale", "softcap")}
+    expected = step.step_mass(given.near, given.key.nan_to_num(), given.far, lse, **where, **factors)
+    with poisoned():
+        actual = gpu.step_mass(given.near, given.key, given.far, lse, **where, **factors)
+    for name, part in vars(expected).items():
+        torch.testing.assert_close(getattr(actual, name), part, atol=1e-5, rtol=1e-5)
+    apart = mass.attention_mass(given.near, given.key, given.far, lse, **given.sizes)
+    seen = slice(given.sizes["slot"], given.sizes["slot"] + given.sizes["back"] + 1)
+    torch.testing.assert_close(actual.window[:, :, seen], apart.window)
+    assert not actual.window[:, :, : seen.start].any() and not actual.window[:, :, seen.stop :].any()
 
 
 @examples(10)

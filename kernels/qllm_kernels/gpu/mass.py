@@ -24,9 +24,12 @@ def segment_mass(
     slot, back, length, n_window, n_loose, k, factor, cap,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SCOPES: tl.constexpr,
     LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, COUNTED: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ON_DEVICE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The mass of BN keys of one segment (window, which may be left out, pages or loose keys), for one piece and kv head."""
+    """The mass of BN keys of one segment (window, which may be left out, pages or loose keys), for one piece and kv head.
+
+    With ON_DEVICE, `slot` and `back` point to those of each piece, a single token, and all n_window slots are looked at.
+    """
     i_t, i_h, i_p = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv_heads, pieces = tl.num_programs(1), tl.num_programs(2)
     i_scope = i_h * SCOPES // kv_heads
@@ -39,7 +42,12 @@ def segment_mass(
     o_out = tl.where(in_window, 0, tl.where(in_pages, n_window, n_window + k * PAGE)) + o_k
     m_n = o_k < n_keys
     m_seen = m_n
-    p_k = window_key + i_h * stride_window_key_head + (slot + i_p * length + o_k.to(tl.int64)) * stride_window_key_row
+    if ON_DEVICE:
+        b_start, b_back, b_least = 0, tl.load(back + i_p).to(tl.int32), tl.load(slot + i_p).to(tl.int32)
+        b_back += b_least
+    else:
+        b_start, b_back, b_least = slot + i_p * length, back, 0
+    p_k = window_key + i_h * stride_window_key_head + (b_start + o_k.to(tl.int64)) * stride_window_key_row
     if PAGES:  # noqa: SIM102 - decided when compiling
         if in_pages & (i_t >= t_window):
             b_page = tl.load(table + (i_p * SCOPES + i_scope) * k + o_k // PAGE, mask=m_n, other=0).to(tl.int64)
@@ -54,10 +62,11 @@ def segment_mass(
                 m_seen = m_n & (tl.load(hidden + (i_p * SCOPES + i_scope) * n_loose + o_k, mask=m_n, other=1) == 0)
     # [BN, BD]
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-    p_q, stride_head, stride_row, reach, first = near, stride_near_head, stride_near_row, back, 0
+    p_q, stride_head, stride_row, reach, first = near, stride_near_head, stride_near_row, b_back, 0
     if in_window:
+        m_seen = m_n & (o_k >= b_least)
         # rows before the first key's own token do not see this tile
-        first = tl.maximum(i_t * BN - back, 0) * GROUP // BM
+        first = tl.maximum(i_t * BN - b_back, 0) * GROUP // BM
     else:
         p_q, stride_head, stride_row, reach = far, stride_far_head, stride_far_row, n_keys
     b_mass = tl.zeros([BN], tl.float32)
@@ -109,12 +118,44 @@ def attention_mass(
     window: bool = True,
 ) -> Mass:
     """See :func:`qllm_kernels.mass.attention_mass`."""
+    n_window = back + length if window else 0
+    return _launch(near, window_key, far, lse, slot, back, length, n_window, scale, softcap)
+
+
+def step_mass(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    far: FarSegment | None,
+    lse: torch.Tensor,
+    *,
+    slot: torch.Tensor,
+    back: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Mass:
+    """See :func:`qllm_kernels.step.step_mass`."""
+    return _launch(near, window_key, far, lse, slot, back, 1, window_key.shape[1], scale, softcap)
+
+
+def _launch(
+    near: torch.Tensor,
+    window_key: torch.Tensor,
+    far: FarSegment | None,
+    lse: torch.Tensor,
+    slot: int | torch.Tensor,
+    back: int | torch.Tensor,
+    length: int,
+    n_window: int,
+    scale: float,
+    softcap: float | None,
+) -> Mass:
+    """The mass of `n_window` keys of each piece's window and of all outside it."""
     heads, rows, dim = near.shape
     kv_heads, pieces = window_key.shape[0], rows // length
     sizes = constants(heads // kv_heads * length, dim, near.element_size())
     distant = far_arguments(far, window_key, values=False)
     far_query = near if far is None else far.query
-    n_window, n_paged, n_loose = back + length if window else 0, distant["k"] * distant["PAGE"], distant["n_loose"]
+    n_paged, n_loose = distant["k"] * distant["PAGE"], distant["n_loose"]
     mass = torch.empty(pieces, kv_heads, n_window + n_paged + n_loose, device=near.device)
     tiles = sum(triton.cdiv(n, sizes["BN"]) for n in (n_window, n_paged, n_loose))
     if tiles:
@@ -124,11 +165,11 @@ def attention_mass(
             stride_far_head=far_query.stride(0), stride_far_row=far_query.stride(1),
             stride_window_key_head=window_key.stride(0), stride_window_key_row=window_key.stride(1),
             slot=slot, back=back, length=length, n_window=n_window, GROUP=heads // kv_heads, D=dim,
-            **distant, **logit_factors(scale, softcap), **sizes,
+            ON_DEVICE=isinstance(slot, torch.Tensor), **distant, **logit_factors(scale, softcap), **sizes,
         )  # fmt: skip
     in_window, in_pages, loose = torch.split(mass, [n_window, n_paged, n_loose], 2)
     return Mass(
-        in_window if window else None,
+        in_window if n_window else None,
         in_pages.reshape(pieces, kv_heads, distant["k"], distant["PAGE"]) if n_paged else None,
         loose if n_loose else None,
     )

@@ -35,7 +35,7 @@ def turn_and_store(
     stride_table, stride_window_key_head, stride_window_key_row, stride_window_value_head, stride_window_value_row,
     stride_raw_key_head, stride_raw_key_row, stride_raw_value_head, stride_raw_value_row,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    RAW_VALUE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """BT tokens of one head: of the queries first, then of the keys and values."""
     i_h = tl.program_id(1).to(tl.int64)
@@ -72,9 +72,10 @@ def turn_and_store(
         b_row = tl.load(raw_rows + o_t, mask=m_t, other=-1).to(tl.int64)
         m_row = (b_row >= 0)[:, None]
         p_k = raw_key + i_kv * stride_raw_key_head + b_row * stride_raw_key_row
-        p_v = raw_value + i_kv * stride_raw_value_head + b_row * stride_raw_value_row
         tl.store(p_k[:, None] + o_d[None, :], b_key, mask=m_d & m_row)
-        tl.store(p_v[:, None] + o_v[None, :], b_value, mask=m_v & m_row)
+        if RAW_VALUE:
+            p_v = raw_value + i_kv * stride_raw_value_head + b_row * stride_raw_value_row
+            tl.store(p_v[:, None] + o_v[None, :], b_value, mask=m_v & m_row)
 
 
 def cannot_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Destination) -> str | None:
@@ -99,12 +100,14 @@ def rotate_append(
     value_dim = value.shape[-1]
     near = torch.empty(heads, n, dim, dtype=query.dtype, device=query.device)
     tokens = min(_TOKENS, power_of_2(n))
+    assert window.value is not None
+    raw_value = window.value if raw.value is None else raw.value
     turn_and_store[(triton.cdiv(n, tokens), heads + key.shape[0])](
         query, key, value, cos.contiguous(), sin.contiguous(), positions, near,
-        window.key, window.value, window.rows, raw.key, raw.value, raw.rows, n,
+        window.key, window.value, window.rows, raw.key, raw_value, raw.rows, n,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], cos.shape[-1],
-        *window.key.stride()[:2], *window.value.stride()[:2], *raw.key.stride()[:2], *raw.value.stride()[:2],
+        *window.key.stride()[:2], *window.value.stride()[:2], *raw.key.stride()[:2], *raw_value.stride()[:2],
         HEADS=heads, D=dim, DV=value_dim, ROTARY=cos.shape[-1], INTERLEAVED=interleaved,
-        BT=tokens, BD=power_of_2(dim), BV=power_of_2(value_dim), num_warps=4,
+        RAW_VALUE=raw.value is not None, BT=tokens, BD=power_of_2(dim), BV=power_of_2(value_dim), num_warps=4,
     )  # fmt: skip
     return near
