@@ -99,8 +99,8 @@ class MemoryConfig(BaseModel):
     summary: Summary = Field(
         default="max",
         description="What represents a block: 'published' (mean of the repr_topk tokens with most attention mass), "
-        "'mean' (of all keys), 'max' (repr_topk single keys, the best match counts; where that is all of them, "
-        "lookups that many tokens share use the mean).",
+        "'mean' (of all keys), 'max' (repr_topk single keys, the best match counts; where that is all of them, this holds for "
+        "tokens of a question, lookups that many tokens share use the mean, and other single tokens the keys' bounds).",
     )
     chunk_size: int = Field(
         default=2048,
@@ -168,7 +168,7 @@ class MemoryConfig(BaseModel):
 
     @property
     def every_key(self) -> bool:
-        """Whether every key represents its block for single tokens; pieces of several are compared with its mean."""
+        """Whether every key represents its block for tokens of a question; others are compared with its mean or its bounds."""
         return self.uses_blocks and self.summary == "max" and self.repr_topk == self.block_size
 
     @property

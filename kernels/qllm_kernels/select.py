@@ -38,6 +38,21 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) 
     return best.view(scopes, -1, pieces, rows.shape[1] // pieces, n_blocks).sum((1, 3)).transpose(0, 1)
 
 
+def bound_lookup(lookup: torch.Tensor) -> torch.Tensor:
+    """Lookup vectors whose dot product with the bounds of a block's keys is at least that with any key of the block.
+
+    Every dimension meets the largest value of the keys where the vector is positive and the smallest where it is negative
+    (`summary.key_bounds`; the score of Quest, Tang et al. 2024, arXiv 2406.10774).
+
+    Args:
+        lookup: [pieces, heads, head_dim].
+
+    Returns:
+        [pieces, heads, 2 * head_dim].
+    """
+    return torch.cat((lookup.clamp(min=0), lookup.clamp(max=0)), -1)
+
+
 def _best_products(rows: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
     """[n_heads, m, n] dot product of each row [n_heads, m, dim] with the best summary of each block [n_heads, r, n, dim]."""
     summaries = summaries.float()

@@ -19,6 +19,18 @@ def mean_keys(key: torch.Tensor) -> torch.Tensor:
     return key.float().mean(dim=2).to(key.dtype)[:, None]
 
 
+def key_bounds(key: torch.Tensor) -> torch.Tensor:
+    """One summary per block, the bounds of its keys: for every dimension the largest value, then the smallest.
+
+    Args:
+        key: [kv_heads, n_blocks, block_size, head_dim], un-rotated.
+
+    Returns:
+        [kv_heads, 1, n_blocks, 2 * head_dim], to be scored with `select.bound_lookup`.
+    """
+    return torch.cat((key.amax(dim=2), key.amin(dim=2)), -1)[:, None]
+
+
 def linear_token_scores(key_rotated: torch.Tensor, query_prefix: torch.Tensor, n_local: int) -> torch.Tensor:
     """Representative score of every token (paper eq. 4) in one dot product per key.
 

@@ -180,7 +180,8 @@ class BlockMemory(LayerMemory):
         alike = None
         for start, length in pieces:
             count = self._eligible(start)
-            kind = (length, count > 0, start - self._oldest(count) if length > 1 else count)
+            asks = self._outside.query.awaits(start)
+            kind = (length, count > 0, start - self._oldest(count) if length > 1 else count, asks)
             if run and (kind != alike or (length == 1 and len(run) == _TOGETHER)):
                 yield run, alike[0] if alike else length
                 run = []

@@ -9,13 +9,14 @@ from typing import NamedTuple, Self
 import torch
 
 from qllm_kernels.attention import FarSegment
-from qllm_kernels.dispatch import backend, top_blocks
+from qllm_kernels.dispatch import backend, mean_keys, top_blocks
 from qllm_kernels.eligible import to_device
-from qllm_kernels.select import select_blocks, standardise
+from qllm_kernels.select import bound_lookup, select_blocks, standardise
+from qllm_kernels.summary import key_bounds
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
+from qllm_runtime.memory.digest import BlockDigest
 from qllm_runtime.memory.guide import Guide
-from qllm_runtime.memory.means import BlockMeans
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
@@ -63,7 +64,9 @@ class Outside:
         held = config.device_blocks
         self.store = BlockStore(reserve) if held is None else OffloadedStore(held, reserve)
         self.query = PinnedQuery()
-        self._means = BlockMeans() if config.every_key else None
+        # scoring every key for every piece or token of a long text would cost more than the rest of its attention
+        self._means = BlockDigest(mean_keys) if config.every_key else None
+        self._bounds = BlockDigest(key_bounds) if config.every_key else None
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
         self._resident: Resident | None = None
@@ -103,8 +106,9 @@ class Outside:
     def keep_blocks(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
         """Keep blocks that left the window; arguments as for `BlockStore.append`."""
         self.store.append(key, value, summaries)
-        if self._means is not None:
-            self._means.append(key)
+        for digest in (self._means, self._bounds):
+            if digest is not None:
+                digest.append(key)
 
     def look_up(
         self, lookup: torch.Tensor, counts: Sequence[int], starts: Sequence[int], length: int, hook: LookupHook | None
@@ -113,6 +117,10 @@ class Outside:
 
         A block's score is that of the current tokens (eq. 6) plus `query_weight` times that of the question (eq. 5), each
         standardised over the eligible blocks: so the weight means the same for every model, layer and length (eq. 7).
+
+        Where every key represents its block, only tokens of a question are compared with every key, once. The mean query of a
+        piece finds no single key; it is compared with means (the product of two means is the mean of all products, eq. 6).
+        Other single tokens are compared with the bounds of each block's keys.
 
         Args:
             lookup: [pieces, heads, head_dim] fp32, each piece's mean query in far form.
@@ -125,8 +133,10 @@ class Outside:
         """
         config = self._config
         scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
-        means = self._means if length > 1 else None
-        parts = self.store.summaries(counts[-1]) if means is None else means.first(counts[-1])
+        digest = None if self.query.awaits(starts[0]) else self._means if length > 1 else self._bounds
+        parts = self.store.summaries(counts[-1]) if digest is None else digest.first(counts[-1])
+        if digest is not None and length == 1:
+            lookup = bound_lookup(lookup)
         guide = self._guiding(scopes)
         if guide is None and len(parts) == 1:
             ids, valid, scores = top_blocks(lookup, parts[0], counts, config.topk, scopes=scopes)
@@ -268,6 +278,7 @@ class Outside:
         child.store = self.store.fork()
         child.query = self.query.fork()
         child._means = None if self._means is None else self._means.fork()
+        child._bounds = None if self._bounds is None else self._bounds.fork()
         child._resident = child._guide = None
         return child
 
@@ -276,5 +287,5 @@ class Outside:
         kept: tuple[torch.Tensor, ...] = self._initial or ()
         if self._resident is not None:
             kept = (*kept, self._resident.key, self._resident.value)
-        means = 0 if self._means is None else self._means.nbytes()
-        return self.store.nbytes() + means + sum(x.nbytes for x in kept)
+        digests = sum(digest.nbytes() for digest in (self._means, self._bounds) if digest is not None)
+        return self.store.nbytes() + digests + sum(x.nbytes for x in kept)

@@ -34,6 +34,10 @@ class PinnedQuery:
         """Span of the next question that is not complete."""
         return self._spans[0] if self._spans else None
 
+    def awaits(self, token: int) -> bool:
+        """Whether a token belongs to the next question that is not complete."""
+        return bool(self._spans) and self._spans[0][0] <= token < self._spans[0][1]
+
     def capture(self, first: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n_init: int) -> None:
         """Keep what belongs to an announced span; with its last token the question takes effect.
 

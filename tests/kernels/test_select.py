@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qllm_kernels import select
-from qllm_kernels.select import block_scores, select_blocks
+from qllm_kernels.select import block_scores, bound_lookup, select_blocks
+from qllm_kernels.summary import key_bounds
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,6 +29,21 @@ def test_block_scores(heads, summary_heads, scopes, r, pieces):
     actual = block_scores(lookup, summaries, scopes=scopes)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_bounds_of_keys_bound_their_scores(heads, size):
+    lookup, key = random(3, heads, 8), random(2, 7, size, 8, seed=1)
+    corners = torch.stack((key.amin(2), key.amax(2)))  # [2, kv_heads, n_blocks, head_dim]
+    actual = block_scores(bound_lookup(lookup), key_bounds(key), scopes=1)
+    best = torch.einsum("phd,chnd->cphnd", lookup, corners.repeat_interleave(heads // 2, 1)).amax(0).sum((1, 3))
+    torch.testing.assert_close(actual[:, 0], best, atol=1e-5, rtol=1e-5)
+    exact = block_scores(lookup, key.transpose(1, 2), scopes=1)
+    if size == 1:
+        torch.testing.assert_close(actual, exact, atol=1e-5, rtol=1e-5)
+    else:
+        assert (actual > exact).all()
 
 
 @pytest.mark.parametrize("r", [1, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qllm_kernels.summary import linear_token_scores, mean_keys, softmax_mass, top_keys
+from qllm_kernels.summary import key_bounds, linear_token_scores, mean_keys, softmax_mass, top_keys
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,6 +24,19 @@ def test_mean_keys_adds_up_in_single_precision():
     key = torch.full((1, 1, 4096, 1), 1.0, dtype=torch.float16)
     assert mean_keys(key).dtype == torch.float16
     assert mean_keys(key * 16).item() == 16.0  # a sum in half precision would overflow
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_key_bounds(size):
+    key = random(2, 3, size, 8)
+    actual = key_bounds(key)
+    assert actual.shape == (2, 1, 3, 16)
+    for head in range(2):
+        for block in range(3):
+            for dim in range(8):
+                values = key[head, block, :, dim].tolist()
+                assert actual[head, 0, block, dim] == max(values)
+                assert actual[head, 0, block, 8 + dim] == min(values)
 
 
 @pytest.mark.parametrize(("n", "n_local"), [(1, 1), (6, 4), (4, 9)])

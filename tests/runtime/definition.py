@@ -111,17 +111,21 @@ class Naive:
         best = keys.gather(1, top[..., None].expand(-1, -1, keys.shape[-1]))
         return best.mean(1, keepdim=True) if c.summary == "published" else best
 
-    def _match(self, lookup: torch.Tensor, block: int, shared: bool) -> torch.Tensor:
+    def _match(self, lookup: torch.Tensor, block: int, asks: bool, shared: bool) -> torch.Tensor:
         """[heads] dot product with the best representative of the block, at the far distance.
 
-        Many tokens that share a lookup are compared with the mean where every key is a representative.
+        Where every key is a representative, that is for tokens of a question only. Many tokens that share a lookup are
+        compared with the mean, other single tokens with the largest product that keys within the block's bounds can have.
         """
         if block not in self._summaries:
             self._summaries[block] = self._summary(block)
         turned = lookup @ self._turn(self.config.n_local - 1)
-        if shared and self.config.repr_topk == self.config.block_size and self.config.summary == "max":
-            return (turned * self._summaries[block].mean(1)).sum(1)
-        return torch.einsum("hd,hrd->hr", turned, self._summaries[block]).amax(1)
+        keys = self._summaries[block]
+        if not asks and self.config.repr_topk == self.config.block_size and self.config.summary == "max":
+            if shared:
+                return (turned * keys.mean(1)).sum(1)
+            return torch.maximum(turned * keys.amax(1), turned * keys.amin(1)).sum(1)
+        return torch.einsum("hd,hrd->hr", turned, keys).amax(1)
 
     def _far_dots(self, q: torch.Tensor, g: int, positions: list[int]) -> torch.Tensor:
         c = self.config
@@ -136,9 +140,9 @@ class Naive:
         c, kv_heads = self.config, self.k.shape[0]
         span = self._question(start)
 
-        def scores(lookup: torch.Tensor, shared: bool) -> torch.Tensor:
+        def scores(lookup: torch.Tensor, asks: bool, shared: bool = False) -> torch.Tensor:
             """[kv_heads, count]."""
-            found = torch.stack([self._match(lookup, block, shared) for block in range(count)], -1)
+            found = torch.stack([self._match(lookup, block, asks, shared) for block in range(count)], -1)
             per_kv = found.view(kv_heads, -1, count).sum(1)
             return per_kv.sum(0, keepdim=True).expand(kv_heads, -1) if c.selection == "shared" else per_kv
 
@@ -146,9 +150,10 @@ class Naive:
             spread = x.std(-1, keepdim=True, correction=0)
             return torch.where(spread > 0, (x - x.mean(-1, keepdim=True)) / spread, 0)
 
-        per_kv = scores(self.q[:, start:end].mean(1), end > start + 1)
+        asks = c.policy == "qllm" and any(lo <= start < hi for lo, hi in self.spans)
+        per_kv = scores(self.q[:, start:end].mean(1), asks, shared=end > start + 1)
         if span is not None and c.query_weight:
-            asked = torch.stack([scores(self.q[:, t], False) for t in range(*span)]).sum(0)
+            asked = torch.stack([scores(self.q[:, t], True) for t in range(*span)]).sum(0)
             per_kv = level(per_kv) + c.query_weight * level(asked)
         return per_kv.topk(min(c.topk, count), -1).indices.sort(-1).values
 

@@ -157,6 +157,14 @@ def test_questions(spans: list[tuple[int, int]], selection: str) -> None:
     check([60, *DECODE], spans, chunk=16, selection=selection)
 
 
+@pytest.mark.parametrize("policy", ["qllm", "infllm"])
+@pytest.mark.parametrize("exec_block_size", [1, 3, 8])
+def test_tokens_of_a_question_among_other_single_ones(policy: str, exec_block_size: int) -> None:
+    """They are compared with every key, tokens before and behind them with the keys' bounds."""
+    spans = [(41, 44), (52, 53)]
+    check([60, *DECODE], spans, policy=policy, repr_topk=4, exec_block_size=exec_block_size)
+
+
 @pytest.mark.parametrize("policy", ["streaming", "lm-infinite"])
 def test_pieces_longer_than_the_window(policy: str) -> None:
     check([90, 5, *DECODE], policy=policy, n_local=6, exec_block_size=20, chunk_size=40)
@@ -186,14 +194,13 @@ def test_buffers_move_many_times(summary: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["qllm", "infllm", "streaming", "lm-infinite"])
-@pytest.mark.parametrize("summary", ["max", "published"])
-def test_chunks_do_not_matter(policy: str, summary: str) -> None:
+@pytest.mark.parametrize(("summary", "repr_topk"), [("max", 2), ("max", 4), ("published", 2)])
+def test_chunks_do_not_matter(policy: str, summary: str, repr_topk: int) -> None:
     qkv = tokens(200)
+    settings = {**BASE, "policy": policy, "summary": summary, "repr_topk": repr_topk}
     outs = []
     for chunk_size, call in ((8, 8), (24, 24), (16, 200), (400, 200), (64, 40)):
-        memory = BlockMemory(
-            MemoryConfig(**{**BASE, "policy": policy, "summary": summary, "chunk_size": chunk_size}), Rope(DIM)
-        )
+        memory = BlockMemory(MemoryConfig(**{**settings, "chunk_size": chunk_size}), Rope(DIM))
         memory.set_query(5, 60)
         outs.append(feed(memory, qkv, chunk=call))
     for out in outs[1:]:
@@ -224,9 +231,9 @@ def test_bad_question_spans(span: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("policy", ["qllm", "streaming"])
-@pytest.mark.parametrize("summary", ["max", "published"])
-def test_forks_continue_as_if_alone(policy: str, summary: str) -> None:
-    config = MemoryConfig(**{**BASE, "policy": policy, "summary": summary})
+@pytest.mark.parametrize(("summary", "repr_topk"), [("max", 2), ("max", 4), ("published", 2)])
+def test_forks_continue_as_if_alone(policy: str, summary: str, repr_topk: int) -> None:
+    config = MemoryConfig(**{**BASE, "policy": policy, "summary": summary, "repr_topk": repr_topk})
     trunk, left, right = cut(tokens(140), [60, 40, 40])
 
     def alone(*parts: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

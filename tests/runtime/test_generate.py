@@ -37,11 +37,11 @@ def padded(rows: list[list[int]], width: int) -> tuple[torch.Tensor, torch.Tenso
     return ids, mask
 
 
-@pytest.mark.parametrize("policy", ["qllm", "streaming", "full"])
-def test_rows_of_a_batch_equal_single_runs(policy: str) -> None:
+@pytest.mark.parametrize(("policy", "repr_topk"), [("qllm", 2), ("qllm", 8), ("streaming", 2), ("full", 2)])
+def test_rows_of_a_batch_equal_single_runs(policy: str, repr_topk: int) -> None:
     model = tiny.model(ends=True)
     model.generation_config.eos_token_id = list(range(20))  # rows end at different times
-    llm = QLLM(model, memory=tiny.MEMORY.replace(policy=policy))
+    llm = QLLM(model, memory=tiny.MEMORY.replace(policy=policy, repr_topk=repr_topk))
     rows = [ids_of(n, seed) for seed, (n, _) in enumerate(ROWS)]
     spans = [span for _, span in ROWS]
     alone = [llm.generate(row, span, max_tokens=24)[0] for row, span in zip(rows, spans, strict=True)]

@@ -1,28 +1,30 @@
-"""Mean keys of blocks, for lookups by the mean query of many tokens."""
+"""What stands for a whole block in lookups where every key represents it but cannot be scored for every token of a text."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Self
+
 import torch
 
-from qllm_kernels.dispatch import mean_keys
 
+class BlockDigest:
+    """One vector per key/value head of every block, in order of eviction. Append-only; forks share what there was.
 
-class BlockMeans:
-    """The mean key of every block, in order of eviction. Append-only; forks share what there was.
-
-    Where every key represents its block, scoring all keys for every piece of a long text would cost more than reading it.
-    A piece's query is a mean itself and finds no single key; it is compared with means (the product of two means is the
-    mean of all products, eq. 6). Single tokens are compared with every key.
+    Args:
+        make: Makes the vectors, [kv_heads, 1, m, width], of keys [kv_heads, m, block_size, head_dim].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._make = make
         self._inherited: tuple[torch.Tensor, ...] = ()
-        self._own: torch.Tensor | None = None  # [kv_heads, 1, capacity, head_dim]
+        self._own: torch.Tensor | None = None  # [kv_heads, 1, capacity, width]
         self._n = 0
 
     def append(self, key: torch.Tensor) -> None:
-        """Add the means of blocks [kv_heads, m, block_size, head_dim]."""
-        new = mean_keys(key)
+        """Add blocks [kv_heads, m, block_size, head_dim]."""
+        new = self._make(key)
         n = self._n + new.shape[2]
         if self._own is None or n > self._own.shape[2]:
             grown = new.new_empty(*new.shape[:2], max(2 * self._n, n, 64), new.shape[3])
@@ -33,7 +35,7 @@ class BlockMeans:
         self._n = n
 
     def first(self, n_blocks: int) -> list[torch.Tensor]:
-        """Means of the first blocks, a tensor [kv_heads, 1, n, head_dim] per generation."""
+        """Vectors of the first blocks, a tensor [kv_heads, 1, n, width] per generation."""
         parts = []
         for run in self._runs():
             parts.append(run[:, :, :n_blocks])
@@ -45,13 +47,13 @@ class BlockMeans:
     def _runs(self) -> tuple[torch.Tensor, ...]:
         return self._inherited if self._own is None else (*self._inherited, self._own[:, :, : self._n])
 
-    def fork(self) -> BlockMeans:
+    def fork(self) -> Self:
         """An independent continuation."""
-        child = BlockMeans()
-        child._inherited = self._runs()
+        child = copy.copy(self)
+        child._inherited, child._own, child._n = self._runs(), None, 0
         return child
 
     def nbytes(self) -> int:
-        """Bytes of all means, inherited ones included."""
+        """Bytes of all vectors, inherited ones included."""
         own = 0 if self._own is None else self._own.nbytes
         return own + sum(run.nbytes for run in self._inherited)
