@@ -52,6 +52,33 @@ def lengths(text: str, least: int = 256) -> list[int]:
     return sorted(found)
 
 
+def by_length(text: str, wanted: Sequence[int], name: str) -> dict[int, int]:
+    """A number for each length: one for all, ``4``, or with others for some, ``4,64k=2,1M=1``.
+
+    Args:
+        text: The argument.
+        wanted: Lengths in tokens.
+        name: Of the option, for messages.
+
+    Raises:
+        InvalidRequestError: Not a number or below 1, a length that is not asked for, or one without a number.
+    """
+    found: dict[int, int] = {}
+    for item in split_list(text):
+        length, equals, number = item.rpartition("=")
+        if not number.strip().isdecimal() or int(number) < 1:
+            raise InvalidRequestError(f"{name} must be at least 1, or LENGTH=NUMBER with commas; it is {text!r}.")
+        some = lengths(length) if equals else wanted
+        if unknown := [short(tokens) for tokens in some if tokens not in wanted]:
+            raise InvalidRequestError(f"{name} names a length that is not among --lengths: {', '.join(unknown)}.")
+        found |= dict.fromkeys(some, int(number))
+    if missing := [short(tokens) for tokens in wanted if tokens not in found]:
+        raise InvalidRequestError(
+            f"{name} says nothing about {', '.join(missing)}; begin with a number for all lengths."
+        )
+    return {tokens: found[tokens] for tokens in wanted}
+
+
 def choices(text: str, known: Sequence[str], what: str) -> list[str]:
     """Items of a list with commas, each one of ``known``, in the order given, once; ``all`` stands for all of them.
 

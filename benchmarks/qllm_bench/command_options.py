@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from qllm_bench.prose import Split
     from qllm_bench.subject import Order, Subject
 
-ORDERS = ("first", "last", "both")
+ORDERS = ("first", "last", "both", "reread")
 SPLITS = ("development", "test")
 
 Families = Annotated[str, typer.Option(help="Families of facts with commas, or all; by default those with one value.")]
+OrderName = Annotated[
+    str,
+    typer.Option(
+        "--order",
+        help="Where the question stands: first, last (mode read_once), both (query_aware); or reread; several with commas.",
+    ),
+]
 Needles = Annotated[int, typer.Option(help="Facts asked for in each document.")]
 Distractors = Annotated[int, typer.Option(help="Further facts of the same kind per fact asked for.")]
 Policies = Annotated[

@@ -26,7 +26,6 @@ def heatmaps(
     lengths: Sequence[int],
     rows: Sequence[Any],
     ylabel: str,
-    wide: int = 1,
 ) -> Path:
     """Share of right answers by length and something else, a panel per setting.
 
@@ -36,10 +35,9 @@ def heatmaps(
         lengths: Columns.
         rows: Rows, top to bottom.
         ylabel: What the rows are.
-        wide: Panels side by side; 1 lets as many as fit.
     """
     plt = _plot()
-    wide = wide if wide > 1 else min(4, len(panels))
+    wide = min(4, len(panels))
     high = -(-len(panels) // wide)
     size = (1.6 + wide * max(2.2, 0.62 * len(lengths)), high * (0.9 + 0.34 * len(rows)) + 0.5)
     figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")

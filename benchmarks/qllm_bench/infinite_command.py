@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qllm_bench import arguments
-from qllm_bench.command_options import ModelOptions, Policies, orders, show
+from qllm_bench.command_options import ModelOptions, OrderName, Policies, orders, show
 from qllm_runtime.command_options import takes_options
 from qllm_runtime.errors import InvalidRequestError
 
@@ -40,9 +40,7 @@ def infinite(
         typer.Option(help="Folder of the published files, or `hub` to fetch them; by default tasks are made by rule."),
     ] = None,
     policy: Policies = "qllm,infllm,streaming",
-    order: Annotated[
-        str, typer.Option(help="Where the question stands: first, last, both; several with commas.")
-    ] = "both",
+    order: OrderName = "both",
     seed: Annotated[int, typer.Option(help="Seed of tasks made by rule.")] = 0,
 ) -> None:
     """Answer tasks of ∞-Bench, LongBench, BABILong and RULER, with their prompts and metrics.

@@ -18,8 +18,9 @@ from qllm_bench.prose import Library
 from qllm_bench.questions.data import Case, is_exact
 from qllm_bench.questions.facts import FAMILIES
 from qllm_bench.questions.haystack import make_haystack
-from qllm_bench.scores import cells
-from qllm_bench.subject import Example, Order, Setting, Subject
+from qllm_bench.scores import cells, difference, summarise
+from qllm_bench.subject import ORDERS, POLICIES, Example, Order, Setting, Subject
+from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
 
 #: Families whose answer is one value, so that a score says whether that one fact was found.
@@ -53,10 +54,8 @@ class Plan:
     seed: int
 
     def __post_init__(self) -> None:
-        if "passkey" in self.families and self.needles > len(self.families):
-            raise InvalidRequestError(
-                f"A document can hold one pass key only; lower --needles to {len(self.families)} or leave passkey out."
-            )
+        if self.needles > 1 and set(self.families) == {"passkey"}:
+            raise InvalidRequestError("A document holds one pass key only; set --needles 1 or add other --families.")
 
     def describe(self) -> dict[str, Any]:
         """What every row of a journal has in common."""
@@ -75,8 +74,15 @@ class Plan:
         return replace(self, lengths=[tokens], needles=1, documents=self.documents * self.needles)
 
     def families_of(self, document: int) -> list[str]:
-        """The families asked for in a document."""
-        return [self.families[(document * self.needles + n) % len(self.families)] for n in range(self.needles)]
+        """The families asked for in a document, in turn; a pass key once at most."""
+        found: list[str] = []
+        n = document * self.needles
+        while len(found) < self.needles:
+            family = self.families[n % len(self.families)]
+            if family != "passkey" or family not in found:
+                found.append(family)
+            n += 1
+        return found
 
     def depths_of(self, document: int) -> list[float]:
         """Their depths; over the documents every family comes to every depth."""
@@ -134,22 +140,24 @@ class Haystacks:
 
 
 def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Haystacks, plan: Plan) -> list[Job]:
-    """Every question of a plan of one length under every setting."""
+    """Every question of a plan of one length under every setting, document by document: readings serve all they can."""
     [tokens] = plan.lengths
     found = []
-    for setting in settings:
-        for document in range(plan.documents):
-            for needle, (family, depth) in enumerate(
-                zip(plan.families_of(document), plan.depths_of(document), strict=True)
-            ):
+    kinds = list(dict.fromkeys(setting.memory for setting in settings))
+    settings = sorted(settings, key=lambda setting: (setting.reads_once, kinds.index(setting.memory)))
+    for document in range(plan.documents):
+        pairs = list(zip(plan.families_of(document), plan.depths_of(document), strict=True))
+        read: MemoryConfig | None = None
+        for setting in settings:
+            for needle, (family, depth) in enumerate(pairs):
                 labels: dict[str, Label] = {
                     "policy": setting.name, "order": setting.order, "tokens": tokens, "document": document,
                     "depth": depth, "family": family,
                 }  # fmt: skip
                 key = f"{setting.name}/{setting.order}/{tokens}/{document}/{needle}"
                 work = partial(ask, subject, setting, haystacks, tokens, document, needle)
-                shared = setting.order == "last" and needle > 0
-                found.append(Job(key, labels, 64 if shared else tokens, work))
+                found.append(Job(key, labels, 64 if setting.memory == read else tokens, work))
+                read = setting.memory if setting.reads_once else None
     return found
 
 
@@ -180,23 +188,55 @@ def example(case: Case, reading: str | None = None) -> Example:
     )
 
 
+def about(subject: Subject, library: Library, plan: Plan) -> dict[str, Any]:
+    """What all rows of a journal have in common."""
+    return {
+        **subject.describe(),
+        "prose": library.name,
+        "split": library.split,
+        **plan.describe(),
+        "trained_length": subject.trained_length,
+        "memory": subject.base.model_dump(),
+    }
+
+
 def bench(
-    subject: Subject, library: Library, plan: Plan, policies: Sequence[str], orders: Sequence[Order], out: Path
+    subject: Subject,
+    library: Library,
+    plan: Plan,
+    documents: Mapping[int, int],
+    policies: Sequence[str],
+    orders: Sequence[Order],
+    out: Path,
 ) -> Journal:
-    """Run the plan under every policy and order; writes ``needle.jsonl``, ``.json``, ``.md`` and figures to ``out``."""
+    """Run the plan under every policy and order; writes ``needle.jsonl``, ``.json``, ``.md`` and figures to ``out``.
+
+    Lengths within the model's trained window are also read with dense attention (policy "full"): what the others are
+    compared with.
+
+    Args:
+        subject: The model.
+        library: Prose.
+        plan: What is asked.
+        documents: Documents of each length, in place of the plan's.
+        policies, orders: Settings; settings of the same memory stand together to share readings.
+        out: Folder of results.
+    """
     settings = [subject.setting(policy, order) for policy in policies for order in orders]
-    parts = [plan.of_length(tokens) for tokens in plan.lengths]
+    near = dict.fromkeys("last" if order == "reread" else order for order in orders)
+    dense = [subject.setting("full", order) for order in near if "full" not in policies]
+    parts = [replace(plan, documents=count).of_length(tokens) for tokens, count in documents.items()]
     haystacks = [Haystacks(subject, library, part) for part in parts]
-    subject.check_fits(settings, max(plan.lengths), haystacks[0].check())
-    about = {**subject.describe(), "prose": library.name, "split": library.split, **plan.describe()}
-    journal = Journal(out, "needle", {**about, "memory": subject.base.model_dump()})
-    arguments = {"lengths": plan.lengths, "documents": plan.documents, "policies": policies, "orders": orders}
+    subject.check_fits(settings, max(documents), haystacks[0].check())
+    journal = Journal(out, "needle", about(subject, library, plan))
+    arguments = {"documents": documents, "policies": policies, "orders": orders}
     journal.begin(arguments, subject.device)
     try:
-        run(
-            journal,
-            [job for part, found in zip(parts, haystacks, strict=True) for job in jobs(subject, settings, found, part)],
-        )
+        todo = []
+        for part, found in zip(parts, haystacks, strict=True):
+            within = part.lengths[0] <= subject.trained_length
+            todo += jobs(subject, [*dense, *settings] if within else settings, found, part)
+        run(journal, todo)
     finally:
         subject.forget()
     report(journal)
@@ -205,31 +245,63 @@ def bench(
 
 def report(journal: Journal) -> str:
     """Write JSON, Markdown and figures of what the journal holds; returns the Markdown."""
-    rows = sorted(journal.rows, key=lambda row: row["tokens"])
+    rows = sorted(journal.rows, key=lambda r: (POLICIES.index(r["policy"]), ORDERS.index(r["order"]), r["tokens"]))
+    near = _within(rows, journal.subject["trained_length"])
     by_length = cells(rows, ("policy", "order", "tokens"))
     by_depth = cells(rows, ("policy", "order", "tokens", "depth"))
     by_family = cells(rows, ("policy", "order", "tokens", "family"))
+    for c in (*by_length, *by_family):
+        known = near.get((c["order"], c.get("family")))
+        c["difference"] = difference(c, known) if known and c["tokens"] > journal.subject["trained_length"] else None
     journal.report(by_length=by_length, by_depth=by_depth, by_family=by_family)
     lengths = sorted({row["tokens"] for row in rows})
     names = {n: short(n) for n in lengths}
-    text = "\n\n".join(
-        (
-            tables.pivot(by_length, ("policy", "order"), "tokens", names),
-            tables.pivot(by_family, ("policy", "order", "tokens"), "family", write=tables.count),
-        )
-    )
+    families = [family for family in FAMILIES if any(row["family"] == family for row in rows)]
+    parts = [
+        tables.pivot(by_length, ("policy", "order"), "tokens", names),
+        _family_table(by_length, by_family, families),
+    ]
+    text = "\n\n".join(parts)
     path = journal.path
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    wide = len({row["order"] for row in rows})
-    for label, found in (("depth", by_depth), ("family", by_family)):
+    for label, found, values in (
+        ("depth", by_depth, sorted({row["depth"] for row in rows})),
+        ("family", by_family, families),
+    ):
         panels: dict[str, dict[tuple[int, Any], Any]] = {}
         for c in found:
             panels.setdefault(f"{c['policy']}, question {c['order']}", {})[c["tokens"], c[label]] = c
-        kinds = {c[label] for c in found}
-        order = sorted(kinds) if label == "depth" else [f for f in FAMILIES if f in kinds]
-        figures.heatmaps(path.with_name(f"needle_{label}.png"), panels, lengths, order, label, wide)
+        figures.heatmaps(path.with_name(f"needle_{label}.png"), panels, lengths, values, label)
     lines: dict[str, dict[str, list[tuple[float, Any]]]] = {}
     for c in by_length:
         lines.setdefault(f"question {c['order']}", {}).setdefault(c["policy"], []).append((c["tokens"], c))
     figures.lines(path.with_name("needle_length.png"), lines, "tokens in the prompt")
     return text
+
+
+def _within(rows: Sequence[Mapping[str, Any]], trained_length: int) -> dict[tuple[str, str | None], dict[str, Any]]:
+    """What dense attention does within the trained length, by order and family (None: all of them).
+
+    The question behind the document serves reading once and reading again.
+    """
+    scores: dict[tuple[str, str | None], list[float]] = {}
+    for row in rows:
+        if row["policy"] == "full" and row["tokens"] <= trained_length:
+            for order in ("last", "reread") if row["order"] == "last" else (row["order"],):
+                for family in (row["family"], None):
+                    scores.setdefault((order, family), []).append(row["score"])
+    return {key: summarise(found) for key, found in scores.items()}
+
+
+def _family_table(
+    by_length: Sequence[Mapping[str, Any]], by_family: Sequence[Mapping[str, Any]], families: Sequence[str]
+) -> str:
+    """A row per policy, order and length: every family, and all of them against those within the window."""
+    found = {(c["policy"], c["order"], c["tokens"], c["family"]): c for c in by_family}
+    header = ["policy", "order", "tokens", *families, "difference to in-window, points"]
+    rows = []
+    for c in by_length:
+        label = (c["policy"], c["order"], c["tokens"])
+        scores = [tables.count(found.get((*label, family))) for family in families]
+        rows.append([c["policy"], c["order"], short(c["tokens"]), *scores, tables.points(c["difference"])])
+    return tables.markdown(header, rows)

@@ -13,6 +13,7 @@ from qllm_bench.command_options import (
     Families,
     ModelOptions,
     Needles,
+    OrderName,
     Policies,
     Seed,
     SplitName,
@@ -29,11 +30,11 @@ def needle(
     options: ModelOptions,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, e.g. 512,4k,1M.")] = "512,1k,4k,16k",
     policy: Policies = "qllm,infllm,streaming,oracle",
-    order: Annotated[
-        str, typer.Option(help="Where the question stands: first, last, both; several with commas.")
-    ] = "both",
+    order: OrderName = "both",
     families: Families = "",
-    documents: Annotated[int, typer.Option(help="Documents per length.")] = 4,
+    documents: Annotated[
+        str, typer.Option(help="Documents per length: a number, or one for each, e.g. 4,16k=25,1M=1.")
+    ] = "4",
     needles: Needles = 4,
     depths: Annotated[int, typer.Option(help="Depths, evenly from start to end.")] = 5,
     distractors: Distractors = 2,
@@ -54,9 +55,11 @@ def needle(
 
     policies = arguments.choices(policy, POLICIES, "policy")
     places = orders(order)
+    sizes = arguments.lengths(lengths)
+    counts = arguments.by_length(documents, sizes, "--documents")
     plan = bench.Plan(
-        lengths=arguments.lengths(lengths),
-        documents=arguments.at_least(documents, 1, "--documents"),
+        lengths=sizes,
+        documents=max(counts.values()),
         needles=arguments.at_least(needles, 1, "--needles"),
         depths=arguments.at_least(depths, 1, "--depths"),
         distractors=arguments.at_least(distractors, 0, "--distractors"),
@@ -64,4 +67,4 @@ def needle(
         seed=seed,
     )
     library = Library(splits(split)[0], text)
-    show(bench.bench(options.open(), library, plan, policies, places, options.out).path)
+    show(bench.bench(options.open(), library, plan, counts, policies, places, options.out).path)

@@ -32,7 +32,7 @@ def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Mapping[Split
                     }  # fmt: skip
                     key = f"{name}/{tokens}/{split}/{document}/{needle}"
                     work = partial(ask, subject, setting, stacks, tokens, document, needle)
-                    shared = setting.order == "last" and needle > 0
+                    shared = setting.reads_once and needle > 0
                     found.append(Job(key, labels, 64 if shared else tokens, work))
     return found
 

@@ -23,9 +23,10 @@ def rag(
     order: Annotated[
         str,
         typer.Option(
-            help="How whole documents are read: last (once for all questions), both (for each); with a comma."
+            help="How whole documents are read: last (once for all questions), reread (once, then passages again), both "
+            "(for each); with commas."
         ),
-    ] = "last,both",
+    ] = "last,reread,both",
     chunks: Annotated[str, typer.Option(help="Sizes of chunks in tokens, with commas.")] = "64,128",
     embeddings: Annotated[
         str | None,
@@ -50,7 +51,7 @@ def rag(
     from qllm_bench.prose import Library
     from qllm_bench.rag_questions import FAMILIES
 
-    orders = arguments.choices(order, ("last", "both"), "order")
+    orders = arguments.choices(order, ("last", "reread", "both"), "order")
     sizes = [int(size) for size in arguments.split_list(chunks) if size.isdigit() and int(size) >= 16]
     if not sizes or len(sizes) < len(arguments.split_list(chunks)):
         raise InvalidRequestError(f"--chunks takes sizes of at least 16 tokens, e.g. 64,128; it is {chunks!r}.")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 #: Longest answer, and what the chat template and separators take (tokens).
 ANSWER, TEMPLATE = 80, 16
+_READINGS = {"last": "read once", "reread": "passages read again", "both": "read for the question"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class System(Protocol):
 
 
 class Whole:
-    """The model reads the whole document: once for all questions ("last") or anew for each one ("both").
+    """The model reads the whole document: once for all questions ("last", "reread") or anew for each one ("both").
 
     Args:
         subject: The model.
@@ -63,8 +64,8 @@ class Whole:
     """
 
     def __init__(self, subject: Subject, setting: Setting) -> None:
-        self.name = "whole, read once" if setting.order == "last" else "whole, read for the question"
-        self.reads_once = setting.order == "last"
+        self.name = f"whole, {_READINGS[setting.order]}"
+        self.reads_once = setting.reads_once
         self._llm, self._setting = subject.llm, setting
         self._document: Any = None
 

@@ -64,6 +64,22 @@ def summarise(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """How much larger one share is than another of other questions, with a 95 % interval (Newcombe 1998, method 10).
+
+    Args:
+        a, b: Summaries of `summarise`.
+
+    Returns:
+        ``share`` (a minus b) and ``interval`` (low, high).
+    """
+    (low_a, high_a), (low_b, high_b) = a["interval"], b["interval"]
+    between = a["share"] - b["share"]
+    below = math.hypot(a["share"] - low_a, high_b - b["share"])
+    above = math.hypot(high_a - a["share"], b["share"] - low_b)
+    return {"share": round(between, 4), "interval": [round(between - below, 4), round(between + above, 4)]}
+
+
 def cells(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
     """Rows grouped by some of their labels, each group with the summary of its ``score``; in order of appearance."""
     groups: dict[tuple[Any, ...], list[float]] = {}

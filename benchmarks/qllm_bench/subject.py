@@ -18,9 +18,10 @@ from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document, Mode, Progress, Sampling, Turn
 
-Order = Literal["first", "last", "both"]
+Order = Literal["first", "last", "both", "reread"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 POLICIES: tuple[str, ...] = (*get_args(Policy), "oracle")
+_MODES: dict[Order, Mode] = {"first": "query_aware", "last": "read_once", "both": "query_aware", "reread": "reread"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Setting:
     Attributes:
         name: Stands in keys and tables.
         memory: Layout and lookup.
-        order: Where the question stands: ahead of the document, behind it, or both (the paper's layout).
+        order: Where the question stands: ahead of the document, behind it, or both (the paper's layout); "reread": behind
+            it, and the passages behind a draft are read again before the answer.
         oracle: Force the blocks that hold the answer into every lookup: the ceiling of what a better lookup could reach.
     """
 
@@ -42,7 +44,12 @@ class Setting:
     @property
     def mode(self) -> Mode:
         """The engine's name of the layout."""
-        return "read_once" if self.order == "last" else "query_aware"
+        return _MODES[self.order]
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether one reading serves all questions about a document."""
+        return self.order in ("last", "reread")
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Example:
         spans: Character spans of the document that the answer rests on; needed for the oracle.
         system: System text ahead of everything.
         max_tokens: Most tokens of an answer.
-        reading: Names the document; where ``order`` is "last", examples in a row with the same name share one reading.
+        reading: Names the document; of settings that read once, examples in a row with the same name share one reading.
     """
 
     document: str = field(repr=False)
@@ -142,10 +149,14 @@ class Subject:
         was trained for it.
 
         Raises:
-            InvalidRequestError: No such policy.
+            InvalidRequestError: No such policy, or the oracle with passages that are read again.
             InvalidConfigError: Settings that don't fit each other or the model.
         """
         check_policies([policy])
+        if policy == "oracle" and order == "reread":
+            raise InvalidRequestError(
+                "The oracle chooses blocks, reread the passages behind a draft: they exclude each other; leave one out."
+            )
         memory = changed(self.base, changes)
         if policy in ("streaming", "lm-infinite"):
             memory = memory.replace(policy=policy, n_local=min(memory.window, self.trained_length))
@@ -198,7 +209,7 @@ class Subject:
             turns.insert(0, Turn("system", (example.system,)))
         options: dict[str, Any] = {"query": example.question, "progress": progress}
         reading = None
-        if setting.order == "last" and example.reading is not None:
+        if setting.reads_once and example.reading is not None:
             reading = self._read(setting, example, progress)
             options |= {"memory": reading}
             turns[-1] = Turn("user", (closing,))
@@ -221,7 +232,7 @@ class Subject:
 
     def _read(self, setting: Setting, example: Example, progress: Progress | None) -> DocumentMemory:
         """The document's reading; the last one is kept."""
-        name = f"{setting.name} {setting.memory.model_dump_json()} {example.system} {example.reading}"
+        name = f"{setting.memory.model_dump_json()} {example.system} {example.reading}"
         if self._reading is None or self._reading[0] != name:
             self.forget()
             reading = self.llm.read(example.document, system=example.system, progress=progress)

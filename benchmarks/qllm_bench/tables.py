@@ -15,8 +15,19 @@ def cell(summary: Mapping[str, Any] | None) -> str:
 
 
 def count(summary: Mapping[str, Any] | None) -> str:
-    """Right answers of questions asked: ``3/4``; ``-`` when there is none."""
-    return "-" if summary is None else f"{summary['right']}/{summary['total']}"
+    """Right answers of questions asked, with the interval in per cent: ``3/4 (30-95)``; ``-`` when there is none."""
+    if summary is None:
+        return "-"
+    low, high = summary["interval"]
+    return f"{summary['right']}/{summary['total']} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def points(difference: Mapping[str, Any] | None) -> str:
+    """A difference of two shares in points, with its interval: ``-12 (-20 to -4)``; ``-`` when there is none."""
+    if difference is None:
+        return "-"
+    low, high = difference["interval"]
+    return f"{100 * difference['share']:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from qllm_bench.journal import Journal
 from qllm_bench.prose import Library
 from qllm_bench.questions.facts import FAMILIES
 from qllm_bench.questions.haystack import make_haystack
-from qllm_bench.scores import cells, summarise
+from qllm_bench.scores import cells, difference, summarise
 from qllm_runtime.errors import DocumentError, InvalidRequestError
 
 SUBJECT = {"model": "m", "weights": "0"}
@@ -120,6 +120,13 @@ def test_interval_of_shares():
     assert found["interval"] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=0.006)
 
 
+def test_interval_of_a_difference():
+    """Newcombe (1998), table II, row (a), method 10: 56/70 against 48/80."""
+    found = difference(summarise([1] * 56 + [0] * 14), summarise([1] * 48 + [0] * 32))
+    assert found["share"] == pytest.approx(0.2)
+    assert found["interval"] == pytest.approx([0.0524, 0.3339], abs=2e-4)
+
+
 def test_cells_group_rows():
     rows = [{"policy": p, "tokens": n, "score": s} for p, n, s in (("a", 1, 1), ("b", 1, 0), ("a", 1, 0), ("a", 2, 1))]
     assert [(c["policy"], c["tokens"], c["right"], c["total"]) for c in cells(rows, ("policy", "tokens"))] == [
@@ -133,6 +140,12 @@ def test_lengths():
     for text in ("", "4x", "k", "100", "99M", "-4k", "nan", "inf"):
         with pytest.raises(InvalidRequestError):
             arguments.lengths(text)
+
+
+def test_numbers_by_length():
+    assert arguments.by_length("4", [512, 1024], "--documents") == {512: 4, 1024: 4}
+    assert arguments.by_length("4,1k=25", [512, 1024], "--documents") == {512: 4, 1024: 25}
+    assert arguments.by_length("1k=2,512=1", [512, 1024], "--documents") == {512: 1, 1024: 2}
 
 
 def test_choices():

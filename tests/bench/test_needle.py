@@ -56,6 +56,40 @@ def test_from_command_to_figures(tmp_path, capsys):
     assert [row["policy"] for row in rows(tmp_path)[8:]] == ["streaming"] * 2
 
 
+def test_rows_are_compared_with_dense_attention_within_the_window(tmp_path, monkeypatch, capsys):
+    """Reading once serves the questions asked behind it, again or not, and the oracle's."""
+    monkeypatch.setattr(needle.Subject, "ask", lambda self, setting, example, progress: {"score": 1.0})
+    command = ("needle", "--lengths", "512,2k", "--needles", "2", "--distractors", "0", "--out", tmp_path)
+    assert bench(*command, "--documents", "3,2k=1", "--policy", "qllm,infllm", "--order", "last,reread") == 0
+    found = rows(tmp_path)
+    assert [(row["policy"], row["order"]) for row in found if row["tokens"] == 2048] == [
+        (policy, order) for policy in ("qllm", "infllm") for order in ("last", "reread") for _ in range(2)
+    ]
+    assert sum(row["tokens"] == 512 and row["policy"] == "full" for row in found) == 6
+    report = json.loads((tmp_path / "needle.json").read_text())
+    for cell in report["by_length"]:
+        assert (cell["difference"] is None) == (cell["tokens"] == 512)
+    assert "| +0 (-66 to +39) |" in capsys.readouterr().out
+
+
+def test_readings_are_shared_by_settings_of_one_memory(subject):
+    plan = needle.Plan([1024], 1, 2, 2, 0, ["magic", "code"], 0)
+    settings = [
+        subject.setting(p, o) for p, o in (("qllm", "last"), ("infllm", "last"), ("oracle", "last"), ("qllm", "reread"))
+    ]
+    found = needle.jobs(subject, settings, needle.Haystacks(subject, Library("test"), plan), plan)
+    assert [job.tokens for job in found] == [1024, 64, 64, 64, 64, 64, 1024, 64]
+    reads, scores = [], []
+    read = subject.llm.read
+    subject.llm.read = lambda *given, **options: reads.append(given) or read(*given, **options)
+    try:
+        scores = [job.work(lambda *_: None) for job in found]
+    finally:
+        del subject.llm.read
+        subject.forget()
+    assert len(reads) == 2 and len(scores) == 8
+
+
 def test_interruption_loses_only_the_case_under_way(tmp_path, capsys, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command = (*TINY, "--policy", "qllm", "--order", "last,both")
@@ -96,7 +130,11 @@ def test_interruption_loses_only_the_case_under_way(tmp_path, capsys, monkeypatc
             "was trained for 512 tokens, so policy 'full' cannot read 1,024",
         ),
         (("needle", "--lengths", "512", "--needles", "8", "--distractors", "30"), "do not fit 512 tokens"),
-        (("needle", "--needles", "9"), "can hold one pass key only"),
+        (("needle", "--needles", "9", "--families", "passkey"), "holds one pass key only"),
+        (("needle", "--documents", "16k=4"), "--documents says nothing about 512, 1k, 4k"),
+        (("needle", "--documents", "4,64k=2"), "not among --lengths: 64k"),
+        (("needle", "--documents", "many"), "or LENGTH=NUMBER"),
+        (("needle", "--policy", "oracle", "--order", "reread"), "they exclude each other"),
         (("needle", "--n-local", "1024"), "exceeds the 512 tokens"),
         (
             ("needle", "--n-local", "24", "--policy", "infllm", "--block-size", "8"),
@@ -154,6 +192,14 @@ def test_every_family_comes_to_every_depth():
     plan = needle.Plan([1024], 10, 4, 4, 0, needle.SIMPLE, 0)
     pairs = {pair for n in range(10) for pair in zip(plan.families_of(n), plan.depths_of(n), strict=True)}
     assert len(pairs) == 32
+
+
+def test_a_document_of_many_needles_holds_one_pass_key():
+    plan = needle.Plan([16384], 2, 20, 4, 0, needle.SIMPLE, 0)
+    for document in range(2):
+        families = plan.families_of(document)
+        assert len(families) == 20 and families.count("passkey") == 1
+        assert {families.count(family) for family in needle.SIMPLE[1:]} <= {2, 3}
 
 
 def test_short_documents_hold_one_needle_each():

@@ -164,12 +164,16 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
             assert 250 < row["prompt_tokens"] <= 512 - 80
         assert all((row["index_s"] is not None) == (n == 0) for row in same)
         assert same[-1]["hit"] in (True, None)
-    assert bench(*common, "--order", "last,both") == 0
+    assert bench(*common, "--order", "last,reread,both") == 0
     assert rows(tmp_path / "rag.jsonl")[: len(found)] == found
-    assert "12 of 15 cases are done already" in capsys.readouterr().err
+    assert "12 of 18 cases are done already" in capsys.readouterr().err
     report = json.loads((tmp_path / "rag.json").read_text())
     assert {c["system"] for c in report["hits"]} == set(names[1:])
-    assert {c["system"] for c in report["overall"]} == {*names, "whole, read for the question"}
+    assert {c["system"] for c in report["overall"]} == {
+        *names,
+        "whole, passages read again",
+        "whole, read for the question",
+    }
     for name in ("rag_family.png", "rag_length.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -177,7 +181,7 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--order", "first"), "Unknown order first; known: last, both"),
+        (("--order", "first"), "Unknown order first; known: last, reread, both"),
         (("--chunks", "8"), "--chunks takes sizes of at least 16 tokens"),
         (("--chunks", "64,x"), "--chunks takes sizes of at least 16 tokens"),
         (("--chunks", "400"), "choose smaller --chunks"),

@@ -40,13 +40,12 @@ def test_a_slice_comes_out_again(tmp_path, recorded):
 
     Answers may turn where two tokens are about as likely and kernels round differently; one of the scores may.
     """
-    about, rows = recorded
+    before, rows = recorded
     subject = Subject("reader")
-    library = Library(about["split"])
-    plan = needle.Plan([1024], 1, *(about[name] for name in ("needles", "depths", "distractors", "families", "seed")))
-    now = {**subject.describe(), "prose": library.name, "split": library.split, **plan.describe()}
-    now["memory"] = subject.base.model_dump()
-    changed = sorted(name for name in about if about[name] != now[name])
+    library = Library(before["split"])
+    plan = needle.Plan([1024], 1, *(before[name] for name in ("needles", "depths", "distractors", "families", "seed")))
+    now = needle.about(subject, library, plan)
+    changed = sorted(name for name in before if before[name] != now[name])
     assert not changed, f"the results are of another {', '.join(changed)}; {AGAIN}"
     settings = [subject.setting(policy) for policy in ("qllm", "streaming")]
     journal = Journal(tmp_path, "needle", now)
