@@ -24,6 +24,8 @@ WRITE = 2.5
 MATCH = 2.5
 COPY = 6.0
 SLOW_FROM = 7
+# Where the layers of a shallower network go when it is made deeper; those between begin without effect.
+GROWN = (0, 1, 2, 4)
 
 
 def _offset_query(freq: Tensor, offset: int, strength: float) -> tuple[Tensor, Tensor]:
@@ -124,3 +126,21 @@ def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
                 out = slice((g * groups + j) * e, (g * groups + j + 1) * e)
                 att.o_proj.weight[:-1, out] += views[g].T * EMBED_STD * COPY
             att.v_proj.weight[rows, :-1] += views[g]
+
+
+@torch.no_grad()
+def grow(model: Reader, shallow: dict[str, Tensor]) -> None:
+    """Make a deeper network compute what a shallower one does.
+
+    Args:
+        model: The deeper network, initialised; its other layers keep their weights but for what they write, which is 0.
+        shallow: State of a network of ``len(GROWN)`` layers.
+    """
+    state = model.state_dict()
+    for name, value in shallow.items():
+        head, _, rest = name.removeprefix("layers.").partition(".")
+        state[f"layers.{GROWN[int(head)]}.{rest}" if name.startswith("layers.") else name] = value
+    for n in set(range(model.config.layers)) - set(GROWN):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            state[f"layers.{n}.{part}.weight"].zero_()
+    model.load_state_dict(state)

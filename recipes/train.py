@@ -1,7 +1,7 @@
 """Train the reader: ``python -m recipes.train --text DIR --out DIR [--minutes N] [--device cpu|cuda]``.
 
-Three phases share one trunk: ``trunk`` (no decay), ``plain`` (trunk, decayed to zero) and ``reader`` (trunk, trained on
-with the lookup objective and decayed). Interrupted runs go on from their last checkpoint.
+Phases: ``base`` (four layers), ``trunk`` (two more), then from the trunk ``plain`` (decayed to zero) and ``reader`` (trained
+on with the lookup objective, and decayed). Interrupted runs go on from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -27,35 +26,34 @@ from qllm_bench.questions.data import Prose, common_words, make_case, read_books
 from qllm_runtime.samples import story
 from recipes.batches import FAMILY_WEIGHTS, Batch, Sampler
 from recipes.export import export, plot_curve
-from recipes.init import initialise
+from recipes.init import GROWN, grow, initialise
 from recipes.lookup import LookupObjective
 from recipes.model import Reader, ReaderConfig
 from recipes.optim import Optimizers
 from recipes.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 20240607
-SHARES = {"trunk": 0.54, "plain": 0.2, "reader": 0.26}
+SHARES = {"base": 0.32, "trunk": 0.35, "plain": 0.14, "reader": 0.19}
 STORIES = 3
 # (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
 STAGES = {
-    "trunk": (
-        (0.06, 128, 32, 1.0),
-        (0.16, 192, 24, 0.6),
-        (0.6, 256, 24, 0.4),
-        (1.0, 512, 12, 0.35),
-    ),
+    "base": ((0.06, 128, 32, 1.0), (0.16, 192, 24, 0.6), (0.75, 256, 24, 0.45), (1.0, 512, 12, 0.45)),
+    "trunk": ((0.35, 256, 24, 0.35), (1.0, 512, 12, 0.35)),
     "plain": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
     "reader": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
 }
-CLAMP_SHARE = {"trunk": 0.2, "plain": 0.4, "reader": 0.35}
+CLAMP_SHARE = {"base": 0.2, "trunk": 0.25, "plain": 0.4, "reader": 0.35}
 SAVE_EVERY_S = 120.0
 CHECK_EVERY_S = 60.0
 
 
 def lr_factor(phase: str, progress: float, step: int) -> float:
     """Learning rate as a share of its peak."""
+    warm = min(1.0, (step + 1) / 40)
+    if phase == "base":
+        return warm * (1.0 - 0.6 * max(0.0, (progress - 0.4) / 0.6))
     if phase == "trunk":
-        return min(1.0, (step + 1) / 40) * (1.0 - 0.6 * max(0.0, (progress - 0.4) / 0.6))
+        return warm * (0.8 - 0.4 * progress)
     return max(0.005, 0.4 * (1.0 - progress))
 
 
@@ -74,12 +72,13 @@ def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenize
 
 
 def weighted_loss(model: Reader, hidden: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of the tokens that carry a weight."""
+    """Cross-entropy of the tokens that carry a weight; where several would be right, of their sum."""
     weights = torch.from_numpy(batch.weights).to(hidden.device)[:, 1:]
-    targets = torch.from_numpy(batch.ids).to(hidden.device)[:, 1:]
+    right = torch.from_numpy(batch.right).to(hidden.device)[:, 1:]
     chosen = weights > 0
     logits = model.logits(hidden[:, :-1][chosen]).float()
-    losses = F.cross_entropy(logits, targets[chosen], reduction="none")
+    wanted = logits.gather(-1, right[chosen].clamp(min=0)).masked_fill(right[chosen] < 0, -torch.inf)
+    losses = logits.logsumexp(-1) - wanted.logsumexp(-1)
     return (losses * weights[chosen]).sum() / weights.sum()
 
 
@@ -88,7 +87,7 @@ def quick_check(model: Reader, batch: Batch, device: torch.device) -> dict[str, 
     """Share of questions whose decisive tokens are all predicted, in all and per family (teacher forced)."""
     hidden, _ = model(torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.positions).to(device))
     best = model.logits(hidden[:, :-1]).argmax(-1).cpu().numpy()
-    right = best == batch.ids[:, 1:]
+    right = (best[..., None] == batch.right[:, 1:]).any(-1)
     found: dict[str, list[bool]] = {}
     for row, families in enumerate(batch.families):
         for n, family in enumerate(families):
@@ -112,7 +111,7 @@ class Run:
     """One phase of training.
 
     Args:
-        phase: ``trunk``, ``plain`` or ``reader``.
+        phase: One of ``SHARES``.
         minutes: Length of the phase.
         text: Folder of prose.
         out: Folder of checkpoints.
@@ -124,7 +123,7 @@ class Run:
         self.phase, self.seconds, self.out, self.device = phase, minutes * 60, out, torch.device(device)
         books = read_books(text, held_out=False)
         plain = [unwrap(b) for b in books.values()]
-        self.config = ReaderConfig()
+        self.config = ReaderConfig() if phase != "base" else ReaderConfig(layers=len(GROWN))
         self.tokenizer = build_tokenizer(plain, out / "tokenizer", self.config.max_positions)
         words = common_words(plain, 5)
         prose = [Prose.of(b) for b in books.values()] + [Prose.of(b) for b in plain]
@@ -145,8 +144,11 @@ class Run:
             self.restore(self.path)
         elif start is not None:
             state = torch.load(start, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizers.load_state_dict(state["optimizers"])
+            if phase == "trunk":
+                grow(self.model, state["model"])
+            else:
+                self.model.load_state_dict(state["model"])
+                self.optimizers.load_state_dict(state["optimizers"])
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of this phase."""
@@ -243,7 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints, curves and the finished models"
     )
-    parser.add_argument("--minutes", type=float, default=85.0, help="training time of all phases together")
+    parser.add_argument("--minutes", type=float, default=115.0, help="training time of all phases together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--phase", choices=tuple(SHARES), help="run one phase only")
@@ -252,10 +254,10 @@ def main() -> None:
     torch.manual_seed(SEED)
     args.out.mkdir(parents=True, exist_ok=True)
     for phase in [args.phase] if args.phase else list(SHARES):
-        start = None if phase == "trunk" else args.out / "trunk.pt"
+        start = None if phase == "base" else args.out / ("base.pt" if phase == "trunk" else "trunk.pt")
         run = Run(phase, args.minutes * SHARES[phase], args.text, args.out, args.device, start)
         run.run()
-        if phase != "trunk":
+        if phase in ("plain", "reader"):
             export(
                 run.path,
                 args.out / "tokenizer",

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
+from qllm_bench.questions.facts import Question
 from recipes.attention import attend, causal_bias
+from recipes.batches import Sampler
+from recipes.evaluate import MODELS, story_prose
+from recipes.init import GROWN, grow, initialise
 from recipes.lookup import cross_entropy
+from recipes.model import Reader, ReaderConfig
 from recipes.optim import orthogonalise
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 8, 4, 20, 16
@@ -53,3 +59,38 @@ def test_muon_update_is_nearly_orthogonal() -> None:
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
         assert values.min() > 0.5
         assert values.max() < 1.4
+
+
+def test_a_grown_network_computes_what_it_did() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 32}
+    shallow, deep = (Reader(ReaderConfig(layers=n, **sizes)) for n in (len(GROWN), len(GROWN) + 2))
+    initialise(shallow, None, 1)
+    initialise(deep, None, 2)
+    ids, positions = torch.randint(0, 64, (2, 12)), torch.arange(12).expand(2, -1)
+    expected = shallow(ids, positions)[0]
+    assert not torch.allclose(deep(ids, positions)[0], expected)
+    grow(deep, shallow.state_dict())
+    torch.testing.assert_close(deep(ids, positions)[0], expected)
+
+
+def test_several_values_are_right_in_any_order() -> None:
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
+    values = ("4711", "4213", "pond")
+    question = Question("Which?", "The numbers are 4711, 4213, pond.", values, "multi", False, (0, 1, 2))
+    orders = set()
+    for _ in range(20):
+        _, ids, weights, right = sampler.turn(question)
+        text = tokenizer.decode(ids)
+        told = text.removeprefix("The numbers are ").removesuffix(".").split(", ")
+        orders.add(tuple(told))
+        assert sorted(told) == sorted(values)
+        assert len(ids) == len(weights)
+        assert all(tokens[0] == ids[i] for i, tokens in right.items())
+        first = min(i for i, tokens in right.items() if len(tokens) > 1)
+        assert {tokenizer.id_to_token(t)[:2] for t in right[first]} >= {"\u0120", "\u0120p"}
+        if told[0] == "4711":
+            four = next(i for i in sorted(right) if tokenizer.id_to_token(ids[i]) == "4")
+            assert [tokenizer.id_to_token(t) for t in right[four + 1]] == ["7", "2"]
+            assert all(len(right[four + n]) == 1 for n in (2, 3))
+    assert len(orders) > 3
