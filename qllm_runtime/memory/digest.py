@@ -47,6 +47,10 @@ class BlockDigest:
     def _runs(self) -> tuple[torch.Tensor, ...]:
         return self._inherited if self._own is None else (*self._inherited, self._own[:, :, : self._n])
 
+    def runs(self) -> list[torch.Tensor]:
+        """Vectors of all blocks as in `first`, the last tensor with the room it has for more: the same until that ends."""
+        return [*self._inherited] if self._own is None else [*self._inherited, self._own]
+
     def fork(self) -> Self:
         """An independent continuation."""
         child = copy.copy(self)

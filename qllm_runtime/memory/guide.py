@@ -27,6 +27,7 @@ class Guide:
         self._tokens = tokens.transpose(0, 1)
         self._scopes = scopes
         self._scores = tokens.new_empty(scopes, 0)
+        self._n = 0  # blocks they are known of
         self._last: tuple[tuple[int, ...], torch.Tensor] | None = None
 
     def scores(self, summaries: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
@@ -47,13 +48,28 @@ class Guide:
             self._last = key, standardise(self._scores[None, :, : counts[-1]], eligible)
         return self._last[1]
 
-    def _extend(self, summaries: Sequence[torch.Tensor]) -> None:
-        known, first, new = self._scores.shape[1], 0, []
+    def plain(self, summaries: Sequence[torch.Tensor], room: int) -> torch.Tensor:
+        """Scores as they are, [scopes, `room` or more]: those of these blocks first, then anything.
+
+        Args:
+            summaries: Summaries of all blocks in order, as in `scores`.
+            room: Blocks for which there is to be a place; until more are asked for, it is the same tensor that is filled.
+        """
+        self._extend(summaries, room)
+        return self._scores
+
+    def _extend(self, summaries: Sequence[torch.Tensor], room: int = 0) -> None:
+        known, first, n = self._n, 0, sum(part.shape[2] for part in summaries)
+        if max(n, room) > self._scores.shape[1]:
+            grown = self._scores.new_empty(self._scopes, max(n, room, 2 * known))
+            grown[:, :known] = self._scores[:, :known]
+            self._scores = grown
         for part in summaries:
-            if first + part.shape[2] > known:
+            end = first + part.shape[2]
+            if end > known:
                 fresh = part[:, :, max(known - first, 0) :]
                 counts = [fresh.shape[2]] * len(self._tokens)
-                new.append(top_blocks(self._tokens, fresh, counts, 1, scopes=self._scopes)[2].sum(0))
-            first += part.shape[2]
-        if new:
-            self._scores = torch.cat((self._scores, *new), 1)
+                scores = top_blocks(self._tokens, fresh, counts, 1, scopes=self._scopes)[2]
+                self._scores[:, end - fresh.shape[2] : end] = scores.sum(0)
+            first = end
+        self._n = max(n, known)

@@ -31,6 +31,7 @@ class OffloadedStore(BlockStore):
         self._slabs: tuple[torch.Tensor, ...] = ()
         self._slots: torch.Tensor | None = None  # [device_blocks, kv_heads, 1, width]
         self._state: Residency | None = None
+        self._awaits = False  # copies to the host that the device was not told to wait for
 
     @override
     def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
@@ -42,6 +43,7 @@ class OffloadedStore(BlockStore):
         new = slice(self._n, self._n + m)
         leaving = torch.cat([x.transpose(0, 1).flatten(2) for x in (key, value)], 2)
         _to_host(leaving[:, :, None], self._slabs[-1][new])
+        self._awaits = True
         self._own.summaries[:, :, new] = summaries
         self._n += m
         self._runs = (*self._inherited, self._own.first(self._n))
@@ -60,14 +62,16 @@ class OffloadedStore(BlockStore):
             return None
         slots, state = self._tables(ids)
         table, moves, counts = admit_pages(state, ids, valid)
-        _await_host_copies(ids.device)
-        first = 0
-        for slab, pages in zip(self._slabs, self._runs, strict=True):
+        if self._awaits:
+            _await_host_copies(ids.device)
+            self._awaits = False
+        first, runs = 0, self.pages
+        for slab, pages in zip(self._slabs, runs, strict=True):
             n = pages.key.shape[1]
-            theirs = (moves, counts) if len(self._runs) == 1 else _moves_of(first, first + n, moves, counts)
+            theirs = (moves, counts) if len(runs) == 1 else _moves_of(first, first + n, moves, counts)
             copy_pages(slab.transpose(0, 1), slots.transpose(0, 1), *theirs)
             first += n
-        return PagedKeys(*_split(slots, self._runs[0].key.shape, self._runs[0].value.shape), table)
+        return PagedKeys(*_split(slots, runs[0].key.shape, runs[0].value.shape), table)
 
     @override
     def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,15 +106,14 @@ class OffloadedStore(BlockStore):
     def fork(self) -> OffloadedStore:
         child = OffloadedStore(self._device_blocks)
         child._inherited = child._runs = self._runs
-        child._slabs = self._slabs
+        child._slabs, child._awaits = self._slabs, self._awaits
         return child
 
     @override
     def nbytes(self) -> int:
         """Bytes on the device: summaries and slots."""
-        runs = self._inherited if self._own is None else (*self._inherited, self._own)
         tables = () if self._state is None else tuple(vars(self._state).values())
-        held = (*(pages.summaries for pages in runs), *tables, *(() if self._slots is None else (self._slots,)))
+        held = (*(pages.summaries for pages in self.pages), *tables, *(() if self._slots is None else (self._slots,)))
         return sum(x.nbytes for x in held)
 
 

@@ -70,6 +70,11 @@ class BlockStore:
         """Key/value heads of the blocks; 0 while there is none."""
         return self._runs[0].key.shape[0] if self._runs else 0
 
+    @property
+    def pages(self) -> tuple[Pages, ...]:
+        """All blocks in order, a run per generation, the last with its room for more blocks; the same until that ends."""
+        return self._runs if self._own is None else (*self._inherited, self._own)
+
     def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
         """Add m blocks.
 
@@ -132,7 +137,7 @@ class BlockStore:
             ids: [pieces, scopes, k], one scope for all kv heads or one per kv head; each row ascending.
             valid: [pieces, scopes, k], False for places that hold no choice; None: all do.
         """
-        return PagedKeys(self._runs[0].key, self._runs[0].value, ids) if len(self._runs) == 1 else None
+        return PagedKeys(self.pages[0].key, self.pages[0].value, ids) if len(self.pages) == 1 else None
 
     def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of chosen blocks.
@@ -143,7 +148,7 @@ class BlockStore:
         Returns:
             keys [kv_heads, pieces, k, block_size, head_dim] and values likewise; any finite numbers where there is no choice.
         """
-        runs = self._runs
+        runs = self.pages
         pieces, scopes, k = ids.shape
         ids = ids.transpose(0, 1).reshape(scopes, pieces * k)
         key, value = take(runs[0].key, ids), take(runs[0].value, ids)
@@ -165,8 +170,7 @@ class BlockStore:
 
     def nbytes(self) -> int:
         """Bytes of all pages, inherited ones included."""
-        runs = self._inherited if self._own is None else (*self._inherited, self._own)
-        return sum(_nbytes(pages) for pages in runs)
+        return sum(_nbytes(pages) for pages in self.pages)
 
 
 def summary_space(like: torch.Tensor, capacity: int) -> torch.Tensor:

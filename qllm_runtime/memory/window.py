@@ -7,9 +7,10 @@ from typing import Self
 
 import torch
 
-from qllm_kernels.dispatch import linear_top_keys, mean_keys, published_means, query_prefix
+from qllm_kernels.dispatch import backend, linear_top_keys, mean_keys, published_means, query_prefix, rotate_append
+from qllm_kernels.rotary import Destination
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.memory.base import Rotation, Scoring
+from qllm_runtime.memory.base import Rotation, Scoring, Tables
 
 
 class Window:
@@ -33,6 +34,7 @@ class Window:
         weighs_tokens: Summaries need the attention mass of tokens, hence `note_lse`.
         key, key_raw: [kv_heads, slots, head_dim] rotated and un-rotated keys.
         value: [kv_heads, slots, value_dim].
+        tables: What tokens are rotated by as they are written; None: by the rotation's own function, ahead of it.
     """
 
     def __init__(self, config: MemoryConfig, rotation: Rotation) -> None:
@@ -54,6 +56,7 @@ class Window:
             0, 0
         )  # un-rotated: per kv head the sum over its group, or per head for attention mass
         self._lse = torch.empty(0, 0)
+        self.tables: Tables | None = None
 
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, oldest: int) -> torch.Tensor:
         """Take in n tokens.
@@ -67,9 +70,13 @@ class Window:
             The queries rotated to their slots.
         """
         kv_heads, n, dim = key.shape
-        if self._frozen or self.used + n > self.key.shape[1]:
+        if self._lacks(n):
             self._make_room(n, query, key, value, oldest - self.base)
         new = slice(self.used, self.used + n)
+        if self.tables is not None:
+            near = self.place(query, key, value, torch.arange(new.start, new.stop, device=key.device))
+            self.used += n
+            return near
         near, rotated = self._rotation.rotate_pair(query, key, self.used)
         self.key[:, new] = rotated
         self.key_raw[:, new] = key
@@ -80,6 +87,27 @@ class Window:
             self._query[:, new] = query
         self.used += n
         return near
+
+    def place(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Write n tokens to `slots`, [n] int64 on the device, and return their rotated queries; the host counts nothing."""
+        assert self.tables is not None
+        cos, sin, interleaved = self.tables
+        rotated, raw = Destination(self.key, self.value, slots), Destination(self.key_raw, None, slots)
+        near = rotate_append(query, key, value, cos, sin, slots, rotated, raw, interleaved=interleaved)
+        if self._ranks_tokens:
+            kv_heads, n, dim = key.shape
+            self._query.index_copy_(1, slots, query.reshape(kv_heads, -1, n, dim).sum(1))
+        elif self.weighs_tokens:
+            self._query.index_copy_(1, slots, query)
+        return near
+
+    def make_room(self, oldest: int) -> None:
+        """Have a slot for one more token; absolute index `oldest` and what follows stays. There was a token before."""
+        if self._lacks(1):
+            self._make_room(1, self._query, self.key_raw, self.value, oldest - self.base)
+
+    def _lacks(self, n: int) -> bool:
+        return self._frozen or self.used + n > self.key.shape[1]
 
     def _make_room(self, n: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, oldest: int) -> None:
         """Move the slots from `oldest` on to the front, in buffers that take n more tokens."""
@@ -103,6 +131,10 @@ class Window:
                 self._lse = _grown(self._lse, query[:, :, 0].float(), kept, capacity)
             self.key = torch.empty_like(self.key_raw)
             self._frozen = False
+            if backend(key.device) == "triton":
+                self.tables = self._rotation.tables(capacity, key.device)
+                # torch functions that stand in for a kernel look at all slots
+                self.key[:, n_kept:] = self.value[:, n_kept:] = 0
         if n_kept:
             self.key[:, :n_kept] = self._rotation.rotate(self.key_raw[:, :n_kept], 0)
 
@@ -111,6 +143,11 @@ class Window:
         if self.weighs_tokens:
             slot = start - self.base
             self._lse[:, slot : slot + lse.shape[1]] = lse
+
+    def place_lse(self, slots: torch.Tensor, lse: torch.Tensor) -> None:
+        """`note_lse` of tokens in `slots`, [n] int64 on the device."""
+        if self.weighs_tokens:
+            self._lse.index_copy_(1, slots, lse)
 
     def blocks(
         self, start: int, n_blocks: int, scoring: Scoring
