@@ -17,7 +17,20 @@ from typing import Literal
 
 import torch
 
-from qllm_kernels import attention, eligible, mass, pages, prefix, published, residency, rotary, select, step, summary
+from qllm_kernels import (
+    attention,
+    choice,
+    eligible,
+    mass,
+    pages,
+    prefix,
+    published,
+    residency,
+    rotary,
+    select,
+    step,
+    summary,
+)
 
 VARIABLE = "QLLM_KERNELS"
 _OLDEST_GPU = (8, 0)
@@ -86,6 +99,25 @@ def top_blocks(
     if isinstance(counts, torch.Tensor):
         return eligible.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
     return select.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+
+
+def choose_blocks(
+    lookup: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    counts: Sequence[int] | torch.Tensor,
+    topk: int,
+    *,
+    scopes: int,
+    question: torch.Tensor | None = None,
+    weight: float = 0.0,
+    bounds: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """See :func:`qllm_kernels.choice.choose_blocks`."""
+    serve = choice.choose_blocks
+    gpu = _kernels("select", lookup.device)
+    if gpu is not None and all(_serves("choose_blocks", gpu.cannot_serve(lookup, part, topk)) for part in parts):
+        serve = gpu.choose_blocks
+    return serve(lookup, parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds)
 
 
 def attend_pieces(

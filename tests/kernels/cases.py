@@ -63,11 +63,11 @@ _KEYS = "window_key loose_key page_key"
 def _attention(case: Case, rows: int, splits: int) -> Compilation:
     from qllm_kernels.gpu import attention
 
-    out = "fp32" if splits > 1 else case.dtype
     on_device = splits > 1
+    place = {"slot": "i64", "back": "i64"} if on_device else {}
     pointers = case.pointers(
-        f"near far {_KEYS} window_value loose_value page_value",
-        out=out, lse="fp32", hidden="u8", table="i64", n_chosen="i32", **({"slot": "i64", "back": "i64"} if on_device else {}),
+        f"near far {_KEYS} window_value loose_value page_value out", lse="fp32", parts="fp32", part_lse="fp32", done="i32",
+        hidden="u8", table="i64", n_chosen="i32", **place,
     )  # fmt: skip
     flags = {
         "LOOSE": True,
@@ -78,6 +78,7 @@ def _attention(case: Case, rows: int, splits: int) -> Compilation:
         "ON_DEVICE": on_device,
     }
     sizes = attention.constants(rows * case.group, case.dim, case.dim, case.size, case.target)
+    sizes |= attention.merging(rows * case.group if splits > 1 else 1, case.dim, splits)
     shape = {"GROUP": case.group, "D": case.dim, "DV": case.dim, "PAGE": case.block, "SCOPES": 1, "SPLITS": splits}
     wide = ("stride_page_key_head", "stride_page_value_head")
     return Compilation(attention.segment_attention, pointers, {**flags, **shape, **sizes}, ("factor", "cap"), wide)
@@ -99,38 +100,41 @@ def _mass(case: Case, rows: int) -> Compilation:
     )
 
 
-def _select(case: Case, pieces: int, every_key: bool) -> Compilation:
+def _select(
+    case: Case, pieces: int, *, every_key: bool = False, guided: bool = False, bounds: bool = False
+) -> Compilation:
     from qllm_kernels.gpu import select
 
+    merge = pieces == 1 and not guided
+    chosen = "i64" if merge else "fp32"
     pointers = case.pointers(
-        "summaries", lookup=case.dtype if pieces > 1 else "fp32", n_eligible="i32", scores="fp32", candidates="i64",
-        done="i32", ids="i64", valid="i1",
+        "summaries", lookup=case.dtype if pieces > 1 else "fp32", n_eligible="i32", scores="fp32", moments="fp32",
+        question="fp32", candidates=chosen, done="i32", ids=chosen, valid="i1" if merge else "fp32",
     )  # fmt: skip
-    sizes = select.constants(pieces, case.group, case.dim, 32, case.size, case.target, side_by_side=every_key)
+    width = case.dim * 2 if bounds else case.dim
+    sizes = select.constants(
+        pieces, case.group, width, 32 if merge else 1, case.size, case.target, side_by_side=every_key
+    )
     assert sizes is not None
-    shape = {"HEADS": 8, "GROUP": case.group, "R": case.block if every_key else 4, "D": case.dim}
+    r = case.block if every_key else 1 if bounds else 4
+    shape = {"HEADS": 8, "GROUP": case.group, "R": r, "D": width, "BOUNDS": bounds}
     return Compilation(
         select.score_blocks,
         pointers,
-        {**shape, "MERGE": pieces == 1, "BC": 512, **sizes},
+        {**shape, "MERGE": merge, "GUIDED": guided, "BC": 512 if merge else 1, **sizes},
         wide=("stride_summary_head",),
     )
 
 
-def _merge_candidates(case: Case) -> Compilation:
-    from qllm_kernels.gpu import select
+def _choose(case: Case, guided: bool) -> Compilation:
+    from qllm_kernels.gpu import choose
 
-    pointers = case.pointers("", candidates="i64", ids="i64", valid="i1")
-    return Compilation(select.merge_candidates, pointers, {"BC": 512, "BK": 32, "num_warps": 4})
-
-
-def _merge_splits(case: Case) -> Compilation:
-    from qllm_kernels.gpu import attention
-    from qllm_kernels.gpu.shapes import power_of_2
-
-    pointers = case.pointers("out", parts="fp32", part_lse="fp32", lse="fp32")
-    constants = {"SPLITS": 32, "DV": case.dim, "BS": 32, "BV": power_of_2(case.dim, 16), "num_warps": 4}
-    return Compilation(attention.merge_splits, pointers, constants)
+    pointers = case.pointers(
+        "", scores="fp32", moments="fp32", question="fp32", n_eligible="i32", candidates="i64", done="i32", ids="i64",
+        valid="i1",
+    )  # fmt: skip
+    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": 1024, "BC": 512, "BK": 32, "num_warps": 4}
+    return Compilation(choose.choose, pointers, sizes, ("weight",))
 
 
 def _average_keys(case: Case) -> Compilation:
@@ -223,12 +227,16 @@ KERNELS: dict[str, Callable[[Case], Compilation]] = {
     "segment_attention, decode": lambda case: _attention(case, 1, 32),
     "segment_mass, prefill": lambda case: _mass(case, 256),
     "segment_mass, decode": lambda case: _mass(case, 1),
-    "score_blocks, prefill": lambda case: _select(case, 32, every_key=False),
-    "score_blocks, decode": lambda case: _select(case, 1, every_key=False),
+    "score_blocks, prefill": lambda case: _select(case, 32),
+    "score_blocks, decode": lambda case: _select(case, 1),
     "score_blocks of every key, prefill": lambda case: _select(case, 32, every_key=True),
     "score_blocks of every key, decode": lambda case: _select(case, 1, every_key=True),
-    "merge_candidates": _merge_candidates,
-    "merge_splits": _merge_splits,
+    "score_blocks beside a question, prefill": lambda case: _select(case, 32, guided=True),
+    "score_blocks beside a question, decode": lambda case: _select(case, 1, every_key=True, guided=True),
+    "score_blocks of bounds, decode": lambda case: _select(case, 1, bounds=True),
+    "score_blocks of bounds beside a question, decode": lambda case: _select(case, 1, guided=True, bounds=True),
+    "choose": lambda case: _choose(case, guided=False),
+    "choose beside a question": lambda case: _choose(case, guided=True),
     "average_keys": _average_keys,
     "best_keys": _best_keys,
     "token_mass": _token_mass,
@@ -251,7 +259,9 @@ AXES: dict[str, tuple[str, ...]] = {
     **{name: ("arch", "dtype", "dim", "group") for name in KERNELS if name.startswith("score_blocks")},
     "score_blocks of every key, decode": ("arch", "dtype", "dim", "group", "block"),
     "score_blocks of every key, prefill": ("arch", "dtype", "dim", "group", "block"),
-    "merge_candidates": ("arch",),
+    "score_blocks beside a question, decode": ("arch", "dtype", "dim", "group", "block"),
+    "choose": ("arch",),
+    "choose beside a question": ("arch",),
     "token_mass": ("arch", "dtype", "dim", "group", "softcap"),
     "average_keys": ("arch", "dtype", "block"),
     "best_keys": ("arch", "dtype", "block"),

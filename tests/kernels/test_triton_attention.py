@@ -10,6 +10,7 @@ from making import PREFILL, STEP, examples, poisoned, random, segments
 from qllm_kernels import attention, step
 from qllm_kernels.attention import FarSegment
 from qllm_kernels.gpu import attention as gpu
+from qllm_kernels.gpu.tickets import tickets
 
 
 def check(dtype=torch.float32, **shape):
@@ -97,6 +98,20 @@ def test_a_split_that_sees_nothing():
     expected = attention.attend_pieces(near, key, value, None, **sizes)
     for x, y in zip(gpu.attend_pieces(near, key, value, far, **sizes), expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_one_launch_joins_its_splits_every_time(monkeypatch, length):
+    """The program that ends last sets its counter back, or the next call would join too early or never."""
+    launches = []
+    kernel = type(gpu.segment_attention)
+    launch = kernel.__getitem__
+    monkeypatch.setattr(kernel, "__getitem__", lambda self, grid: launches.append(grid) or launch(self, grid))
+    for seed in range(3):
+        check(length=length, pieces=2, back=90, loose=70, pages=3, page=40, seed=seed)
+        assert not tickets(torch.device("cpu")).any()
+    assert [grid[0] for grid in launches] == [launches[0][0]] * 3
+    assert launches[0][0] > 1
 
 
 def test_what_is_refused():

@@ -40,6 +40,12 @@ def _copied(serve: Callable[..., None], dtype: torch.dtype, *scales: torch.Tenso
 
 CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "top_blocks": ("select", lambda: dispatch.top_blocks(random(1, 4, 16), random(2, 2, 9, 16), [9], 2, scopes=1)[0]),
+    "choose_blocks": (
+        "select",
+        lambda: dispatch.choose_blocks(
+            random(1, 4, 16), [random(2, 2, 9, 16)], [9], 2, scopes=1, question=random(1, 9), weight=0.5
+        )[0],
+    ),
     "attend_pieces": ("attention", lambda: dispatch.attend_pieces(ONE.near, KEY, VALUE, ONE.far, **ONE.sizes)[0]),
     "attend_step": ("attention", lambda: dispatch.attend_step(ONE.near, KEY, VALUE, ONE.far, **PLACE, scale=0.2)[0]),
     "attention_mass": ("mass", lambda: dispatch.attention_mass(ONE.near, KEY, ONE.far, LSE, **ONE.sizes).pages),

@@ -1,4 +1,7 @@
-"""Attention of pieces to window, pages and loose far keys under one softmax; few queries split the keys over programs."""
+"""Attention of pieces to window, pages and loose far keys under one softmax, in one launch.
+
+Few queries split the keys over programs; the program that ends last joins their partial results.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from qllm_kernels.attention import FarSegment
 from qllm_kernels.gpu.segments import cannot_serve as cannot_serve
 from qllm_kernels.gpu.segments import far_arguments, logit_factors
 from qllm_kernels.gpu.shapes import Target, power_of_2, target
+from qllm_kernels.gpu.tickets import tickets
 
 _PROGRAMS = 256  # wanted at least, where keys can be split
+_JOINED = 2048  # elements of partial results at a time
 
 
 @triton.jit
@@ -65,9 +70,35 @@ def fold_tile(
     return b_m_new, b_l, b_o
 
 
+@triton.jit
+def merge_parts(
+    parts, part_lse, out, lse, o_row, m_row, o_v, n_rows,
+    SPLITS: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Join the partial results of all splits for the rows o_row [BR], BS splits at a time, into the softmax over all keys."""
+    # [SPLITS, BR]
+    o_s = tl.arange(0, SPLITS).to(tl.int64)
+    b_lse = tl.load(part_lse + o_s[:, None] * n_rows + o_row[None, :], mask=m_row[None, :], other=0.0)
+    b_m = tl.max(b_lse, 0)
+    b_sum = tl.sum(tl.exp(b_lse - b_m[None, :]), 0)
+    # [BR, BV]
+    b_o = tl.zeros([o_row.shape[0], o_v.shape[0]], tl.float32)
+    m_part = (m_row[:, None] & (o_v < DV)[None, :])[None, :, :]
+    for i_s in range(0, SPLITS, BS):
+        # [BS, BR], [BS, BR, BV]
+        o_part = (i_s + tl.arange(0, BS).to(tl.int64))[:, None] * n_rows + o_row[None, :]
+        b_w = tl.exp(tl.load(part_lse + o_part, mask=m_row[None, :], other=0.0) - b_m[None, :])
+        b_part = tl.load(parts + (o_part * DV)[:, :, None] + o_v[None, None, :], mask=m_part, other=0.0)
+        b_o += tl.sum(b_part * b_w[:, :, None], 0)
+    m_out = m_row[:, None] & (o_v < DV)[None, :]
+    p_out = out + o_row[:, None] * DV + o_v[None, :]
+    tl.store(p_out, (b_o / b_sum[:, None]).to(out.dtype.element_ty), mask=m_out)
+    tl.store(lse + o_row, b_m + tl.log(b_sum), mask=m_row)
+
+
 @triton.jit(do_not_specialize=["slot", "back", "length", "n_loose", "k"])  # they change from call to call
 def segment_attention(
-    near, far, out, lse,
+    near, far, out, lse, parts, part_lse, done,
     window_key, window_value, loose_key, loose_value, hidden, page_key, page_value, table, n_chosen,
     stride_near_head, stride_near_row, stride_far_head, stride_far_row,
     stride_window_key_head, stride_window_key_row, stride_window_value_head, stride_window_value_row,
@@ -79,6 +110,7 @@ def segment_attention(
     LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, COUNTED: tl.constexpr, SOFTCAP: tl.constexpr,
     SPLITS: tl.constexpr, ON_DEVICE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys.
 
@@ -176,30 +208,26 @@ def segment_attention(
     # a split may have seen nothing: zeros that weigh nothing
     b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
     b_lse = (b_m + tl.log2(b_l)) * 0.6931471805599453
-    o_out = (i_split * kv_heads * GROUP + o_head) * (pieces * length) + o_row
     m_out = m_m[:, None] & (o_v < DV)[None, :]
-    tl.store(out + o_out[:, None] * DV + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_out)
-    tl.store(lse + o_out, tl.where(b_l == 0.0, float("-inf"), b_lse), mask=m_m)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def merge_splits(
-    parts, part_lse, out, lse, rows, SPLITS: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr
-):
-    """Join one row's partial results into the softmax over all keys."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_s, o_v = tl.arange(0, BS).to(tl.int64), tl.arange(0, BV)
-    # [BS]
-    b_lse = tl.load(part_lse + o_s * rows + i_row, mask=o_s < SPLITS, other=float("-inf"))
-    b_m = tl.max(b_lse, 0)
-    b_w = tl.exp(b_lse - b_m)
-    # [BS, BV]
-    p_part = parts + (o_s[:, None] * rows + i_row) * DV + o_v[None, :]
-    b_part = tl.load(p_part, mask=(o_s < SPLITS)[:, None] & (o_v < DV)[None, :], other=0.0)
-    b_sum = tl.sum(b_w, 0)
-    b_o = tl.sum(b_part * b_w[:, None], 0) / b_sum
-    tl.store(out + i_row * DV + o_v, b_o.to(out.dtype.element_ty), mask=o_v < DV)
-    tl.store(lse + i_row, b_m + tl.log(b_sum))
+    o_out = o_head * (pieces * length) + o_row
+    if SPLITS == 1:
+        tl.store(out + o_out[:, None] * DV + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_out)
+        tl.store(lse + o_out, b_lse, mask=m_m)
+    else:
+        n_rows = kv_heads * GROUP * pieces * length
+        o_part = i_split * n_rows + o_out
+        tl.store(parts + o_part[:, None] * DV + o_v[None, :], b_o, mask=m_out)
+        tl.store(part_lse + o_part, tl.where(b_l == 0.0, float("-inf"), b_lse), mask=m_m)
+        # the program's stores come before its count, the others' before what the last one reads
+        tl.debug_barrier()
+        p_done = done + i_p * kv_heads + i_h
+        b_done = tl.atomic_add(p_done, 1, sem="acq_rel")
+        if b_done == SPLITS - 1:
+            tl.store(p_done, 0)
+            # [BR] the rows there are
+            o_r = tl.arange(0, BR)
+            o_join = (i_h * GROUP + o_r % GROUP) * (pieces * length) + i_p * length + o_r // GROUP
+            merge_parts(parts, part_lse, out, lse, o_join, o_r // GROUP < length, o_v, n_rows, SPLITS, DV, BS)
 
 
 def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dict[str, Any]:
@@ -207,7 +235,7 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
     b_d, b_v = power_of_2(dim, 16), power_of_2(value_dim, 16)
     wide = max(b_d, b_v)
     if size == 4:
-        tile = (16, 32, 4, 1) if wide <= 128 else (16, 16, 8 if on.warp_groups else 4, 1)
+        tile = (16, 32 if wide <= 128 else 16, 8 if on.warp_groups else 4, 1)
     elif rows <= 16:
         tile = (16, 64 if wide <= 128 else 32, 4, 3 if wide <= 128 else 2)
     elif wide > 128 and not on.warp_groups:
@@ -220,8 +248,14 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
         **dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True)),
         "BD": b_d,
         "BV": b_v,
-        "BC": b_d if size < 4 else min(b_d, 32 if wide > 128 else 64),
+        "BC": b_d if size < 4 else min(b_d, 64 if wide <= 128 or on.warp_groups else 32),
     }
+
+
+def merging(rows: int, value_dim: int, splits: int) -> dict[str, int]:
+    """Sizes of the tiles in which partial results of `rows` query rows from so many splits are joined."""
+    b_r = power_of_2(rows)
+    return {"BR": b_r, "BS": max(1, min(splits, _JOINED // (b_r * power_of_2(value_dim, 16))))}
 
 
 def attend_pieces(
@@ -288,17 +322,13 @@ def _launch(
         parts = torch.empty(splits, heads, rows, value_dim, device=near.device)
         part_lse = torch.empty(splits, heads, rows, device=near.device)
     segment_attention[(tiles_m * splits, kv_heads, pieces)](
-        near, far_query, parts, part_lse, window_key, window_value,
+        near, far_query, out, lse, parts, part_lse, tickets(near.device), window_key, window_value,
         stride_near_head=near.stride(0), stride_near_row=near.stride(1),
         stride_far_head=far_query.stride(0), stride_far_row=far_query.stride(1),
         stride_window_key_head=window_key.stride(0), stride_window_key_row=window_key.stride(1),
         stride_window_value_head=window_value.stride(0), stride_window_value_row=window_value.stride(1),
         slot=slot, back=back, length=length, GROUP=group, D=dim, DV=value_dim, SPLITS=splits,
         ON_DEVICE=isinstance(slot, torch.Tensor), **distant, **logit_factors(scale, softcap), **sizes,
+        **merging(group * length if splits > 1 else 1, value_dim, splits),
     )  # fmt: skip
-    if splits > 1:
-        merge_splits[(heads * rows,)](
-            parts, part_lse, out, lse, heads * rows,
-            SPLITS=splits, DV=value_dim, BS=power_of_2(splits), BV=sizes["BV"], num_warps=4,
-        )  # fmt: skip
     return out, lse

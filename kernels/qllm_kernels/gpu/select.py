@@ -1,4 +1,4 @@
-"""Block scores and top-k: blocks are split over programs, each keeps its best; the last one or a second launch merges them."""
+"""Block scores, split over programs; for one piece without a question the same launch chooses the best blocks."""
 
 from __future__ import annotations
 
@@ -9,43 +9,33 @@ import torch
 import triton
 import triton.language as tl
 
+from qllm_kernels.choice import always_full
 from qllm_kernels.eligible import to_device
+from qllm_kernels.gpu.choose import CANDIDATES, choose_best, fold_moments, merge_row, order_key
 from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
+from qllm_kernels.gpu.tickets import tickets
 
 MOST_BLOCKS_CHOSEN = 256
-_CANDIDATES = 4096  # of all splits together
 _ROWS = 64
+_SPLITS = 256  # of the blocks of one launch, at most
 
 
-@triton.jit
-def merge_row(candidates, ids, valid, i_row, n_candidates, n_blocks, k, BC: tl.constexpr, BK: tl.constexpr):
-    """Write the k best candidates of one piece and scope, by ascending id."""
-    # [BK]
-    o_k = tl.arange(0, BK)
-    b_top = tl.full([BK], -(2**63), tl.int64)
-    for i_c in range(0, n_candidates, BC):
-        # [BC]
-        o_c = i_c + tl.arange(0, BC)
-        b_key = tl.load(candidates + i_row * n_candidates + o_c, mask=o_c < n_candidates, other=-(2**63))
-        b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK))), descending=True)
-    b_id = tl.where((o_k < k) & (b_top != -(2**63)), 0x7FFFFFFF - (b_top & 0x7FFFFFFF), n_blocks)
-    b_id = tl.sort(b_id)
-    tl.store(ids + i_row * k + o_k, tl.minimum(b_id, n_blocks - 1), mask=o_k < k)
-    tl.store(valid + i_row * k + o_k, b_id < n_blocks, mask=o_k < k)
-
-
-@triton.jit(do_not_specialize=["pieces", "n_blocks", "k"])  # they change from call to call
+@triton.jit(do_not_specialize=["pieces", "n_blocks", "first", "n_all", "k", "i_partial", "n_partials"])  # they change
 def score_blocks(
-    lookup, summaries, n_eligible, scores, candidates, done, ids, valid,
-    pieces, n_blocks, k,
+    lookup, summaries, n_eligible, scores, moments, question, candidates, done, ids, valid,
+    pieces, n_blocks, first, n_all, k, i_partial, n_partials, stride_question,
     stride_lookup_piece, stride_lookup_head, stride_summary_head, stride_summary_r, stride_summary_block,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, MERGE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BOUNDS: tl.constexpr,
+    MERGE: tl.constexpr, GUIDED: tl.constexpr,
     BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a run of blocks for BP pieces, BD dimensions at a time, and the BK best of them as (score, -id) in one integer.
+    """Scores for BP pieces of a run of the n_blocks blocks that come behind `first` others, BD dimensions at a time.
 
-    BR summaries of a block are read at once. With MERGE there is one piece, and the program that ends last merges all.
+    BR summaries of a block are read at once. With BOUNDS they are bounds of keys, D / 2 upper ones and then the lower. With
+    MERGE there is one piece, each program keeps its BK best as (score, -id) in one integer, and the one that ends last merges
+    all. With GUIDED, each leaves count, mean and sum of squared deviations of its eligible scores, and the latter two of the
+    question's scores of the same blocks, behind i_partial others.
     """
     i_split, i_scope, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     splits, scopes = tl.num_programs(0), tl.num_programs(1)
@@ -56,14 +46,19 @@ def score_blocks(
     # [BP]
     o_p = i_p * BP + tl.arange(0, BP)
     m_p = o_p < pieces
-    b_eligible = tl.minimum(tl.load(n_eligible + o_p, mask=m_p, other=0).to(tl.int64), n_blocks)
+    b_eligible = tl.minimum(tl.load(n_eligible + o_p, mask=m_p, other=0).to(tl.int64) - first, n_blocks)
     # [BN * BR] summaries of a tile: blocks, then theirs
     o_c = tl.arange(0, BN * BR)
     o_cn, o_cr = o_c // BR, o_c % BR
-    # [BP, BK]
-    b_top = tl.full([BP, BK], -(2**63), tl.int64)
+    if MERGE:
+        # [BP, BK]
+        b_top = tl.full([BP, BK], -(2**63), tl.int64)
+    if GUIDED:
+        # [BP]
+        b_n, b_mean, b_m2 = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
+        b_question_mean, b_question_m2 = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
     o_place = (o_p * scopes + i_scope)[:, None]
-    n_end = tl.max(b_eligible, 0)
+    n_end = tl.maximum(tl.max(b_eligible, 0), 0)
     n_tiles = tl.cdiv(n_end, BN)
     n_share = tl.cdiv(n_tiles, splits)
     for i_tile in range(i_split * n_share, tl.minimum((i_split + 1) * n_share, n_tiles)):
@@ -84,7 +79,13 @@ def score_blocks(
             for i_d in tl.static_range(0, D, BD):
                 o_d = i_d + tl.arange(0, BD)
                 m_d = (o_d < D)[None, :]
-                b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
+                if BOUNDS:
+                    m_upper = (o_d < D // 2)[None, :]
+                    o_q = tl.where(o_d < D // 2, o_d, o_d - D // 2)
+                    b_q = tl.load(p_q[:, None] + o_q[None, :], mask=m_q[:, None] & m_d, other=0.0)
+                    b_q = tl.where(m_upper, tl.maximum(b_q, 0.0), tl.minimum(b_q, 0.0))
+                else:
+                    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
                 b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_c[:, None] & m_d, other=0.0)
                 b_dot = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), b_dot, input_precision="tf32x3")
             if BR > 1:
@@ -94,39 +95,44 @@ def score_blocks(
             b_best = tl.where(i_r == 0, b_dot, tl.maximum(b_best, b_dot))
             if i_r == (R + BR - 1) // BR - 1:
                 b_score += tl.sum(tl.reshape(b_best, [BG, BP, BN]), 0)
-        m_score = m_p[:, None] & m_n[None, :]
-        tl.store(scores + o_place * n_blocks + o_n[None, :], b_score, mask=m_score)
-        # floats in an order of integers; + 0.0 makes one zero of two
-        b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
-        b_order = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
-        b_key = (b_order.to(tl.int64) << 32) | (0x7FFFFFFF - o_n)[None, :]
-        b_key = tl.where(m_score & (o_n[None, :] < b_eligible[:, None]), b_key, -(2**63))
-        # the best of two descending lists: one against the other reversed
-        b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK, 1), 1)), 1, descending=True)
-    p_out = candidates + (o_place * splits + i_split) * BK + tl.arange(0, BK)[None, :]
-    tl.store(p_out, b_top, mask=m_p[:, None])
+        tl.store(scores + o_place * n_all + first + o_n[None, :], b_score, mask=m_p[:, None] & m_n[None, :])
+        m_score = m_p[:, None] & (o_n[None, :] < b_eligible[:, None])
+        if MERGE:
+            b_key = tl.where(m_score, order_key(b_score, o_n[None, :]), -(2**63))
+            # the best of two descending lists: one against the other reversed
+            b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK, 1), 1)), 1, descending=True)
+        if GUIDED:
+            p_question = question + i_scope * stride_question + first + o_n[None, :]
+            b_term = tl.broadcast_to(tl.load(p_question, mask=m_n[None, :], other=0.0), [BP, BN])
+            _, b_question_mean, b_question_m2 = fold_moments(b_n, b_question_mean, b_question_m2, b_term, m_score)
+            b_n, b_mean, b_m2 = fold_moments(b_n, b_mean, b_m2, b_score, m_score)
+    if GUIDED:
+        # [BP]
+        p_moments = moments + ((o_p * scopes + i_scope) * n_partials + i_partial + i_split) * 5
+        tl.store(p_moments, b_n, mask=m_p)
+        tl.store(p_moments + 1, b_mean, mask=m_p)
+        tl.store(p_moments + 2, b_m2, mask=m_p)
+        tl.store(p_moments + 3, b_question_mean, mask=m_p)
+        tl.store(p_moments + 4, b_question_m2, mask=m_p)
     if MERGE:
+        p_out = candidates + (o_place * splits + i_split) * BK + tl.arange(0, BK)[None, :]
+        tl.store(p_out, b_top, mask=m_p[:, None])
         # the program's stores come before its count, the others' before what the last one reads
         tl.debug_barrier()
         b_done = tl.atomic_add(done + i_scope, 1, sem="acq_rel")
         if b_done == splits - 1:
-            merge_row(candidates, ids, valid, i_scope, splits * BK, n_blocks, k, BC, BK)
-
-
-@triton.jit(do_not_specialize=["n_candidates", "n_blocks", "k"])
-def merge_candidates(candidates, ids, valid, n_candidates, n_blocks, k, BC: tl.constexpr, BK: tl.constexpr):
-    """The k best candidates of one piece and scope."""
-    merge_row(candidates, ids, valid, tl.program_id(0).to(tl.int64), n_candidates, n_blocks, k, BC, BK)
+            tl.store(done + i_scope, 0)
+            merge_row(candidates, ids, valid, i_scope, splits * BK, n_all, k, BC, BK)
 
 
 def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor, topk: int) -> str | None:
     """Why `top_blocks` does not take these arguments, or None."""
-    group, dim = lookup.shape[1] // summaries.shape[0], lookup.shape[2]
+    group, dim = lookup.shape[1] // summaries.shape[0], summaries.shape[3]
     if topk > MOST_BLOCKS_CHOSEN:
         return f"topk {topk} is above {MOST_BLOCKS_CHOSEN}"
     if group > 16:
         return f"{group} heads share a summary, more than 16"
-    refused = refusal(summaries)
+    refused = refusal(summaries[..., : lookup.shape[2]])
     if refused is None and constants(1, group, dim, topk, summaries.element_size(), target(summaries.device)) is None:
         return f"tiles for topk {topk} of head size {dim} in {summaries.dtype} need more shared memory than there is"
     return refused
@@ -135,19 +141,19 @@ def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor, topk: int) -> st
 def constants(
     pieces: int, group: int, dim: int, topk: int, size: int, on: Target, *, side_by_side: bool = False
 ) -> dict[str, Any] | None:
-    """Sizes of the tiles of `score_blocks` for elements of `size` bytes, and its launch options; None: nothing fits.
+    """Sizes of the tiles of `score_blocks`, and its launch options, for summaries of `dim` elements of `size` bytes.
 
-    With `side_by_side`, the summaries of a block are neighbours in memory and read in pairs.
+    None: nothing fits. With `side_by_side`, the summaries of a block are neighbours in memory and read in pairs.
     """
     b_group, b_k = power_of_2(group), power_of_2(topk, 2)
-    b_d = power_of_2(dim, 16) if size < 4 else min(power_of_2(dim, 16), 32)
+    b_d = min(power_of_2(dim, 16), 128 if size < 4 else 32)
     # a product takes 16 rows at least; what pieces don't fill goes to heads, so that top-k has no rows in vain
     b_p = max(1, min(power_of_2(pieces), (_ROWS if size < 4 else 16) // b_group))
     b_group = max(b_group, 16 // b_p)
     rows = b_group * b_p
     together = 2 if side_by_side else 1
     b_n = max((64 if dim <= 128 else 32) // together, b_k)
-    tile = (rows + b_n * together) * b_d * size
+    tile = (rows + b_n * together) * (power_of_2(dim, 16) if size < 4 else b_d) * size
     stages = min(1 if size == 4 else 3 if dim <= 128 else 2, on.shared // tile)
     if stages == 0:
         return None
@@ -158,12 +164,12 @@ def constants(
         "BN": b_n,
         "BR": together,
         "BK": b_k,
-        "num_warps": 4 if b_p == 1 else 8,
+        "num_warps": 4 if b_p == 1 or dim > 128 else 8,
         "num_stages": stages,
     }
     if b_p == 1 and dim <= 128 and not on.warp_groups:
         # left alone, ptxas spills a few bytes to fit more programs than the shared memory allows
-        sizes["maxnreg"] = 208
+        sizes["maxnreg"] = 232
     return sizes
 
 
@@ -174,35 +180,61 @@ def top_blocks(
 
     Among equal scores the lower id wins. Scores of blocks that a piece may not choose are undefined.
     """
-    pieces, heads, dim = lookup.shape
-    summary_heads, r, n_blocks = summaries.shape[:3]
+    return choose_blocks(lookup, [summaries], counts, topk, scopes=scopes)
+
+
+def choose_blocks(
+    lookup: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    counts: Sequence[int] | torch.Tensor,
+    topk: int,
+    *,
+    scopes: int,
+    question: torch.Tensor | None = None,
+    weight: float = 0.0,
+    bounds: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """See :func:`qllm_kernels.choice.choose_blocks`; one launch per part and one that chooses, or one in all.
+
+    Among equal scores the lower id wins.
+    """
+    pieces, heads, _ = lookup.shape
+    like = parts[0]
+    summary_heads, dim = like.shape[0], like.shape[3]
+    n_blocks = sum(part.shape[2] for part in parts)
     k = min(topk, n_blocks)
     if pieces > 1 or lookup.stride(-1) != 1:
-        lookup = lookup.to(summaries.dtype).contiguous()
-    together = r > 1 and summaries.stride(1) < summaries.stride(2)
-    group, size, on = heads // summary_heads, summaries.element_size(), target(summaries.device)
-    sizes = constants(pieces, group, dim, k, size, on, side_by_side=together)
-    assert sizes is not None
-    splits = max(1, min(triton.cdiv(n_blocks, sizes["BN"]), _CANDIDATES // sizes["BK"]))
-    if isinstance(counts, torch.Tensor):
-        n_eligible, all_valid = counts, False
-    else:
-        n_eligible = to_device(counts, lookup.device)
-        all_valid = min(counts) >= k
-    n_candidates = splits * sizes["BK"]
-    b_c = max(sizes["BK"], min(512, power_of_2(n_candidates)))
+        lookup = lookup.to(like.dtype).contiguous()
+    merge = pieces == 1 and len(parts) == 1 and question is None
+    n_eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, lookup.device)
+    group, size, on = heads // summary_heads, like.element_size(), target(like.device)
+    launches = []
+    for part in parts:
+        together = part.shape[1] > 1 and part.stride(1) < part.stride(2)
+        sizes = constants(pieces, group, dim, k if merge else 1, size, on, side_by_side=together)
+        assert sizes is not None
+        most = CANDIDATES // sizes["BK"] if merge else _SPLITS
+        launches.append((part, sizes, max(1, min(triton.cdiv(part.shape[2], sizes["BN"]), most))))
+    n_partials = sum(splits for *_, splits in launches)
     scores = torch.empty(pieces, scopes, n_blocks, device=lookup.device)
-    candidates = torch.empty(pieces, scopes, splits, sizes["BK"], dtype=torch.int64, device=lookup.device)
-    ids = torch.empty(pieces, scopes, k, dtype=torch.int64, device=lookup.device)
-    valid = torch.empty(pieces, scopes, k, dtype=torch.bool, device=lookup.device)
-    done = torch.zeros(scopes, dtype=torch.int32, device=lookup.device) if pieces == 1 else ids
-    score_blocks[(splits, scopes, triton.cdiv(pieces, sizes["BP"]))](
-        lookup, summaries, n_eligible, scores, candidates, done, ids, valid, pieces, n_blocks, k,
-        *lookup.stride()[:2], *summaries.stride()[:3],
-        HEADS=summary_heads // scopes, GROUP=group, R=r, D=dim, MERGE=pieces == 1, BC=b_c, **sizes,
-    )  # fmt: skip
-    if pieces > 1:
-        merge_candidates[(pieces * scopes,)](
-            candidates, ids, valid, n_candidates, n_blocks, k, BC=b_c, BK=sizes["BK"], num_warps=4
-        )
-    return ids, None if all_valid else valid, scores
+    moments = candidates = ids = valid = scores
+    if question is not None:
+        moments = torch.empty(pieces, scopes, n_partials, 5, device=lookup.device)
+    if merge:
+        ids = torch.empty(1, scopes, k, dtype=torch.int64, device=lookup.device)
+        valid = torch.empty(1, scopes, k, dtype=torch.bool, device=lookup.device)
+        candidates = torch.empty(scopes, n_partials, launches[0][1]["BK"], dtype=torch.int64, device=lookup.device)
+    first = i_partial = 0
+    for part, sizes, splits in launches:
+        score_blocks[(splits, scopes, triton.cdiv(pieces, sizes["BP"]))](
+            lookup, part, n_eligible, scores, moments, scores if question is None else question, candidates,
+            tickets(lookup.device), ids, valid, pieces, part.shape[2], first, n_blocks, k, i_partial, n_partials,
+            0 if question is None else question.stride(0), *lookup.stride()[:2], *part.stride()[:3],
+            HEADS=summary_heads // scopes, GROUP=group, R=part.shape[1], D=dim, BOUNDS=bounds,
+            MERGE=merge, GUIDED=question is not None,
+            BC=max(sizes["BK"], min(512, power_of_2(splits * sizes["BK"]))) if merge else 1, **sizes,
+        )  # fmt: skip
+        first, i_partial = first + part.shape[2], i_partial + splits
+    if not merge:
+        ids, valid = choose_best(scores, n_eligible, k, moments=moments, question=question, weight=weight)
+    return ids, None if always_full(counts, k) else valid, scores

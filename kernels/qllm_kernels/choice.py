@@ -1,0 +1,61 @@
+"""The choice of blocks by current tokens and question together, from summaries that may lie in several places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qllm_kernels.eligible import to_device
+from qllm_kernels.select import block_scores, bound_lookup, select_blocks, standardise
+
+
+def choose_blocks(
+    lookup: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    counts: Sequence[int] | torch.Tensor,
+    topk: int,
+    *,
+    scopes: int,
+    question: torch.Tensor | None = None,
+    weight: float = 0.0,
+    bounds: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Score the blocks, add the question's term and choose the best eligible blocks for every piece.
+
+    A block's score is that of the current tokens (paper eq. 6) plus `weight` times that of the question (eq. 5), each
+    standardised over the piece's eligible blocks, so that the weight means the same for every model, layer and length (eq. 7).
+    Without a question it is the score of the current tokens as it is.
+
+    Args:
+        lookup: [pieces, heads, head_dim] lookup vectors, rotated to the far position.
+        parts: Summaries of the blocks in order, tensors [summary_heads, r, n, head_dim], any strides.
+        counts: How many of the first blocks each piece may choose from: numbers of the host, or [pieces] integers on the
+            device, which the host does not read.
+        topk: Blocks wanted.
+        scopes: As in `select.block_scores`.
+        question: [scopes, n_blocks or more] fp32 scores of the blocks for the question, not standardised, rows contiguous;
+            or None.
+        weight: Factor on the question's term.
+        bounds: The summaries are bounds of keys (`summary.key_bounds`), [summary_heads, 1, n, 2 * head_dim].
+
+    Returns:
+        ids and valid as in `select.select_blocks`, valid None where the host knows that all are; and the scores
+        [pieces, scopes, n_blocks], undefined for blocks that a piece may not choose.
+    """
+    if bounds:
+        lookup = bound_lookup(lookup)
+    each = [block_scores(lookup, part, scopes=scopes) for part in parts]
+    scores = each[0] if len(each) == 1 else torch.cat(each, -1)
+    n_blocks = scores.shape[-1]
+    eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, scores.device)
+    if question is not None:
+        term = standardise(question[None, :, :n_blocks], eligible)
+        scores = standardise(scores, eligible) + weight * term
+    ids, valid = select_blocks(scores, eligible, topk)
+    return ids, None if always_full(counts, min(topk, n_blocks)) else valid, scores
+
+
+def always_full(counts: Sequence[int] | torch.Tensor, k: int) -> bool:
+    """Whether the host knows that every piece has `k` blocks to choose."""
+    return not isinstance(counts, torch.Tensor) and min(counts) >= k

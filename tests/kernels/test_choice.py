@@ -1,0 +1,46 @@
+"""The torch function of the choice by current tokens and question, against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from making import random
+
+from qllm_kernels import select
+from qllm_kernels.choice import choose_blocks
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("scopes", [1, 2])
+def test_terms_are_standardised_over_what_a_piece_may_choose(scopes, on_device):
+    lookup, parts = random(3, 4, 8), [random(2, 2, n, 8, seed=n) for n in (6, 3)]
+    question, counts = random(scopes, 9, seed=5) * 7 + 40, [2, 7, 9]
+    given = torch.tensor(counts) if on_device else counts
+    ids, valid, scores = choose_blocks(lookup, parts, given, 4, scopes=scopes, question=question, weight=0.7)
+    plain = select.block_scores(lookup, torch.cat(parts, 2), scopes=scopes)
+    for piece, count in enumerate(counts):
+        for scope in range(scopes):
+            terms = [plain[piece, scope, :count], question[scope, :count]]
+            terms = [(x - x.mean()) / x.std(correction=0) for x in terms]
+            expected = terms[0] + 0.7 * terms[1]
+            torch.testing.assert_close(scores[piece, scope, :count], expected, atol=1e-4, rtol=1e-4)
+            best = sorted(sorted(range(count), key=lambda i, row=expected: -row[i])[:4])
+            assert ids[piece, scope][valid[piece, scope]].tolist() == best
+
+
+def test_without_a_question_it_is_the_choice_by_current_tokens():
+    lookup, summaries = random(2, 4, 8), random(2, 3, 9, 8, seed=1)
+    for counts in ([9, 9], [3, 9]):
+        expected = select.top_blocks(lookup, summaries, counts, 5, scopes=2)
+        actual = choose_blocks(lookup, [summaries[:, :, :4], summaries[:, :, 4:]], counts, 5, scopes=2)
+        for x, y in zip(actual, expected, strict=True):
+            assert (x is None) == (y is None)
+            if y is not None:
+                torch.testing.assert_close(x, y)
+
+
+def test_valid_is_left_out_where_the_host_knows():
+    lookup, parts = random(2, 2, 8), [random(1, 1, 5, 8)]
+    assert choose_blocks(lookup, parts, [3, 5], 3, scopes=1)[1] is None
+    assert choose_blocks(lookup, parts, [2, 5], 3, scopes=1)[1] is not None
+    assert choose_blocks(lookup, parts, torch.tensor([3, 5]), 3, scopes=1)[1] is not None
