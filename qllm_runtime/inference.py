@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from qllm_runtime import captured
+from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import CancelledError, OutOfMemoryError
 from qllm_runtime.memory.base import LayerMemory
@@ -36,11 +38,16 @@ class Inference:
 
     Args:
         model: A decoder-only model of transformers.
+
+    Attributes:
+        captures: Steps of single sequences are recorded and run again where that is possible.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.captures = True
         self._lock = threading.Lock()
+        self._steps: weakref.WeakKeyDictionary[MemoryCache, CapturedSteps] = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Inference:
@@ -156,12 +163,25 @@ class Inference:
     def step(self, cache: MemoryCache, tokens: Sequence[int | None]) -> torch.Tensor:
         """Feed one token per row (None: the row is finished) and return logits [rows, vocab]."""
         cache.lengths = [0 if token is None else 1 for token in tokens] if None in tokens else None
+        if len(tokens) == 1 and tokens[0] is not None and self.captures:
+            captured_logits = self._captured_step(cache, tokens[0])
+            if captured_logits is not None:
+                return captured_logits
         ids = torch.tensor([[token or 0] for token in tokens], device=self.model.device)
         mask = stand_in_mask(ids.device)
         logits: torch.Tensor = self.model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
         ).logits
         return logits[:, -1]
+
+    def _captured_step(self, cache: MemoryCache, token: int) -> torch.Tensor | None:
+        steps = self._steps.get(cache)
+        if steps is None:
+            record = captured.recorder(self.model)
+            if record is None:
+                return None
+            steps = self._steps[cache] = CapturedSteps(self.model, record)
+        return steps.step(cache, token)
 
     def _batch(self, cache: MemoryCache, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         lengths = [len(part) for part in parts]

@@ -148,7 +148,6 @@ class ArchitectureRotation(Rotation):
         x4 = x.float().reshape(1, -1, 1, x.shape[-1])
         return self._rotate(x4, x4[:, :0], position, 1)[0].reshape(x.shape).to(x.dtype)
 
-
     @override
     def tables(self, n: int, device: torch.device) -> Tables | None:
         if self.comfortable_length is not None:

@@ -21,11 +21,13 @@ import torch
 from typing_extensions import override
 
 from qllm_kernels.attention import FarSegment, apply_sinks, segment_logits
-from qllm_kernels.dispatch import attend_pieces, attention_mass, backend
+from qllm_kernels.dispatch import attend_pieces, attend_step, attention_mass, backend, step_mass
+from qllm_kernels.mass import Mass
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
+from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring, Steady
 from qllm_runtime.memory.outside import FarKeys, Outside
+from qllm_runtime.memory.places import DevicePlace, Place, board
 from qllm_runtime.memory.window import Window
 
 _TOGETHER = 64  # single tokens whose far keys are gathered at a time
@@ -56,6 +58,7 @@ class BlockMemory(LayerMemory):
         self._window = Window(config, rotation)
         self._n_blocks = 0  # blocks that left the window; those of streaming policies are not kept
         self._grid = 0  # pieces start here and every exec_block_size tokens from here
+        self._scoring: Scoring | None = None  # of the last tokens
 
     @override
     def set_query(self, start: int, end: int) -> None:
@@ -69,7 +72,16 @@ class BlockMemory(LayerMemory):
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
-        single = self._launch if backend(query.device) == "triton" else self._step
+        if self.numbers is not None:
+            return self._step_at(query, key, value, scoring, DevicePlace.of(self.numbers)).transpose(0, 1)
+        self._scoring = scoring
+        on_triton = backend(query.device) == "triton"
+        if on_triton and n == 1 and (steady := self.settle()) is not None:
+            place = DevicePlace.of(board([steady.numbers], query.device)[0])
+            out = self._step_at(query, key, value, scoring, place)
+            self.count()
+            return out.transpose(0, 1)
+        single = self._launch if on_triton else self._step
         if n == 1:
             return single(query, key, value, scoring).transpose(0, 1)
         outs = []
@@ -153,8 +165,7 @@ class BlockMemory(LayerMemory):
                 out, lse = apply_sinks(out, lse, scoring.sinks)
             if n == 1 and self.on_weights is not None:
                 mass = attention_mass(near, self._window.key, far, lse, **span)
-                parts = [x[0].flatten(1) for x in (mass.window, mass.pages, mass.loose) if x is not None]
-                self.on_weights(torch.cat(parts, 1), self._positions(oldest, seen, key))
+                self._report(mass, torch.arange(oldest, self.n_seen, device=key.device), seen)
             self._window.note_lse(starts[0], lse)
             outs.append(out)
         self._outside.query.capture(first, query, key, value, self.config.n_init)
@@ -200,14 +211,71 @@ class BlockMemory(LayerMemory):
         seen = self._outside.keys(means, counts, oldest, starts, length, self.on_lookup)
         return seen.segment(far), seen
 
-    def _positions(self, oldest: int, seen: FarKeys | None, key: torch.Tensor) -> torch.Tensor:
-        """Absolute indices [kv_heads, m] of the keys a single token sees: its window, then those outside it."""
-        positions = torch.arange(oldest, self.n_seen, device=key.device).expand(key.shape[0], -1)
-        if seen is None:
-            return positions
-        return torch.cat((positions, self._outside.positions(seen).expand(key.shape[0], -1)), 1)
+    def _report(self, mass: Mass, window: torch.Tensor, seen: FarKeys | None, last: torch.Tensor | None = None) -> None:
+        """Hand out the weights of a single token; `window` has the absolute indices of the keys in its window.
 
-    # -------------------------------------------------------------- attention of one token
+        Keys that it does not see may have any index; none behind `last` is handed out.
+        """
+        assert self.on_weights is not None
+        parts = [x[0].flatten(1) for x in (mass.window, mass.pages, mass.loose) if x is not None]
+        weights = torch.cat(parts, 1)
+        positions = self._positions(window, seen, weights.shape[0])
+        self.on_weights(weights, positions if last is None else torch.minimum(positions, last))
+
+    def _positions(self, window: torch.Tensor, seen: FarKeys | None, kv_heads: int) -> torch.Tensor:
+        """Absolute indices [kv_heads, m] of the keys a single token sees: those of its window [n], then those outside it."""
+        if seen is None:
+            return window.expand(kv_heads, -1)
+        return torch.cat((window.expand(kv_heads, -1), self._outside.positions(seen).expand(kv_heads, -1)), 1)
+
+    # -------------------------------------------------------------- attention of one token, wherever the device says it is
+
+    @override
+    def settle(self) -> Steady | None:
+        config, window, outside, first = self.config, self._window, self._outside, self.n_seen
+        recorded = self.on_lookup is not None or outside.query.awaited is not None
+        if self._scoring is None or window.tables is None or first < config.n_init or recorded:
+            return None
+        count = self._eligible(first)
+        self._evict(count, self._scoring)
+        oldest = self._oldest(count)
+        window.make_room(oldest)
+        slot = window.used
+        chosen = min(count, config.topk) if config.uses_blocks else 0
+        place = Place(first, slot, oldest - window.base, first - oldest, oldest, count, chosen)
+        far = outside.settle(count) if count else ()
+        return Steady((window.key, self.on_weights, count > 0, *far), place)
+
+    @override
+    def count(self) -> None:
+        self.n_seen += 1
+        self._window.used += 1
+
+    def _step_at(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, place: DevicePlace
+    ) -> torch.Tensor:
+        """Attention of a single token after `settle`: [heads, 1, value_dim]. The host counts nothing."""
+        window = self._window
+        near = window.place(query, key, value, place.slot)
+        far = seen = None
+        if self._n_blocks and not self._outside.empty:
+            far_query = self._outside.far(query)
+            seen = self._outside.keys_at(far_query, place)
+            far = seen.segment(far_query)
+        where = {"slot": place.first, "back": place.back}
+        out, lse = attend_step(
+            near, window.key, window.value, far, **where, scale=scoring.scale, softcap=scoring.softcap
+        )
+        if scoring.sinks is not None:
+            out, lse = apply_sinks(out, lse, scoring.sinks)
+        if self.on_weights is not None:
+            mass = step_mass(near, window.key, far, lse, **where, scale=scoring.scale, softcap=scoring.softcap)
+            slots = torch.arange(window.key.shape[1], device=key.device) + (place.position - place.slot)
+            self._report(mass, slots, seen, place.position)
+        window.place_lse(place.slot, lse)
+        return out
+
+    # -------------------------------------------------------------- attention of one token on the host's numbers
 
     def _step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Attention of a single token: [heads, 1, value_dim]. Its weights are at hand, so they can be recorded."""
@@ -241,7 +309,8 @@ class BlockMemory(LayerMemory):
             n_keys += seen.key.shape[2]
             out = torch.baddbmm(out, shares[..., n_near:n_keys], seen.value[:, 0])
         if self.on_weights is not None:
-            self.on_weights(weights[..., :n_keys].sum(1), self._positions(oldest, seen, key))
+            positions = self._positions(torch.arange(oldest, self.n_seen, device=key.device), seen, kv_heads)
+            self.on_weights(weights[..., :n_keys].sum(1), positions)
         if window.weighs_tokens:
             window.note_lse(first, torch.logsumexp(joint, -1).view(heads, 1))
         self._outside.query.capture(first, query, key, value, self.config.n_init)
@@ -254,7 +323,7 @@ class BlockMemory(LayerMemory):
         child = copy.copy(self)
         child._outside = self._outside.fork()
         child._window = self._window.fork()
-        child.on_lookup = child.on_weights = None
+        child.on_lookup = child.on_weights = child.numbers = None
         return child
 
     @override

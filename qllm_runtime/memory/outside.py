@@ -9,15 +9,15 @@ from typing import NamedTuple, Self
 import torch
 
 from qllm_kernels.attention import FarSegment
-from qllm_kernels.dispatch import backend, mean_keys, top_blocks
+from qllm_kernels.dispatch import backend, choose_blocks, mean_keys
 from qllm_kernels.eligible import to_device
-from qllm_kernels.select import bound_lookup, select_blocks, standardise
 from qllm_kernels.summary import key_bounds
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.digest import BlockDigest
 from qllm_runtime.memory.guide import Guide
 from qllm_runtime.memory.offload import OffloadedStore
+from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.resident import Resident
@@ -71,6 +71,7 @@ class Outside:
         self._far_map: torch.Tensor | None = None
         self._resident: Resident | None = None
         self._guide: tuple[torch.Tensor, Guide] | None = None  # a question's tokens and its scores
+        self._asked: torch.Tensor | None = None  # scores for the question that `keys_at` reads
 
     @property
     def empty(self) -> bool:
@@ -131,35 +132,30 @@ class Outside:
         Returns:
             ids [pieces, scopes, k] ascending, and valid [pieces, scopes, k] or None when all are.
         """
-        config = self._config
-        scopes = self.store.kv_heads if config.selection == "per_kv_head" else 1
+        config, scopes = self._config, self._scopes
         digest = None if self.query.awaits(starts[0]) else self._means if length > 1 else self._bounds
         parts = self.store.summaries(counts[-1]) if digest is None else digest.first(counts[-1])
-        if digest is not None and length == 1:
-            lookup = bound_lookup(lookup)
         guide = self._guiding(scopes)
-        if guide is None and len(parts) == 1:
-            ids, valid, scores = top_blocks(lookup, parts[0], counts, config.topk, scopes=scopes)
-        else:
-            each = [top_blocks(lookup, part, [part.shape[2]] * len(counts), 1, scopes=scopes)[2] for part in parts]
-            scores = each[0] if len(each) == 1 else torch.cat(each, -1)
-            eligible = None if counts[0] == counts[-1] else to_device(counts, scores.device)
-            if guide is not None:
-                scores = standardise(scores, eligible) + config.query_weight * guide.scores(
-                    self.store.summaries(counts[-1]), counts
-                )
-            k = min(config.topk, counts[-1])
-            if eligible is None:
-                ids, valid = scores.topk(k, dim=-1).indices.sort(dim=-1).values, None
-            else:
-                ids, valid = select_blocks(scores, eligible, config.topk)
-                valid = None if counts[0] >= k else valid
+        ids, valid, scores = choose_blocks(
+            lookup,
+            parts,
+            counts,
+            config.topk,
+            scopes=scopes,
+            question=None if guide is None else guide.scores(self.store.summaries(counts[-1]), counts[-1]),
+            weight=config.query_weight,
+            bounds=digest is not None and length == 1,
+        )
         if hook is not None:
             shared = config.selection == "shared"
             for piece, (start, count) in enumerate(zip(starts, counts, strict=True)):
                 chosen, seen = ids[piece, :, : min(config.topk, count)], scores[piece, :, :count]
                 hook(Lookup(start, length, count, chosen[0] if shared else chosen, seen[0] if shared else seen))
         return ids, valid
+
+    @property
+    def _scopes(self) -> int:
+        return self.store.kv_heads if self._config.selection == "per_kv_head" else 1
 
     def _guiding(self, scopes: int) -> Guide | None:
         """The question's scores, if it takes part in lookups."""
@@ -187,15 +183,66 @@ class Outside:
         """
         pieces = len(starts)
         if not self._config.uses_blocks:
-            assert self._initial is not None
-            key, value = (x[:, None].expand(-1, pieces, -1, -1) for x in self._initial)
-            return FarKeys(key, value, None, None)
+            return self._initial_only(pieces)
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
-        paged = None
-        if backend(ids.device) == "triton":
-            paged = self.store.in_place(ids, valid)
-        elif pieces == 1 and ids.device.type == "cpu":
+        if pieces == 1 and ids.device.type == "cpu" and backend(ids.device) == "torch":
             return self._keep(ids, oldest[0])
+        return self._seen(ids, valid, None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32), oldest)
+
+    def settle(self, n_blocks: int) -> tuple[object, ...]:
+        """Bring up to date what `keys_at` reads for so many eligible blocks, and return it."""
+        if not self._config.uses_blocks or not n_blocks:
+            return (self._initial,)
+        parts = self._parts()
+        guide = self._guiding(self._scopes)
+        self._asked = None
+        if guide is not None:
+            room = sum(part.shape[2] for part in parts)
+            self._asked = guide.scores(self.store.summaries(n_blocks), room)
+        return (self._initial, self.query.tokens, self._asked, *parts, *self.store.pages)
+
+    def keys_at(self, far: torch.Tensor, place: DevicePlace) -> FarKeys:
+        """What a single token sees, after `settle`; of its place nothing but what the tensors hold is looked at.
+
+        Args:
+            far: [heads, 1, head_dim] its query in far form.
+            place: Where it is.
+        """
+        config = self._config
+        if not config.uses_blocks:
+            return self._initial_only(1)
+        ids, valid, _ = choose_blocks(
+            far.float().transpose(0, 1),
+            self._parts(),
+            place.n_blocks,
+            config.topk,
+            scopes=self._scopes,
+            question=self._asked,
+            weight=config.query_weight,
+            bounds=self._bounds is not None,
+        )
+        ids = torch.minimum(ids, place.n_blocks - 1)  # pages that were written, where there is no choice
+        return self._seen(ids, valid, place.n_chosen, place.oldest)
+
+    def _parts(self) -> list[torch.Tensor]:
+        """What single tokens are compared with, [heads, r, n, width] per generation, the last with its room for more blocks."""
+        return [run.summaries for run in self.store.pages] if self._bounds is None else self._bounds.runs()
+
+    def _initial_only(self, pieces: int) -> FarKeys:
+        assert self._initial is not None
+        key, value = (x[:, None].expand(-1, pieces, -1, -1) for x in self._initial)
+        return FarKeys(key, value, None, None)
+
+    def _seen(
+        self,
+        ids: torch.Tensor,
+        valid: torch.Tensor | None,
+        n_chosen: torch.Tensor | None,
+        oldest: Sequence[int] | torch.Tensor,
+    ) -> FarKeys:
+        """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `keys`."""
+        pieces = ids.shape[0]
+        paged = self.store.in_place(ids, valid) if backend(ids.device) == "triton" else None
         if paged is None:
             key, value = self._join(*self.store.gather(ids, valid))
         else:
@@ -211,7 +258,6 @@ class Outside:
                 hidden[:, :, first : first + ids.shape[2] * size] = ~valid.repeat_interleave(size, dim=-1)
             if asked:
                 hidden[:, :, -asked:] = self._question_hidden(ids, oldest)
-        n_chosen = None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32)
         return FarKeys(key, value, hidden, ids, paged, n_chosen)
 
     def positions(self, seen: FarKeys) -> torch.Tensor:
@@ -262,15 +308,18 @@ class Outside:
             joined.append(torch.cat(parts, 2))
         return joined[0], joined[1]
 
-    def _question_hidden(self, ids: torch.Tensor, oldest: Sequence[int]) -> torch.Tensor:
+    def _question_hidden(self, ids: torch.Tensor, oldest: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Where the pinned copy of a question token would be its second appearance: [pieces, scopes, tokens]."""
         positions = self.query.positions
         block = torch.div(positions - self._config.n_init, self._config.block_size, rounding_mode="floor")
         hidden = (ids[..., None] == block).any(dim=2)
-        if self.query.end > min(oldest):
-            in_window = positions >= to_device(oldest, ids.device)[:, None]
-            hidden = hidden | in_window[:, None]
-        return hidden
+        if isinstance(oldest, torch.Tensor):
+            border = oldest
+        elif self.query.end > min(oldest):
+            border = to_device(oldest, ids.device)
+        else:
+            return hidden
+        return hidden | (positions >= border[:, None])[:, None]
 
     def fork(self) -> Self:
         """An independent continuation that shares initial tokens and blocks."""
@@ -279,7 +328,7 @@ class Outside:
         child.query = self.query.fork()
         child._means = None if self._means is None else self._means.fork()
         child._bounds = None if self._bounds is None else self._bounds.fork()
-        child._resident = child._guide = None
+        child._resident = child._guide = child._asked = None
         return child
 
     def nbytes(self) -> int:
@@ -288,4 +337,5 @@ class Outside:
         if self._resident is not None:
             kept = (*kept, self._resident.key, self._resident.value)
         digests = sum(digest.nbytes() for digest in (self._means, self._bounds) if digest is not None)
-        return self.store.nbytes() + digests + sum(x.nbytes for x in kept)
+        asked = 0 if self._asked is None else self._asked.nbytes
+        return self.store.nbytes() + digests + asked + sum(x.nbytes for x in kept)

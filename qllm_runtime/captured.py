@@ -1,0 +1,186 @@
+"""Single-token steps recorded as a CUDA graph: the device runs hundreds of launches that the host asks for with one.
+
+A step can be recorded where every layer's memory runs on numbers that the device reads (`LayerMemory.settle`). It is recorded
+the second time it is met, as what runs for the first time (compilation, allocation) must not be recorded, and run again for as
+long as all that it reads is the same. What precedes a step, such as turning tokens into blocks, runs before it as always.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from qllm_kernels.dispatch import warn_once
+from qllm_runtime.memory.base import Steady
+from qllm_runtime.memory.places import board
+from qllm_runtime.seam import MemoryCache, stand_in_mask
+
+_SYNCHRONISES = "called a synchronizing"  # what torch says where the host waits for the device
+_PROTOTYPE = "Synchronization debug mode is a prototype"  # and, once, of looking for that
+
+
+class Recording(Protocol):
+    """A step that was recorded, and where its logits will be."""
+
+    logits: torch.Tensor
+
+    def replay(self) -> None:
+        """Run it again."""
+
+
+#: Records a step without running it; the recording before it, if any, is not run any more and may share its memory.
+Recorder = Callable[[Callable[[], torch.Tensor], Recording | None], Recording]
+
+
+class CudaGraph:
+    """A step as a CUDA graph; see `Recorder`."""
+
+    def __init__(self, step: Callable[[], torch.Tensor], before: Recording | None) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        device = torch.cuda.current_device()
+        pool = before._graph.pool() if isinstance(before, CudaGraph) else None
+        # a capture that fails leaves its stream current: the outer block puts the one before back
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self._graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
+        ):
+            self.logits = step()
+
+    def replay(self) -> None:
+        """Run it again."""
+        self._graph.replay()
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream that graphs of a device are recorded on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def recorder(model: PreTrainedModel) -> Recorder | None:
+    """What records steps of `model`, or None where steps run launch by launch."""
+    device = model.device
+    alone = device.type == "cuda" and all(parameter.device == device for parameter in model.parameters())
+    return CudaGraph if alone else None
+
+
+@contextmanager
+def _waiting(device: torch.device) -> Iterator[list[str]]:
+    """Collect what makes the host wait for the device, which no recording can hold."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if _SYNCHRONISES in str(warning.message):
+            found.append(str(warning.message).splitlines()[0])
+        elif _PROTOTYPE not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+class CapturedSteps:
+    """The single-token steps of one sequence.
+
+    Args:
+        model: The model.
+        record: What records its steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, record: Recorder) -> None:
+        self._model, self._record = model, record
+        self._possible = "position_ids" in inspect.signature(model.forward).parameters
+        self._recording: Recording | None = None
+        self._recorded: tuple[object, ...] = ()  # what the recording reads
+        self._met: tuple[object, ...] = ()  # what the step before read
+        self._board: torch.Tensor | None = None
+
+    def step(self, cache: MemoryCache, token: int) -> torch.Tensor | None:
+        """Logits [1, vocab] that follow `token`, or None where the step must run on the host's numbers (nothing was done)."""
+        if not self._possible:
+            return None
+        memories = cache.memories()
+        steadies = []
+        for memory in memories:
+            steady = memory.settle()
+            if steady is None:
+                return None
+            steadies.append(steady)
+        reads = tuple(x for steady in steadies for x in steady.reads)
+        self._write(token, steadies)
+        assert self._board is not None
+        for memory, numbers in zip(memories, self._board[1:], strict=True):
+            memory.numbers = numbers
+        try:
+            logits = self._run(cache, reads)
+        finally:
+            for memory in memories:
+                memory.numbers = None
+        for memory in memories:
+            memory.count()
+        return logits
+
+    def _write(self, token: int, steadies: Sequence[Steady]) -> None:
+        """Send the token, its position and the numbers of every layer to where the step reads them."""
+        places = [steady.numbers for steady in steadies]
+        token_row = (token, *places[0][:1], *[0] * (len(places[0]) - 2))
+        fresh = board([token_row, *places], self._model.device)
+        if self._board is None:
+            self._board = fresh
+        else:
+            self._board.copy_(fresh)
+
+    def _run(self, cache: MemoryCache, reads: tuple[object, ...]) -> torch.Tensor:
+        known = self._recording is not None and _same(reads, self._recorded)
+        if not known:
+            if not _same(reads, self._met):
+                self._met = reads
+                with _waiting(self._model.device) as found:
+                    logits = self._forward(cache)
+                if found:
+                    self._give_up(found[0])
+                return logits
+            try:
+                self._recording = self._record(lambda: self._forward(cache), self._recording)
+            except Exception as error:
+                self._give_up(str(error.__context__ or error))
+                return self._forward(cache)
+            self._recorded = reads
+        assert self._recording is not None
+        self._recording.replay()
+        return self._recording.logits.clone()
+
+    def _give_up(self, reason: str) -> None:
+        self._possible, self._recording = False, None
+        name = type(self._model).__name__
+        warn_once(f"Steps of {name} run launch by launch, without a CUDA graph: {(reason.splitlines() or [''])[0]}.")
+
+    def _forward(self, cache: MemoryCache) -> torch.Tensor:
+        assert self._board is not None
+        ids, position = self._board[0, 0, None], self._board[0, 1, None]
+        logits: torch.Tensor = self._model(
+            input_ids=ids,
+            position_ids=position,
+            attention_mask=stand_in_mask(ids.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return logits[:, -1]
+
+
+def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))
