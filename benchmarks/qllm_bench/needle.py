@@ -27,6 +27,7 @@ from qllm_runtime.errors import InvalidRequestError
 SIMPLE = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
 _ROOM = 48  # tokens of template and separators
 _KEPT = 8_000_000  # tokens of documents that are kept for the next setting
+_TRIES = 8  # until a document fills its length
 _FACT = 50  # tokens of a document per fact
 _QUESTION = 16  # tokens that other questions may have more than those of the first document
 
@@ -118,10 +119,13 @@ class Haystacks:
         return _QUESTION + max(self._subject.llm.count_tokens(case.question) for case in cases)
 
     def _make(self, tokens: int, number: int) -> list[Case]:
-        """Cases of one document that fits ``tokens`` tokens with question and template."""
+        """Cases of one document that fits ``tokens`` tokens with question and template, and fills them to 5 %."""
         plan = self._plan
         n_chars = round((tokens - _ROOM) * self._ratio)
-        while n_chars > 0:
+        best: tuple[int, list[Case]] | None = None
+        for _ in range(_TRIES):
+            if n_chars <= 0:
+                break
             rng = random.Random(f"needle-{self._library.split}-{plan.seed}-{tokens}-{number}")
             prose = self._library.draw(rng, n_chars)
             cases = make_haystack(
@@ -129,10 +133,17 @@ class Haystacks:
             )
             count = self._subject.llm.count_tokens
             room = _ROOM + 2 * max(count(case.question) for case in cases)
-            excess = count(cases[0].document) + room - tokens
-            if excess <= 0:
-                return cases
-            n_chars -= int(excess * self._ratio * 1.05) + 8
+            left = tokens - room - count(cases[0].document)
+            if left < 0:
+                n_chars += int(left * self._ratio * 1.05) - 8
+                continue
+            if best is None or left < best[0]:
+                best = left, cases
+            if left <= 0.05 * tokens:
+                break
+            n_chars += int((left - 0.01 * tokens) * self._ratio)
+        if best is not None:
+            return best[1]
         raise InvalidRequestError(
             f"{plan.needles} facts with {plan.distractors} distractors each do not fit {tokens} tokens; raise --lengths, or "
             "lower --needles or --distractors."
