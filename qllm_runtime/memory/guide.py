@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from qllm_kernels.dispatch import top_blocks
-from qllm_kernels.eligible import to_device
-from qllm_kernels.select import standardise
 
 
 class Guide:
@@ -28,31 +26,12 @@ class Guide:
         self._scopes = scopes
         self._scores = tokens.new_empty(scopes, 0)
         self._n = 0  # blocks they are known of
-        self._last: tuple[tuple[int, ...], torch.Tensor] | None = None
 
-    def scores(self, summaries: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
-        """Standardised scores of the blocks that pieces may look up.
-
-        Args:
-            summaries: Summaries of the first counts[-1] blocks in order, tensors [summary_heads, r, n, head_dim].
-            counts: Eligible blocks of each piece, ascending.
-
-        Returns:
-            [pieces, scopes, counts[-1]], mean 0 and variance 1 over the eligible blocks of each piece; [1, ...] where all
-            pieces may look up all.
-        """
-        key = tuple(counts) if counts[0] < counts[-1] else (counts[0],)
-        if self._last is None or self._last[0] != key:
-            self._extend(summaries)
-            eligible = None if len(key) == 1 else to_device(key, self._scores.device)
-            self._last = key, standardise(self._scores[None, :, : counts[-1]], eligible)
-        return self._last[1]
-
-    def plain(self, summaries: Sequence[torch.Tensor], room: int) -> torch.Tensor:
-        """Scores as they are, [scopes, `room` or more]: those of these blocks first, then anything.
+    def scores(self, summaries: Sequence[torch.Tensor], room: int) -> torch.Tensor:
+        """Scores, [scopes, `room` or more]: those of these blocks first, then anything.
 
         Args:
-            summaries: Summaries of all blocks in order, as in `scores`.
+            summaries: Summaries of all blocks in order, tensors [summary_heads, r, n, head_dim].
             room: Blocks for which there is to be a place; until more are asked for, it is the same tensor that is filled.
         """
         self._extend(summaries, room)
