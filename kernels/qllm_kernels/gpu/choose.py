@@ -33,7 +33,7 @@ def merge_row(candidates, ids, valid, i_row, n_candidates, n_blocks, k, BC: tl.c
         # [BC]
         o_c = i_c + tl.arange(0, BC)
         b_key = tl.load(candidates + i_row * n_candidates + o_c, mask=o_c < n_candidates, other=-(2**63))
-        b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK))), descending=True)
+        b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK), 0)), descending=True)
     b_id = tl.where((o_k < k) & (b_top != -(2**63)), 0x7FFFFFFF - (b_top & 0x7FFFFFFF), n_blocks)
     b_id = tl.sort(b_id)
     tl.store(ids + i_row * k + o_k, tl.minimum(b_id, n_blocks - 1), mask=o_k < k)
@@ -103,7 +103,7 @@ def choose(
             tl.store(p_score + o_n, b_score, mask=m_n)
         b_key = tl.where(m_n, order_key(b_score, o_n), -(2**63))
         # the best of two descending lists: one against the other reversed
-        b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK))), descending=True)
+        b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK), 0)), descending=True)
     tl.store(candidates + (i_row * splits + i_split) * BK + tl.arange(0, BK), b_top)
     # the program's stores come before its count, the others' before what the last one reads
     tl.debug_barrier()
