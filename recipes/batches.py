@@ -104,9 +104,12 @@ class Sampler:
         families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
         if simple:
             families, weights = families[:-2], weights[:-2]
-        if rng.random() < 0.33:
+        if rng.random() < 0.4:
             family = rng.choices(families, weights)[0]
             count = max(2, min(12, int(budget / 16)))
+            if family == "multi" and rng.random() < 0.6:
+                # Leaving out what was told already is learnt late; here every question asks for it.
+                return merge([maker.multi(rng.randint(2, 3), 0) for _ in range(max(2, count // 3))])
             if family == "multi":
                 return maker.multi(rng.randint(2, 4), max(1, count - 3))
             if family == "two_hop":
