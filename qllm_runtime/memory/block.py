@@ -25,9 +25,10 @@ from qllm_kernels.dispatch import attend_pieces, attend_step, attention_mass, ba
 from qllm_kernels.mass import Mass
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring, Steady
+from qllm_runtime.memory.base import Rotation, Scoring, Steady
 from qllm_runtime.memory.outside import FarKeys, Outside
-from qllm_runtime.memory.places import DevicePlace, Place, board
+from qllm_runtime.memory.places import DevicePlace, Place
+from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 from qllm_runtime.memory.window import Window
 
 _TOGETHER = 64  # single tokens whose far keys are gathered at a time
@@ -43,7 +44,7 @@ class Span(TypedDict):
     softcap: float | None
 
 
-class BlockMemory(LayerMemory):
+class BlockMemory(SteadyMemory):
     """Memory of the policies qllm, infllm, streaming and lm-infinite.
 
     Args:
@@ -72,16 +73,11 @@ class BlockMemory(LayerMemory):
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
-        if self.numbers is not None:
-            return self._step_at(query, key, value, scoring, DevicePlace.of(self.numbers)).transpose(0, 1)
         self._scoring = scoring
-        on_triton = backend(query.device) == "triton"
-        if on_triton and n == 1 and (steady := self.settle()) is not None:
-            place = DevicePlace.of(board([steady.numbers], query.device)[0])
-            out = self._step_at(query, key, value, scoring, place)
-            self.count()
-            return out.transpose(0, 1)
-        single = self._launch if on_triton else self._step
+        steady = self.step(query, key, value, scoring)
+        if steady is not None:
+            return steady
+        single = self._launch if backend(query.device) == "triton" else self._step
         if n == 1:
             return single(query, key, value, scoring).transpose(0, 1)
         outs = []
@@ -251,10 +247,10 @@ class BlockMemory(LayerMemory):
         self.n_seen += 1
         self._window.used += 1
 
-    def _step_at(
+    @override
+    def step_at(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, place: DevicePlace
     ) -> torch.Tensor:
-        """Attention of a single token after `settle`: [heads, 1, value_dim]. The host counts nothing."""
         window = self._window
         near = window.place(query, key, value, place.slot)
         far = seen = None
@@ -262,16 +258,13 @@ class BlockMemory(LayerMemory):
             far_query = self._outside.far(query)
             seen = self._outside.keys_at(far_query, place)
             far = seen.segment(far_query)
-        where = {"slot": place.first, "back": place.back}
-        out, lse = attend_step(
-            near, window.key, window.value, far, **where, scale=scoring.scale, softcap=scoring.softcap
-        )
+        span = step_span(place, scoring)
+        out, lse = attend_step(near, window.key, window.value, far, **span)
         if scoring.sinks is not None:
             out, lse = apply_sinks(out, lse, scoring.sinks)
         if self.on_weights is not None:
-            mass = step_mass(near, window.key, far, lse, **where, scale=scoring.scale, softcap=scoring.softcap)
-            slots = torch.arange(window.key.shape[1], device=key.device) + (place.position - place.slot)
-            self._report(mass, slots, seen, place.position)
+            mass = step_mass(near, window.key, far, lse, **span)
+            self._report(mass, window_positions(place, window.key.shape[1]), seen, place.position)
         window.place_lse(place.slot, lse)
         return out
 

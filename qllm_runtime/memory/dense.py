@@ -9,12 +9,16 @@ import torch
 from typing_extensions import override
 
 from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
-from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
+from qllm_kernels.dispatch import attend_step, backend, rotate_append, step_mass
+from qllm_kernels.rotary import Destination
+from qllm_runtime.memory.base import Rotation, Scoring, Steady, Tables
+from qllm_runtime.memory.places import DevicePlace, Place
+from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 
 _TILE = 512
 
 
-class DenseMemory(LayerMemory):
+class DenseMemory(SteadyMemory):
     """All tokens, or those of a sliding window, at their true distances.
 
     Args:
@@ -31,17 +35,57 @@ class DenseMemory(LayerMemory):
         self._key: torch.Tensor | None = None
         self._key_raw: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
+        self._tables: Tables | None = None  # what single tokens are rotated by on Triton
 
     def set_query(self, start: int, end: int) -> None:
         """Dense attention looks nothing up; a query has no influence."""
 
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        steady = self.step(query, key, value, scoring)
+        if steady is not None:
+            return steady
         if self._window is None:
             return self._append(query, key, value, scoring)
         step = 2 * _TILE
         rows = [slice(lo, lo + step) for lo in range(0, query.shape[1], step)]
         return torch.cat([self._append(query[:, part], key[:, part], value[:, part], scoring) for part in rows])
+
+    @override
+    def settle(self) -> Steady | None:
+        if self._key is None or self._value is None:
+            return None
+        self._make_room(self._key, self._value, 1)
+        if self._tables is None:
+            return None
+        slot = self.n_seen - self._base
+        first = 0 if self._window is None else max(0, slot - self._window + 1)
+        place = Place(self.n_seen, slot, first, slot - first, self._base + first, n_blocks=0, n_chosen=0)
+        return Steady((self._key, self._value, self._tables, self.on_weights), place)
+
+    @override
+    def count(self) -> None:
+        self.n_seen += 1
+
+    @override
+    def step_at(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, place: DevicePlace
+    ) -> torch.Tensor:
+        assert self._key is not None and self._value is not None and self._key_raw is not None
+        assert self._tables is not None
+        cos, sin, interleaved = self._tables
+        raw = torch.full_like(place.slot, -1) if self._window is None else place.slot  # full attention moves no keys
+        places = Destination(self._key, self._value, place.slot), Destination(self._key_raw, None, raw)
+        near = rotate_append(query, key, value, cos, sin, place.slot, *places, interleaved=interleaved)
+        span = step_span(place, scoring)
+        out, lse = attend_step(near, self._key, self._value, None, **span)
+        if scoring.sinks is not None:
+            out, lse = apply_sinks(out, lse, scoring.sinks)
+        if self.on_weights is not None:
+            mass = step_mass(near, self._key, None, lse, **span).window
+            assert mass is not None
+            self.on_weights(mass[0], window_positions(place, mass.shape[2]).expand(mass.shape[1], -1))
+        return out
 
     def _append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
@@ -122,6 +166,7 @@ class DenseMemory(LayerMemory):
             self._key = key.new_empty(key.shape[0], self._capacity, key.shape[2])
             self._value = value.new_empty(value.shape[0], self._capacity, value.shape[2])
             self._key_raw = key.new_empty(key.shape[0], self._capacity if self._window else 0, key.shape[2])
+            self._prepare_steps()
         if used + n <= self._key.shape[1]:
             return
         if self._window is None:
@@ -131,6 +176,7 @@ class DenseMemory(LayerMemory):
                 new = old.new_empty(old.shape[0], grown, old.shape[2])
                 new[:, :used] = old[:, :used]
                 setattr(self, name, new)
+            self._prepare_steps()
             return
         assert self._key_raw is not None
         keep = min(used, self._window - 1)
@@ -139,13 +185,22 @@ class DenseMemory(LayerMemory):
         self._base = self.n_seen - keep
         self._key[:, :keep] = self._rotation.rotate(self._key_raw[:, :keep], 0)
 
+    def _prepare_steps(self) -> None:
+        """Have what `step_at` needs for buffers that are new."""
+        assert self._key is not None and self._value is not None
+        if backend(self._key.device) == "triton":
+            self._tables = self._rotation.tables(self._key.shape[1], self._key.device)
+            # torch functions that stand in for a kernel look at all slots
+            for buffer in (self._key, self._value):
+                buffer[:, self.n_seen - self._base :] = 0
+
     @override
     def fork(self) -> Self:
         child = copy.copy(self)
         for name in ("_key", "_key_raw", "_value"):
             buffer = getattr(self, name)
             setattr(child, name, None if buffer is None else buffer.clone())
-        child.on_weights = None
+        child.on_weights = child.numbers = None
         return child
 
     @override
