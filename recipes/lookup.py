@@ -48,7 +48,7 @@ class LookupObjective:
         weight: Weight of this loss beside the answers' loss.
     """
 
-    def __init__(self, config: ReaderConfig, weight: float = 0.1) -> None:
+    def __init__(self, config: ReaderConfig, weight: float = 0.15) -> None:
         self.config = config
         self.weight = weight
         self.layers = range(1, config.layers - 1)
