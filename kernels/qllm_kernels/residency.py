@@ -16,12 +16,14 @@ class Residency:
         page_of: [rows, n_slots] int32, the page in a slot; -1: empty.
         used: [rows, n_slots] int32, the time of a slot's last use; -1: never.
         clock: [rows] int32, pieces served so far.
+        tally: [rows, 2] int64, pages asked for and pages fetched so far.
     """
 
     slot_of: torch.Tensor
     page_of: torch.Tensor
     used: torch.Tensor
     clock: torch.Tensor
+    tally: torch.Tensor
 
     @classmethod
     def empty(cls, rows: int, n_pages: int, n_slots: int, device: torch.device) -> Residency:
@@ -30,7 +32,8 @@ class Residency:
         def none(*shape: int) -> torch.Tensor:
             return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-        return cls(none(rows, n_pages), none(rows, n_slots), none(rows, n_slots), none(rows) + 1)
+        tally = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        return cls(none(rows, n_pages), none(rows, n_slots), none(rows, n_slots), none(rows) + 1, tally)
 
 
 def admit_pages(
@@ -62,9 +65,11 @@ def admit_pages(
         slot_of, page_of, used = (x[row] for x in (state.slot_of, state.page_of, state.used))
         start = int(state.clock[row])
         fetched: list[tuple[int, int]] = []
+        asked = 0
         for piece in range(pieces):
             counted = torch.ones(k, dtype=torch.bool) if valid is None else valid[piece, row]
             chosen = [(place, int(ids[piece, row, place])) for place in range(k) if counted[place]]
+            asked += len(chosen)
             for _, page in chosen:
                 if slot_of[page] >= 0:
                     used[slot_of[page]] = start + piece + 1
@@ -79,6 +84,7 @@ def admit_pages(
                 slots[piece, row, place] = slot_of[page]
         state.clock[row] = start + pieces
         counts[row] = len(fetched)
+        state.tally[row] += torch.tensor([asked, len(fetched)], device=ids.device)
         if fetched:
             moves[row, : len(fetched)] = torch.tensor(fetched)
     return slots, moves, counts

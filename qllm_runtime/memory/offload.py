@@ -109,6 +109,13 @@ class OffloadedStore(BlockStore):
         child._slabs, child._awaits = self._slabs, self._awaits
         return child
 
+    def tally(self) -> tuple[int, int]:
+        """Blocks looked up so far and those of them that were fetched (with one choice per head, of each head); waits."""
+        if self._state is None:
+            return 0, 0
+        asked, fetched = self._state.tally.sum(0).tolist()
+        return asked, fetched
+
     @override
     def nbytes(self) -> int:
         """Bytes on the device: summaries and slots."""

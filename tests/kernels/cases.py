@@ -133,8 +133,18 @@ def _choose(case: Case, guided: bool) -> Compilation:
         "", scores="fp32", moments="fp32", question="fp32", n_eligible="i32", candidates="i64", done="i32", ids="i64",
         valid="i1",
     )  # fmt: skip
-    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": 1024, "BC": 512, "BK": 32, "num_warps": 4}
-    return Compilation(choose.choose, pointers, sizes, ("weight",))
+    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": 1024, "BC": 512, "BK": 32}
+    return Compilation(choose.choose, pointers, sizes | choose.options(case.target), ("weight",))
+
+
+def _refine(case: Case) -> Compilation:
+    from qllm_kernels.gpu import refine
+
+    numbers = {"table": "i64", "candidates": "i64", "counts": "i64", "done": "i32", "ids": "i64", "valid": "i1"}
+    pointers = case.pointers("key", lookup="fp32", scores="fp32", moments="fp32", question="fp32", **numbers)
+    sizes = refine.constants(case.group, case.dim, case.block, case.size, 128, case.target)
+    shape = {"HEADS": 8, "GROUP": case.group, "SIZE": case.block, "D": case.dim, "GUIDED": True}
+    return Compilation(refine.refine, pointers, {**shape, **sizes}, ("weight",), ("stride_key_head", "stride_key_page"))
 
 
 def _average_keys(case: Case) -> Compilation:
@@ -217,7 +227,7 @@ def _admit(case: Case, slots: int) -> Compilation:
     from qllm_kernels.gpu import residency
 
     tables = dict.fromkeys(("counts", "slot_of", "page_of", "used", "clock"), "i32")
-    pointers = case.pointers("", ids="i64", valid="i1", slots="i64", moves="i64", **tables)
+    pointers = case.pointers("", ids="i64", valid="i1", slots="i64", moves="i64", tally="i64", **tables)
     constants = {"VALID": True, "BK": 32, "BS": slots, "num_warps": 4 if slots <= 256 else 8, "num_stages": 1}
     return Compilation(residency.admit, pointers, constants)
 
@@ -237,6 +247,7 @@ KERNELS: dict[str, Callable[[Case], Compilation]] = {
     "score_blocks of bounds beside a question, decode": lambda case: _select(case, 1, guided=True, bounds=True),
     "choose": lambda case: _choose(case, guided=False),
     "choose beside a question": lambda case: _choose(case, guided=True),
+    "refine": _refine,
     "average_keys": _average_keys,
     "best_keys": _best_keys,
     "token_mass": _token_mass,
@@ -251,7 +262,13 @@ KERNELS: dict[str, Callable[[Case], Compilation]] = {
     "admit, 64 slots": lambda case: _admit(case, 64),
     "admit, 1024 slots": lambda case: _admit(case, 1024),
 }
-_MATRIX = ("segment_attention", "segment_mass", "score_blocks", "token_mass")  # kernels that multiply matrices
+_MATRIX = (
+    "segment_attention",
+    "segment_mass",
+    "score_blocks",
+    "refine",
+    "token_mass",
+)  # kernels that multiply matrices
 #: axes that the compilation of a kernel depends on
 AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNELS, ("arch", "dtype")),
@@ -261,6 +278,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "score_blocks of every key, prefill": ("arch", "dtype", "dim", "group", "block"),
     "score_blocks beside a question, decode": ("arch", "dtype", "dim", "group", "block"),
     "choose": ("arch",),
+    "refine": ("arch", "dtype", "dim", "group", "block"),
     "choose beside a question": ("arch",),
     "token_mass": ("arch", "dtype", "dim", "group", "softcap"),
     "average_keys": ("arch", "dtype", "block"),
@@ -308,6 +326,9 @@ AGAIN = (
     Case("segment_mass, prefill", arch=120),
     Case("score_blocks, decode", arch=89),
     Case("score_blocks of every key, prefill", arch=80),
+    Case("score_blocks of bounds beside a question, decode", arch=90),
+    Case("choose beside a question", arch=86),
+    Case("refine", arch=90),
     Case("admit, 64 slots", arch=90),
     Case("quantise", arch=80),
     Case("turn_and_store", arch=90),

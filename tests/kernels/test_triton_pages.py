@@ -142,6 +142,7 @@ def test_evictions(module, rows, k, pieces, spare, seed):
     state = Residency.empty(rows, n_pages, n_slots, torch.device("cpu"))
     models = [LeastRecentlyUsed(n_slots) for _ in range(rows)]
     slab, hot = random(rows, n_pages, 2, 8), torch.full((rows, n_slots, 2, 8), NAN)
+    tally = torch.zeros(rows, 2, dtype=torch.int64)
     for step in range(5):
         # neighbours in time choose alike
         ids = (torch.rand(pieces, rows, n_pages, generator=draw) + torch.arange(n_pages).roll(step) / 9).argsort(-1)[
@@ -156,11 +157,13 @@ def test_evictions(module, rows, k, pieces, spare, seed):
                 for piece in range(pieces)
             ]
             answers, fetched = model.serve(chosen)
+            tally[row] += torch.tensor([sum(map(len, chosen)), len(fetched)])
             assert [tuple(x) for x in moves[row, : counts[row]].tolist()] == fetched
             for piece, answer in enumerate(answers):
                 counted = slice(None) if valid is None else valid[piece, row]
                 assert slots[piece, row][counted].tolist() == answer
                 assert torch.equal(hot[row, answer], slab[row, chosen[piece]])
+    assert torch.equal(state.tally, tally)
 
 
 def test_a_buffer_that_is_too_small():

@@ -18,7 +18,7 @@ from qllm_kernels.gpu.shapes import Target, power_of_2, target
 from qllm_kernels.gpu.tickets import tickets
 
 _PROGRAMS = 256  # wanted at least, where keys can be split
-_JOINED = 2048  # elements of partial results at a time
+_JOINED = 4096  # elements of partial results at a time
 
 
 @triton.jit
@@ -244,8 +244,11 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
         tile = (power_of_2(min(rows, 64), 16), 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 2)
     else:
         tile = (128, 64, 8, 2) if on.warp_groups else (64, 64, 8, 2)
+    # left alone, ptxas spills a few bytes to fit more programs than the shared memory allows
+    limit = {"maxnreg": 232} if size < 4 and rows <= 16 and not on.warp_groups else {}
     return {
         **dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True)),
+        **limit,
         "BD": b_d,
         "BV": b_v,
         "BC": b_d if size < 4 else min(b_d, 64 if wide <= 128 or on.warp_groups else 32),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qllm_kernels.gpu.shapes import power_of_2
+from qllm_kernels.gpu.shapes import Target, power_of_2, target
 from qllm_kernels.gpu.tickets import tickets
 
 CANDIDATES = 4096  # of all splits of a row together, at most
@@ -113,6 +113,11 @@ def choose(
         merge_row(candidates, ids, valid, i_row, splits * BK, n_blocks, k, BC, BK)
 
 
+def options(on: Target) -> dict[str, int]:
+    """Launch options of `choose`; left alone, ptxas before sm_90 spills a few bytes to fit more programs."""
+    return {"num_warps": 4} if on.warp_groups else {"num_warps": 4, "maxnreg": 128}
+
+
 def choose_best(
     scores: torch.Tensor,
     n_eligible: torch.Tensor,
@@ -145,6 +150,6 @@ def choose_best(
         tickets(scores.device), ids, valid, scopes, n_blocks, n_partials, k, float(weight),
         0 if question is None else question.stride(0),
         GUIDED=question is not None, BS=power_of_2(n_partials), BN=b_n, BC=max(b_k, min(512, power_of_2(splits * b_k))),
-        BK=b_k, num_warps=4,
+        BK=b_k, **options(target(scores.device)),
     )  # fmt: skip
     return ids, valid

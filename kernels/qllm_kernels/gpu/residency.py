@@ -14,7 +14,7 @@ MOST_SLOTS = 1024
 
 @triton.jit(do_not_specialize=["pieces", "k", "n_pages", "n_slots"])
 def admit(
-    ids, valid, slots, moves, counts, slot_of, page_of, used, clock, pieces, k, n_pages, n_slots,
+    ids, valid, slots, moves, counts, slot_of, page_of, used, clock, tally, pieces, k, n_pages, n_slots,
     VALID: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Slots, evictions and fetches of one row."""
@@ -24,6 +24,7 @@ def admit(
     p_slot_of, p_page_of, p_used = slot_of + i_row * n_pages, page_of + i_row * n_slots, used + i_row * n_slots
     b_start = tl.load(clock + i_row)
     n_moves = 0
+    n_asked = 0
     for i_p in range(pieces):
         # [BK]
         o_id = (i_p * rows + i_row) * k + o_k
@@ -51,10 +52,13 @@ def admit(
         tl.store(p_move + 1, b_given.to(tl.int64), mask=m_miss)
         b_slot = tl.where(m_miss, b_given, tl.where(m_id, b_slot, 0))
         tl.store(slots + o_id, b_slot.to(tl.int64), mask=o_k < k)
+        n_asked += tl.sum(m_id.to(tl.int32), 0)
         n_moves += tl.sum(m_miss.to(tl.int32), 0)
         tl.debug_barrier()
     tl.store(counts + i_row, n_moves)
     tl.store(clock + i_row, b_start + pieces)
+    tl.store(tally + 2 * i_row, tl.load(tally + 2 * i_row) + n_asked)
+    tl.store(tally + 2 * i_row + 1, tl.load(tally + 2 * i_row + 1) + n_moves)
 
 
 def cannot_serve(state: Residency, ids: torch.Tensor) -> str | None:
@@ -76,7 +80,7 @@ def admit_pages(
     counts = torch.empty(rows, dtype=torch.int32, device=ids.device)
     admit[(rows,)](
         ids.contiguous(), ids if valid is None else valid.contiguous(), slots, moves, counts,
-        state.slot_of, state.page_of, state.used, state.clock, pieces, k, n_pages, n_slots,
+        state.slot_of, state.page_of, state.used, state.clock, state.tally, pieces, k, n_pages, n_slots,
         VALID=valid is not None, BK=power_of_2(k), BS=power_of_2(n_slots), num_warps=4 if n_slots <= 256 else 8, num_stages=1,
     )  # fmt: skip
     return slots, moves, counts

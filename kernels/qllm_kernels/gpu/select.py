@@ -152,7 +152,7 @@ def constants(
     b_group = max(b_group, 16 // b_p)
     rows = b_group * b_p
     together = 2 if side_by_side else 1
-    b_n = max((64 if dim <= 128 else 32) // together, b_k)
+    b_n = max((64 if dim <= 128 and size < 4 else 32) // together, b_k)
     tile = (rows + b_n * together) * (power_of_2(dim, 16) if size < 4 else b_d) * size
     stages = min(1 if size == 4 else 3 if dim <= 128 else 2, on.shared // tile)
     if stages == 0:
