@@ -30,12 +30,24 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) 
     rows = lookup.float().view(pieces, n_heads, heads // n_heads, dim)
     if r == 1:
         rows = rows.sum(2, keepdim=True)  # the sum over a group's heads folds into the query
+        vectors = summaries[:, 0].transpose(0, 1)  # [n_blocks, n_heads, head_dim]
+        if scopes == 1 and vectors.is_contiguous():
+            return _products(rows.view(pieces, -1), vectors.view(n_blocks, -1))[:, None]
     rows = rows.transpose(0, 1).reshape(n_heads, -1, dim)  # [n_heads, pieces * group, dim]
     tile = max(1, _TILE.get(lookup.device.type, _TILE_ELSEWHERE) // (rows.shape[0] * max(rows.shape[1], dim) * r))
     parts = [_best_products(rows, summaries[:, :, at : at + tile]) for at in range(0, n_blocks, tile)]
     best = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     # [scopes, heads of a scope, pieces, group, n_blocks]
     return best.view(scopes, -1, pieces, rows.shape[1] // pieces, n_blocks).sum((1, 3)).transpose(0, 1)
+
+
+def _products(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """[m, n] dot products in fp32 of rows [m, dim] with vectors [n, dim] of any dtype."""
+    if vectors.dtype == torch.float32:
+        return rows @ vectors.t()
+    tile = max(1, _TILE.get(rows.device.type, _TILE_ELSEWHERE) // vectors.shape[1])
+    parts = [vectors[at : at + tile].float() for at in range(0, len(vectors), tile)]
+    return torch.cat([rows @ part.t() for part in parts], -1)
 
 
 def bound_lookup(lookup: torch.Tensor) -> torch.Tensor:
@@ -60,6 +72,11 @@ def _best_products(rows: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
         dots = rows @ summaries.transpose(1, 2).flatten(1, 2).transpose(1, 2)
         return dots.view(*dots.shape[:2], -1, summaries.shape[1]).amax(3)
     return (rows[:, None] @ summaries.transpose(2, 3)).amax(1)
+
+
+def best_blocks(scores: torch.Tensor, topk: int) -> torch.Tensor:
+    """Ids [pieces, scopes, min(topk, n_blocks)] of the best of all blocks, ascending."""
+    return scores.topk(min(topk, scores.shape[-1]), dim=-1).indices.sort(dim=-1).values
 
 
 def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +112,8 @@ def standardise(scores: torch.Tensor, n_eligible: torch.Tensor | None) -> torch.
         [pieces, scopes, n_blocks] ([1, ...] without `n_eligible`); what is not eligible holds numbers without meaning.
     """
     if n_eligible is None:
-        centred = scores - scores.mean(-1, keepdim=True)
-        variance = centred.square().mean(-1, keepdim=True)
+        variance, mean = torch.var_mean(scores, -1, correction=0, keepdim=True)
+        centred = scores - mean
     else:
         count = n_eligible[:, None, None]
         counted = torch.arange(scores.shape[-1], device=scores.device) < count
@@ -120,8 +137,7 @@ def top_blocks(
     """
     scores = block_scores(lookup, summaries, scopes=scopes)
     n_blocks = scores.shape[-1]
-    k = min(topk, n_blocks)
     if min(counts) == n_blocks:
-        return scores.topk(k, dim=-1).indices.sort(dim=-1).values, None, scores
+        return best_blocks(scores, topk), None, scores
     ids, valid = select_blocks(scores, torch.tensor(counts, device=scores.device), topk)
-    return ids, None if min(counts) >= k else valid, scores
+    return ids, None if min(counts) >= min(topk, n_blocks) else valid, scores

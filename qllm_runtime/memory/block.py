@@ -282,25 +282,27 @@ class BlockMemory(SteadyMemory):
         def logits_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return segment_logits(query.view(kv_heads, -1, dim), key, scale=scoring.scale, softcap=scoring.softcap)
 
-        logits = [logits_of(near, window.key[:, rows])]
+        logits, values = [logits_of(near, window.key[:, rows])], [window.value[:, rows]]
         seen = None
         if count and not self._outside.empty:
             far = self._outside.far(query)
-            seen = self._outside.keys(far.float().transpose(0, 1), [count], [oldest], [first], 1, self.on_lookup)
+            seen = self._outside.keys_of_one(far.float().transpose(0, 1), count, oldest, first, self.on_lookup)
+            if seen.blocks is not None:
+                logits.append(logits_of(far, seen.blocks[0]))
+                values.append(seen.blocks[1])
             logits.append(logits_of(far, seen.key[:, 0]))
+            values.append(seen.value[:, 0])
             if seen.hidden is not None:
-                logits[1].masked_fill_(seen.hidden.transpose(0, 1), float("-inf"))
+                logits[-1].masked_fill_(seen.hidden.transpose(0, 1), float("-inf"))
         if scoring.sinks is not None:
             logits.append(scoring.sinks.float().view(kv_heads, -1, 1))
         joint = logits[0] if len(logits) == 1 else torch.cat(logits, -1)
         weights = torch.softmax(joint, -1)
-        shares = weights.to(value.dtype)
-        n_near = logits[0].shape[-1]
-        out = torch.bmm(shares[..., :n_near], window.value[:, rows])
-        n_keys = n_near
-        if seen is not None:
-            n_keys += seen.key.shape[2]
-            out = torch.baddbmm(out, shares[..., n_near:n_keys], seen.value[:, 0])
+        shares, n_keys = weights.to(value.dtype), values[0].shape[1]
+        out = torch.bmm(shares[..., :n_keys], values[0])
+        for part in values[1:]:
+            out = torch.baddbmm(out, shares[..., n_keys : n_keys + part.shape[1]], part)
+            n_keys += part.shape[1]
         if self.on_weights is not None:
             positions = self._positions(torch.arange(oldest, self.n_seen, device=key.device), seen, kv_heads)
             self.on_weights(weights[..., :n_keys].sum(1), positions)

@@ -27,7 +27,9 @@ class BlockDigest:
         new = self._make(key)
         n = self._n + new.shape[2]
         if self._own is None or n > self._own.shape[2]:
-            grown = new.new_empty(*new.shape[:2], max(2 * self._n, n, 64), new.shape[3])
+            # a block's vectors in a row: heads that choose together need one product
+            shape = (max(2 * self._n, n, 64), new.shape[0], 1, new.shape[3])
+            grown = new.new_empty(shape).permute(1, 2, 0, 3)
             if self._own is not None:
                 grown[:, :, : self._n] = self._own[:, :, : self._n]
             self._own = grown

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypedDict
 
 import torch
 
 from qllm_kernels.attention import FarSegment
 from qllm_kernels.dispatch import backend, choose_blocks, mean_keys
 from qllm_kernels.eligible import to_device
+from qllm_kernels.refine import refine_choice
 from qllm_kernels.summary import key_bounds
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation
@@ -20,8 +21,9 @@ from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
-from qllm_runtime.memory.resident import Resident
 from qllm_runtime.memory.store import BlockStore, PagedKeys
+
+_CANDIDATES = 4  # per block looked up; with 2, answers begin to differ from those of a comparison with every key
 
 
 class FarKeys(NamedTuple):
@@ -33,6 +35,7 @@ class FarKeys(NamedTuple):
         ids: Chosen blocks [pieces, scopes, k] in the order of their keys, or None for policies without blocks.
         paged: The blocks in their pages, or None.
         n_chosen: [pieces] int32, how many of the first `paged` ones a piece sees; None: all.
+        blocks: Keys and values [kv_heads, k * block_size, ...] of the blocks of a single piece, apart from `key` and `value`.
     """
 
     key: torch.Tensor
@@ -41,12 +44,30 @@ class FarKeys(NamedTuple):
     ids: torch.Tensor | None
     paged: PagedKeys | None = None
     n_chosen: torch.Tensor | None = None
+    blocks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def segment(self, query: torch.Tensor) -> FarSegment:
         """What kernels take, for these queries [heads, pieces * length, head_dim] in far form."""
         if self.paged is None:
             return FarSegment(query, self.key, self.value, self.hidden)
         return FarSegment(query, self.key, self.value, self.hidden, *self.paged, self.n_chosen)
+
+
+class Terms(TypedDict):
+    """Arguments that both stages of a choice take."""
+
+    scopes: int
+    question: torch.Tensor | None
+    weight: float
+
+
+class Loose(NamedTuple):
+    """Initial tokens and, if `asked`, tokens of the question, [kv_heads, 1, m, head_dim]; `question` says of which."""
+
+    question: torch.Tensor | None
+    asked: bool
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 class Outside:
@@ -69,7 +90,7 @@ class Outside:
         self._bounds = BlockDigest(key_bounds) if config.every_key else None
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
-        self._resident: Resident | None = None
+        self._loose: Loose | None = None
         self._guide: tuple[torch.Tensor, Guide] | None = None  # a question's tokens and its scores
         self._asked: torch.Tensor | None = None  # scores for the question that `keys_at` reads
 
@@ -119,9 +140,10 @@ class Outside:
         A block's score is that of the current tokens (eq. 6) plus `query_weight` times that of the question (eq. 5), each
         standardised over the eligible blocks: so the weight means the same for every model, layer and length (eq. 7).
 
-        Where every key represents its block, only tokens of a question are compared with every key, once. The mean query of a
+        Where every key represents its block, tokens of a question are compared with every key, once. The mean query of a
         piece finds no single key; it is compared with means (the product of two means is the mean of all products, eq. 6).
-        Other single tokens are compared with the bounds of each block's keys.
+        For other single tokens the bounds of each block's keys and the question choose candidates, and every key of theirs
+        the blocks: what a token reads hardly grows with the text.
 
         Args:
             lookup: [pieces, heads, head_dim] fp32, each piece's mean query in far form.
@@ -132,26 +154,62 @@ class Outside:
         Returns:
             ids [pieces, scopes, k] ascending, and valid [pieces, scopes, k] or None when all are.
         """
-        config, scopes = self._config, self._scopes
-        digest = None if self.query.awaits(starts[0]) else self._means if length > 1 else self._bounds
-        parts = self.store.summaries(counts[-1]) if digest is None else digest.first(counts[-1])
-        guide = self._guiding(scopes)
-        ids, valid, scores = choose_blocks(
-            lookup,
-            parts,
-            counts,
-            config.topk,
-            scopes=scopes,
-            question=None if guide is None else guide.scores(self.store.summaries(counts[-1]), counts[-1]),
-            weight=config.query_weight,
-            bounds=digest is not None and length == 1,
-        )
+        config, n_blocks = self._config, counts[-1]
+        single = length == 1 and not self.query.awaits(starts[0])
+        question = self._asks(n_blocks, n_blocks)
+        if self._bounds is not None and single and n_blocks > _CANDIDATES * config.topk:
+            alone = [
+                self._choose_twice(row[None], self._bounds.first(n_blocks), [n_blocks], question) for row in lookup
+            ]
+            ids, scores = torch.cat([chosen[0] for chosen in alone]), torch.cat([chosen[3] for chosen in alone])
+            valid = None
+            if hook is not None:
+                candidates = torch.cat([chosen[2] for chosen in alone])
+                whole = scores.new_full((*ids.shape[:2], n_blocks), float("-inf"))
+                scores = whole.scatter(-1, candidates, scores)
+        else:
+            parts = self.store.summaries(n_blocks)
+            if self._means is not None and length > 1:
+                parts = self._means.first(n_blocks)
+            ids, valid, scores = choose_blocks(lookup, parts, counts, config.topk, **self._terms(question))
         if hook is not None:
             shared = config.selection == "shared"
             for piece, (start, count) in enumerate(zip(starts, counts, strict=True)):
                 chosen, seen = ids[piece, :, : min(config.topk, count)], scores[piece, :, :count]
                 hook(Lookup(start, length, count, chosen[0] if shared else chosen, seen[0] if shared else seen))
         return ids, valid
+
+    def _choose_twice(
+        self,
+        lookup: torch.Tensor,
+        bounds: Sequence[torch.Tensor],
+        counts: Sequence[int] | torch.Tensor,
+        question: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Candidates by their bounds, and the best of them by every key.
+
+        Args:
+            lookup: [1, heads, head_dim].
+            bounds, counts, question: As `choose_blocks` takes them.
+
+        Returns:
+            ids and valid as `refine_choice` gives them, candidates and their scores [1, scopes, m].
+        """
+        topk, terms = self._config.topk, self._terms(question)
+        candidates = choose_blocks(lookup, bounds, counts, _CANDIDATES * topk, bounds=True, **terms)[0]
+        if isinstance(counts, torch.Tensor):
+            candidates = torch.minimum(candidates, counts - 1)  # pages that were written, where there is no candidate
+        ids, valid, scores = refine_choice(lookup, self.store.keys(candidates), candidates, counts, topk, **terms)
+        return ids, valid, candidates, scores
+
+    def _terms(self, question: torch.Tensor | None) -> Terms:
+        """What the terms of a score are made of, for this question's scores."""
+        return Terms(scopes=self._scopes, question=question, weight=self._config.query_weight)
+
+    def _asks(self, n_blocks: int, room: int) -> torch.Tensor | None:
+        """The question's scores of so many blocks and `room` for more, [scopes, ...], if it takes part in lookups."""
+        guide = self._guiding(self._scopes)
+        return None if guide is None else guide.scores(self.store.summaries(n_blocks), room)
 
     @property
     def _scopes(self) -> int:
@@ -185,8 +243,6 @@ class Outside:
         if not self._config.uses_blocks:
             return self._initial_only(pieces)
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
-        if pieces == 1 and ids.device.type == "cpu" and backend(ids.device) == "torch":
-            return self._keep(ids, oldest[0])
         return self._seen(ids, valid, None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32), oldest)
 
     def settle(self, n_blocks: int) -> tuple[object, ...]:
@@ -194,11 +250,7 @@ class Outside:
         if not self._config.uses_blocks or not n_blocks:
             return (self._initial,)
         parts = self._parts()
-        guide = self._guiding(self._scopes)
-        self._asked = None
-        if guide is not None:
-            room = sum(part.shape[2] for part in parts)
-            self._asked = guide.scores(self.store.summaries(n_blocks), room)
+        self._asked = self._asks(n_blocks, sum(part.shape[2] for part in parts))
         return (self._initial, self.query.tokens, self._asked, *parts, *self.store.pages)
 
     def keys_at(self, far: torch.Tensor, place: DevicePlace) -> FarKeys:
@@ -211,16 +263,11 @@ class Outside:
         config = self._config
         if not config.uses_blocks:
             return self._initial_only(1)
-        ids, valid, _ = choose_blocks(
-            far.float().transpose(0, 1),
-            self._parts(),
-            place.n_blocks,
-            config.topk,
-            scopes=self._scopes,
-            question=self._asked,
-            weight=config.query_weight,
-            bounds=self._bounds is not None,
-        )
+        lookup, parts = far.float().transpose(0, 1), self._parts()
+        if self._bounds is not None:
+            ids, valid, *_ = self._choose_twice(lookup, parts, place.n_blocks, self._asked)
+        else:
+            ids, valid, _ = choose_blocks(lookup, parts, place.n_blocks, config.topk, **self._terms(self._asked))
         ids = torch.minimum(ids, place.n_blocks - 1)  # pages that were written, where there is no choice
         return self._seen(ids, valid, place.n_chosen, place.oldest)
 
@@ -261,7 +308,7 @@ class Outside:
         return FarKeys(key, value, hidden, ids, paged, n_chosen)
 
     def positions(self, seen: FarKeys) -> torch.Tensor:
-        """Absolute indices [scopes, m] of the far keys of a single piece: those in pages, then the others, in order."""
+        """Absolute indices [scopes, m] of the far keys of a single piece: blocks that are apart, then the others, in order."""
         config, ids, device = self._config, seen.ids, seen.key.device
         parts = []
         if self._initial is not None:
@@ -269,41 +316,49 @@ class Outside:
         if ids is not None:
             within = torch.arange(config.block_size, device=device)
             blocks = (ids[0, :, :, None] * config.block_size + config.n_init + within).flatten(1)
-            parts.insert(0 if seen.paged is not None else len(parts), blocks)
-            if len(self.query.positions):
+            apart = seen.paged is not None or seen.blocks is not None
+            n_initial = 0 if self._initial is None else self._initial[0].shape[1]
+            parts.insert(0 if apart else len(parts), blocks)
+            if len(self.query.positions) and seen.key.shape[2] > n_initial:
                 parts.append(self.query.positions[None])
         scopes = 1 if ids is None else ids.shape[1]
         return torch.cat([part.expand(scopes, -1) for part in parts], 1)
 
-    def _keep(self, ids: torch.Tensor, oldest: int) -> FarKeys:
-        """The keys of a single piece, for which blocks that the piece before saw need no copying."""
-        kept = self._resident
-        if kept is not None and kept.serves(self.query.tokens, ids.shape[2]):
-            kept.exchange(ids[0].tolist(), self.store)
-        else:
-            key, value = self._join(*self.store.gather(ids))
-            n_initial = 0 if self._initial is None else self._initial[0].shape[1]
-            kept = self._resident = Resident(
-                self.query.tokens, key[:, 0], value[:, 0], n_initial, self._config.block_size, ids[0].tolist()
-            )
-        asked = len(self.query.positions)
-        border = min(oldest, self.query.end)  # of the question, tokens before it are outside the window
-        if asked and border != kept.border:
-            twice = self._question_hidden(kept.ids, [oldest])
-            hides = bool(twice.any())
-            kept.hidden = torch.nn.functional.pad(twice, (kept.key.shape[1] - asked, 0)) if hides else None
-            kept.border = border
-        return FarKeys(kept.key[:, None], kept.value[:, None], kept.hidden, kept.ids)
+    def keys_of_one(
+        self, lookup: torch.Tensor, count: int, oldest: int, start: int, hook: LookupHook | None
+    ) -> FarKeys:
+        """What a single token sees, blocks apart from the other keys, which stay the same from token to token.
 
-    def _join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        Args:
+            lookup, count, oldest, start, hook: As in `keys`, of one piece.
+        """
+        if not self._config.uses_blocks:
+            return self._initial_only(1)
+        ids, _ = self.look_up(lookup, [count], [start], 1, hook)
+        key, value = (x[:, 0].flatten(1, 2) for x in self.store.gather(ids))
+        positions = self.query.positions
+        asked = self.query.end - len(positions) < oldest  # else all of the question is in the window
+        kept = self._loose
+        if kept is None or kept.question is not self.query.tokens or kept.asked != asked:
+            loose = self._join(key[:, None, None, :0], value[:, None, None, :0], question=asked)
+            kept = self._loose = Loose(self.query.tokens, asked, *loose)
+        hidden = None
+        if asked and len(positions):
+            twice = self._question_hidden(ids, [oldest])
+            hidden = torch.nn.functional.pad(twice, (kept.key.shape[2] - len(positions), 0))
+        return FarKeys(kept.key, kept.value, hidden, ids, blocks=(key, value))
+
+    def _join(
+        self, key: torch.Tensor, value: torch.Tensor, *, question: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Initial tokens, blocks [kv_heads, pieces, k, block_size, head_dim] and question: [kv_heads, pieces, m, head_dim]."""
-        asked = (self.query.key, self.query.value) if len(self.query.positions) else None
+        asked = (self.query.key, self.query.value)
         joined = []
         for index, blocks in enumerate((key, value)):
             parts = [blocks.flatten(2, 3)]
             if self._initial is not None:
                 parts.insert(0, self._initial[index][:, None].expand(-1, blocks.shape[1], -1, -1))
-            if asked is not None:
+            if question and len(self.query.positions):
                 parts.append(asked[index][:, None].expand(-1, blocks.shape[1], -1, -1))
             joined.append(torch.cat(parts, 2))
         return joined[0], joined[1]
@@ -328,14 +383,12 @@ class Outside:
         child.query = self.query.fork()
         child._means = None if self._means is None else self._means.fork()
         child._bounds = None if self._bounds is None else self._bounds.fork()
-        child._resident = child._guide = child._asked = None
+        child._loose = child._guide = child._asked = None
         return child
 
     def nbytes(self) -> int:
-        """Bytes of pages, initial tokens and resident keys."""
+        """Bytes of pages, their digests and initial tokens."""
         kept: tuple[torch.Tensor, ...] = self._initial or ()
-        if self._resident is not None:
-            kept = (*kept, self._resident.key, self._resident.value)
         digests = sum(digest.nbytes() for digest in (self._means, self._bounds) if digest is not None)
         asked = 0 if self._asked is None else self._asked.nbytes
         return self.store.nbytes() + digests + asked + sum(x.nbytes for x in kept)

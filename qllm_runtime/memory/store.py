@@ -122,14 +122,6 @@ class BlockStore:
                 break
         return parts
 
-    def block(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [kv_heads, block_size, head_dim] and values of one block."""
-        for pages in self._runs:
-            if index < pages.key.shape[1]:
-                return pages.key[:, index], pages.value[:, index]
-            index -= pages.key.shape[1]
-        raise IndexError(f"There is no block {index} after the last one.")
-
     def in_place(self, ids: torch.Tensor, valid: torch.Tensor | None) -> PagedKeys | None:
         """Where chosen blocks can be read without a copy, until the next call; None: they must be gathered.
 
@@ -148,19 +140,11 @@ class BlockStore:
         Returns:
             keys [kv_heads, pieces, k, block_size, head_dim] and values likewise; any finite numbers where there is no choice.
         """
-        runs = self.pages
-        pieces, scopes, k = ids.shape
-        ids = ids.transpose(0, 1).reshape(scopes, pieces * k)
-        key, value = take(runs[0].key, ids), take(runs[0].value, ids)
-        first = runs[0].key.shape[1]
-        for pages in runs[1:]:
-            # which run a block is in stays on the device: nothing waits for the host
-            later = (ids >= first)[:, :, None, None]
-            key = torch.where(later, take(pages.key, ids - first), key)
-            value = torch.where(later, take(pages.value, ids - first), value)
-            first += pages.key.shape[1]
-        kv_heads = key.shape[0]
-        return key.view(kv_heads, pieces, k, *key.shape[2:]), value.view(kv_heads, pieces, k, *value.shape[2:])
+        return self.keys(ids), _gathered([pages.value for pages in self.pages], ids)
+
+    def keys(self, ids: torch.Tensor) -> torch.Tensor:
+        """Copies of the keys alone, as `gather` returns them; not of offloaded blocks."""
+        return _gathered([pages.key for pages in self.pages], ids)
 
     def fork(self) -> BlockStore:
         """A store that continues after this one's present blocks."""
@@ -182,13 +166,34 @@ def summary_space(like: torch.Tensor, capacity: int) -> torch.Tensor:
     return like.new_empty(heads, r, capacity, dim)
 
 
+def _gathered(runs: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Blocks `ids` [pieces, scopes, k] of runs [kv_heads, n, block_size, dim], [kv_heads, pieces, k, block_size, dim]."""
+    pieces, scopes, k = ids.shape
+    ids = ids.transpose(0, 1).reshape(scopes, pieces * k)
+    if len(runs) == 1:
+        found = take(runs[0], ids)
+    else:
+        first = 0
+        for run in runs:
+            # which run a block is in stays on the device: nothing waits for the host
+            part = take(run, (ids - first).clamp(0, run.shape[1] - 1))
+            found = torch.where((ids >= first)[:, :, None, None], part, found) if first else part
+            first += run.shape[1]
+    return found.view(-1, pieces, k, *found.shape[2:])
+
+
 def take(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Pages `ids` [scopes, m] of `pages` [kv_heads, n, ...], as [kv_heads, m, ...]; any for ids that are not among them."""
-    ids = ids.clamp(0, pages.shape[1] - 1)
-    if ids.shape[0] == 1:
-        # index_select would first copy the whole of a view that is not contiguous
-        return pages[:, ids[0]]
-    heads = torch.arange(pages.shape[0], device=ids.device)[:, None]
+    """Pages `ids` [scopes, m] of `pages` [kv_heads, n, block_size, dim], as [kv_heads, m, block_size, dim]."""
+    kv_heads, n, size, dim = pages.shape
+    row = size * dim
+    head, page, *within = pages.stride()
+    if within == [dim, 1] and head % row == 0 == page % row:
+        # pages as rows of one matrix, although `pages` may be a part of a larger buffer
+        rows = pages.as_strided((((kv_heads - 1) * head + (n - 1) * page) // row + 1, row), (row, 1))
+        firsts = torch.arange(kv_heads, device=ids.device).mul_(head // row)[:, None]
+        index = torch.add(firsts, ids, alpha=page // row)
+        return rows.index_select(0, index.flatten()).view(kv_heads, -1, size, dim)
+    heads = torch.arange(kv_heads, device=ids.device)[:, None]
     return pages[heads, ids]
 
 

@@ -111,19 +111,18 @@ class Naive:
         best = keys.gather(1, top[..., None].expand(-1, -1, keys.shape[-1]))
         return best.mean(1, keepdim=True) if c.summary == "published" else best
 
-    def _match(self, lookup: torch.Tensor, block: int, asks: bool, shared: bool) -> torch.Tensor:
+    def _match(self, lookup: torch.Tensor, block: int, means: bool = False, bounds: bool = False) -> torch.Tensor:
         """[heads] dot product with the best representative of the block, at the far distance.
 
-        Where every key is a representative, that is for tokens of a question only. Many tokens that share a lookup are
-        compared with the mean, other single tokens with the largest product that keys within the block's bounds can have.
+        Or with the mean of its keys; or the largest product that keys within their bounds can have.
         """
         if block not in self._summaries:
             self._summaries[block] = self._summary(block)
         turned = lookup @ self._turn(self.config.n_local - 1)
         keys = self._summaries[block]
-        if not asks and self.config.repr_topk == self.config.block_size and self.config.summary == "max":
-            if shared:
-                return (turned * keys.mean(1)).sum(1)
+        if means:
+            return (turned * keys.mean(1)).sum(1)
+        if bounds:
             return torch.maximum(turned * keys.amax(1), turned * keys.amin(1)).sum(1)
         return torch.einsum("hd,hrd->hr", turned, keys).amax(1)
 
@@ -140,9 +139,9 @@ class Naive:
         c, kv_heads = self.config, self.k.shape[0]
         span = self._question(start)
 
-        def scores(lookup: torch.Tensor, asks: bool, shared: bool = False) -> torch.Tensor:
+        def scores(lookup: torch.Tensor, **how: bool) -> torch.Tensor:
             """[kv_heads, count]."""
-            found = torch.stack([self._match(lookup, block, asks, shared) for block in range(count)], -1)
+            found = torch.stack([self._match(lookup, block, **how) for block in range(count)], -1)
             per_kv = found.view(kv_heads, -1, count).sum(1)
             return per_kv.sum(0, keepdim=True).expand(kv_heads, -1) if c.selection == "shared" else per_kv
 
@@ -150,12 +149,27 @@ class Naive:
             spread = x.std(-1, keepdim=True, correction=0)
             return torch.where(spread > 0, (x - x.mean(-1, keepdim=True)) / spread, 0)
 
-        asks = c.policy == "qllm" and any(lo <= start < hi for lo, hi in self.spans)
-        per_kv = scores(self.q[:, start:end].mean(1), asks, shared=end > start + 1)
-        if span is not None and c.query_weight:
-            asked = torch.stack([scores(self.q[:, t], True) for t in range(*span)]).sum(0)
-            per_kv = level(per_kv) + c.query_weight * level(asked)
-        return per_kv.topk(min(c.topk, count), -1).indices.sort(-1).values
+        asked = torch.zeros(kv_heads, count)
+        guided = span is not None and c.query_weight > 0
+        if guided:
+            asked = c.query_weight * level(torch.stack([scores(self.q[:, t]) for t in range(*span)]).sum(0))
+
+        def total(current: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+            """Current tokens' scores of some blocks [kv_heads, n] and the question's together."""
+            return level(current) + asked.gather(1, blocks) if guided else current
+
+        lookup, every_key = self.q[:, start:end].mean(1), c.summary == "max" and c.repr_topk == c.block_size
+        blocks = torch.arange(count).expand(kv_heads, -1)
+        if every_key and end == start + 1 and not (c.policy == "qllm" and self._asks(start)):
+            # candidates first: all there are, if they are few
+            rough = total(scores(lookup, bounds=True), blocks)
+            blocks = rough.topk(min(4 * c.topk, count), -1).indices.sort(-1).values
+        current = scores(lookup, means=every_key and end > start + 1).gather(1, blocks)
+        best = total(current, blocks).topk(min(c.topk, count), -1).indices
+        return blocks.gather(1, best).sort(-1).values
+
+    def _asks(self, token: int) -> bool:
+        return any(lo <= token < hi for lo, hi in self.spans)
 
     def _piece(self, start: int, end: int) -> torch.Tensor:
         c, group = self.config, self._group

@@ -25,17 +25,13 @@ def check(store: BlockStore, expected: list[Block], one_run: bool = True) -> Non
     key, value = (torch.cat([part[i] for part in expected], 1) for i in range(2))
     n = key.shape[1]
     assert len(store) == n
-    for index in range(n):
-        assert torch.equal(store.block(index)[0], key[:, index])
-        assert torch.equal(store.block(index)[1], value[:, index])
-    with pytest.raises(IndexError):
-        store.block(n)
     shared = torch.randperm(n, generator=torch.Generator().manual_seed(n))[None]
     own = torch.stack([shared[0], shared[0].flip(0)])
     for ids in (shared, own):
         heads = torch.arange(HEADS)[:, None]
         pieces = torch.stack([ids, ids.flip(1)])  # [pieces, scopes, n]
         gathered = store.gather(pieces)
+        assert torch.equal(store.keys(pieces), gathered[0])
         for actual, whole in zip(gathered, (key, value), strict=True):
             assert torch.equal(actual[:, 0], whole[heads, ids])
             assert torch.equal(actual[:, 1], whole[heads, ids.flip(1)])
@@ -85,7 +81,7 @@ def test_keys_that_represent_their_block_are_held_once() -> None:
     pages = 2 * HEADS * 100 * SIZE * DIM * 4
     assert store.nbytes() == pages
     (summaries,) = store.summaries(3)
-    assert summaries.data_ptr() == store.block(0)[0].data_ptr()
+    assert summaries.data_ptr() == store.pages[0].key.data_ptr()
     fork = store.fork()
     assert len(fork.summaries(3)) == 1  # nothing is copied to be scored
     assert fork.summaries(3)[0].data_ptr() == summaries.data_ptr()
