@@ -48,12 +48,16 @@ def choose_blocks(
     each = [block_scores(lookup, part, scopes=scopes) for part in parts]
     scores = each[0] if len(each) == 1 else torch.cat(each, -1)
     n_blocks = scores.shape[-1]
-    eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, scores.device)
+    eligible = None
+    if not always_full(counts, n_blocks):
+        eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, scores.device)
     if question is not None:
-        term = standardise(question[None, :, :n_blocks], eligible)
-        scores = standardise(scores, eligible) + weight * term
-    ids, valid = select_blocks(scores, eligible, topk)
-    return ids, None if always_full(counts, min(topk, n_blocks)) else valid, scores
+        scores = standardise(scores, eligible) + weight * standardise(question[None, :, :n_blocks], eligible)
+    k = min(topk, n_blocks)
+    if eligible is None:
+        return scores.topk(k, dim=-1).indices.sort(dim=-1).values, None, scores
+    ids, valid = select_blocks(scores, eligible, k)
+    return ids, None if always_full(counts, k) else valid, scores
 
 
 def always_full(counts: Sequence[int] | torch.Tensor, k: int) -> bool:
