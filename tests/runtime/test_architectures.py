@@ -12,6 +12,7 @@ from architectures import REFUSED, SUPPORTED, build
 from definition import Naive, Rotate
 from transformers import PreTrainedModel
 
+from qllm_kernels import rotary
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import UnsupportedModelError
@@ -271,3 +272,18 @@ def test_lack_of_support_is_told_from_the_configuration(name: str) -> None:
     support = check_support(build(*REFUSED[name]).config)
     assert not support.ok
     assert support.reason
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_tables_rotate_as_the_models_function(name: str) -> None:
+    """What kernels rotate by; only frequencies that depend on the length of a text have no table."""
+    facts = examine(model_of(name))
+    for layer, info in facts.layers.items():
+        rotation = facts.rotation(layer, torch.device("cpu"), 64)
+        tables = rotation.tables(40, torch.device("cpu"))
+        assert (tables is None) == (name == "phi3-longrope")
+        if tables is not None:
+            x = torch.randn(3, 17, info.head_dim, generator=torch.Generator().manual_seed(0))
+            cos, sin, interleaved = tables
+            turned = rotary.rotate(x, cos[10:27], sin[10:27], interleaved=interleaved)
+            torch.testing.assert_close(turned, rotation.rotate(x, 10), atol=1e-5, rtol=1e-5)
