@@ -31,7 +31,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch, policy: str, selection: str) ->
     ids = torch.randint(0, 64, (102,))
     inference = Inference(model)
     expected = run(inference, config, ids)
-    served = {"top_blocks": 0, "attend_pieces": 0, "linear_top_keys": 0}
+    served = {"choose_blocks": 0, "attend_pieces": 0, "linear_top_keys": 0}
     modules = ("select", "attention", "summary")
     for name, module in zip(served, modules, strict=True):
         gpu = __import__(f"qllm_kernels.gpu.{module}", fromlist=[name])
