@@ -13,12 +13,14 @@ import transformers
 import typer
 
 from benchmarks.gpu import models, operations
+from benchmarks.gpu.choice_operations import ChoiceOperations
 from benchmarks.gpu.memory_operations import MemoryOperations
 from benchmarks.gpu.timing import ceilings
 from qllm_kernels import dispatch
 
 LENGTHS = {"Llama-3-8B": (8_192, 100_000, 400_000), "Qwen2.5-1.5B": (8_192, 100_000, 1_000_000)}
 SDPA_LENGTHS = (8_192, 100_000)
+OFFLOAD_LENGTHS = (100_000,)
 BUDGET_S = 540
 
 
@@ -66,7 +68,7 @@ def main(
     for shape in operations.SHAPES:
         errors: dict[str, dict[str, Any]] = {}
         speeds: dict[str, dict[str, Any]] = {}
-        for kind in (operations.Operations, MemoryOperations):
+        for kind in (operations.Operations, ChoiceOperations, MemoryOperations):
             work = kind(operations.tiny(shape) if tiny else shape, where, dtype)
             with torch.inference_mode():
                 errors |= work.errors()
@@ -79,16 +81,24 @@ def main(
     for name, lengths in LENGTHS.items():
         rows: dict[str, dict[str, Any]] = {}
         model = models.build(name, where, dtype, tiny=tiny)
-        for kind, measure, wanted in (("qllm", models.with_memory, lengths), ("sdpa", models.with_sdpa, SDPA_LENGTHS)):
-            pace = 0.0
-            measure(model, 300 if tiny else wanted[0])  # compiles kernels
+        kinds = (
+            ("qllm", models.with_memory, lengths),
+            ("sdpa", models.with_sdpa, SDPA_LENGTHS),
+            ("compact", models.compact, OFFLOAD_LENGTHS),
+            ("offloaded", models.offloaded, OFFLOAD_LENGTHS),
+        )
+        reading = 0.0  # seconds per token
+        for served, measure, wanted in kinds:
+            pace = 0.0 if served == "sdpa" else reading
+            measure(model, 300 if tiny else 8_192)  # compiles kernels
             for length in (300, 700) if tiny else wanted:
                 left = BUDGET_S - (time.monotonic() - began)
                 if pace * length > left:
-                    rows[f"{kind}@{length}"] = {"failed": f"left out: {left:.0f} s of {BUDGET_S} s left"}
+                    rows[f"{served}@{length}"] = {"failed": f"left out: {left:.0f} s of {BUDGET_S} s left"}
                     continue
-                row = rows[f"{kind}@{length}"] = measure(model, length)
+                row = rows[f"{served}@{length}"] = measure(model, length)
                 pace = row.get("prefill_s", 0.0) / length
+                reading = pace if served == "qllm" else reading
         report.setdefault("models", {})[name] = rows
         _table(name, rows)
         del model

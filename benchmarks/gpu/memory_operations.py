@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from qllm_kernels.attention import FarSegment
 from qllm_kernels.residency import Residency
 from qllm_kernels.rotary import Destination
 
+#: queries, keys, values, cosines, sines and positions
+Appended = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 EVERY_KEY_BLOCKS = 2048  # 131,072 tokens in blocks of 64: 268 MB of keys per layer in the 8B shape
 
 
@@ -50,7 +51,7 @@ class MemoryOperations(Operations):
         every = self._random(s.kv_heads, n_blocks, s.block, s.dim)
         return self._random(pieces, s.heads, s.dim).float(), every.transpose(1, 2), [n_blocks] * pieces
 
-    def _append(self, n: int) -> tuple[tuple[Any, ...], tuple[Destination, Destination]]:
+    def _append(self, n: int) -> tuple[Appended, tuple[Destination, Destination]]:
         s = self.shape
         query, key, value = (self._random(heads, n, s.dim) for heads in (s.heads, s.kv_heads, s.kv_heads))
         angles = torch.rand(s.n_local + n, s.dim // 2, device=self.device).repeat(1, 2)
@@ -124,9 +125,8 @@ class MemoryOperations(Operations):
         turned = [rotary.rotate(as_double(x), cos[rows].cpu(), sin[rows].cpu()) for x in (query, key)]
         plain = rotary.rotate(query, cos[rows], sin[rows])
         error = max(relative_error(near, turned[0]), relative_error(window.key[:, rows], turned[1]))
-        kept = all(torch.equal(place.value[:, rows], value) for place in (window, raw)) and torch.equal(
-            raw.key[:, rows], key
-        )
+        placed = [(raw.key, key), *((place.value, value) for place in (window, raw))]
+        kept = all(buffer is not None and torch.equal(buffer[:, rows], x) for buffer, x in placed)
         return verdict(error, relative_error(plain, turned[0]), kept)
 
     def _copies_error(self) -> dict[str, Any]:
@@ -194,16 +194,13 @@ class MemoryOperations(Operations):
         rows["prefix sums"] = self._bandwidth(
             [lambda: dispatch.query_prefix(query)], query.nbytes * 2 + query.numel() * 4
         )
-        rows |= self._paging_speeds()
-        if self.device.type == "cuda":
-            rows["layer of a step"] = self._step_speeds()
-        return rows
+        return rows | self._paging_speeds()
 
     def _choose(self, lookup: torch.Tensor, summaries: torch.Tensor, counts: torch.Tensor) -> Callable[[], object]:
         return lambda: dispatch.top_blocks(lookup, summaries, counts, self.shape.topk, scopes=1)
 
     @staticmethod
-    def _rotate(given: tuple[Any, ...], places: tuple[Destination, Destination]) -> Callable[[], object]:
+    def _rotate(given: Appended, places: tuple[Destination, Destination]) -> Callable[[], object]:
         return lambda: dispatch.rotate_append(*given, *places)
 
     def _paging_speeds(self) -> dict[str, dict[str, float]]:
@@ -225,35 +222,3 @@ class MemoryOperations(Operations):
         ids = moves[None, :, :, 0].contiguous()
         rows["table of pages"] = {"us": seconds(lambda: dispatch.admit_pages(state, ids, None), self.device) * 1e6}
         return rows
-
-    def _step_speeds(self) -> dict[str, float]:
-        """One layer of a step, from projections to attention with all pages resident; launched one by one, and as a graph."""
-        s = self.shape
-        given, places = self._append(1)
-        lookup, summaries = self._lookup(1)
-        (_, key, value, far), sizes = self._segments(1, 1, paged=True)
-        counts, slot, back = self._numbers(s.n_blocks), self._numbers(0), self._numbers(s.n_local)
-        state = Residency.empty(1, s.n_blocks, 4 * s.topk, self.device)
-        slab = self._pinned(s.kv_heads, 8 * s.topk, s.block, s.dim)
-        nothing = torch.zeros(1, dtype=torch.int32, device=self.device)
-
-        def layer() -> None:
-            near = dispatch.rotate_append(*given, *places)
-            ids, _, _ = dispatch.top_blocks(lookup, summaries, counts, s.topk, scopes=1)
-            slots, moves, _ = dispatch.admit_pages(state, ids, None)
-            assert far.page_key is not None
-            dispatch.copy_pages(slab, far.page_key, moves, nothing)
-            dispatch.attend_step(
-                near, key, value, replace(far, table=slots), slot=slot, back=back, scale=sizes["scale"]
-            )
-
-        eager = seconds(layer, self.device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            layer()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            layer()
-        return {"us": eager * 1e6, "graph_us": seconds(graph.replay, self.device) * 1e6}

@@ -14,8 +14,14 @@ from benchmarks.gpu.timing import synchronize
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import OutOfMemoryError
 from qllm_runtime.inference import Inference
+from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.memory.offload import OffloadedStore
+from qllm_runtime.seam import MemoryCache
 
 STEPS = 24
+COMPACT = 4  # keys that represent a block where blocks are in the host's memory
+#: kinds of single-token steps by the name of their time, and what is done after all of them
+Steps = tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], None]]
 CONFIGS: dict[str, Callable[[], Any]] = {
     "Llama-3-8B": lambda: LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -46,19 +52,50 @@ def multiplications(model: PreTrainedModel) -> int:
     return 2 * sum(weight.numel() for name, weight in weights.items() if "embed" not in name)
 
 
-def with_memory(model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """Prefill and decode through our memory."""
-    config = MemoryConfig.for_model(model.config.max_position_embeddings)
+def with_memory(model: PreTrainedModel, length: int, **settings: Any) -> dict[str, Any]:
+    """Prefill and decode through our memory, steps as CUDA graphs and launch by launch."""
+    config = MemoryConfig.for_model(model.config.max_position_embeddings, **settings)
     inference = Inference(model)
     ids = torch.randint(0, model.config.vocab_size, (length,))
+    row: dict[str, Any] = {}
 
-    def prefill() -> Callable[[], torch.Tensor]:
-        cache = inference.cache(config, reserve=length + STEPS)
+    def prefill() -> Steps:
+        cache = inference.cache(config, reserve=length + 2 * STEPS)
         inference.read(cache, [ids[:-1]], config)
-        return lambda: inference.step(cache, [1])
+        before = _tally(cache)
+
+        def step(graph: bool) -> torch.Tensor:
+            inference.captures = graph
+            return inference.step(cache, [1])
+
+        def fetches() -> None:
+            if config.device_blocks is not None:
+                asked, fetched = (now - then for now, then in zip(_tally(cache), before, strict=True))
+                row["found"] = 1 - fetched / max(asked, 1)
+                row["fetched_per_step"] = fetched / (2 * STEPS)
+
+        return {"decode_ms": lambda: step(True), "decode_launches_ms": lambda: step(False)}, fetches
 
     with inference.request():
-        return _measure(model, length, prefill)
+        return _measure(model, length, prefill) | row
+
+
+def compact(model: PreTrainedModel, length: int) -> dict[str, Any]:
+    """`with_memory` with four keys representing a block."""
+    return with_memory(model, length, repr_topk=COMPACT)
+
+
+def offloaded(model: PreTrainedModel, length: int) -> dict[str, Any]:
+    """`compact` with blocks in the host's memory: of those looked up while decoding, the share found on the device."""
+    held = 4 * MemoryConfig.for_model(model.config.max_position_embeddings).topk
+    return with_memory(model, length, repr_topk=COMPACT, device_blocks=min(held, 1024))
+
+
+def _tally(cache: MemoryCache) -> tuple[int, int]:
+    """Blocks that all layers looked up and fetched so far."""
+    stores = [memory._outside.store for memory in cache.memories() if isinstance(memory, BlockMemory)]
+    tallies = [store.tally() for store in stores if isinstance(store, OffloadedStore)]
+    return sum(asked for asked, _ in tallies), sum(fetched for _, fetched in tallies)
 
 
 @torch.inference_mode()
@@ -71,16 +108,16 @@ def with_sdpa(model: PreTrainedModel, length: int) -> dict[str, Any]:
         logits: torch.Tensor = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits
 
-    def prefill() -> Callable[[], torch.Tensor]:
+    def prefill() -> Steps:
         cache = DynamicCache(config=model.config)
         for part in torch.split(ids[:, :-1], 4096, dim=1):
             forward(part, cache)
-        return lambda: forward(ids[:, -1:], cache)
+        return {"decode_ms": lambda: forward(ids[:, -1:], cache)}, lambda: None
 
     return _measure(model, length, prefill)
 
 
-def _measure(model: PreTrainedModel, length: int, prefill: Callable[[], Callable[[], torch.Tensor]]) -> dict[str, Any]:
+def _measure(model: PreTrainedModel, length: int, prefill: Callable[[], Steps]) -> dict[str, Any]:
     device = model.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -88,15 +125,19 @@ def _measure(model: PreTrainedModel, length: int, prefill: Callable[[], Callable
     try:
         synchronize(device)
         began = time.perf_counter()
-        step = prefill()
+        steps, after = prefill()
         synchronize(device)
         spent = time.perf_counter() - began
-        times = []
-        for _ in range(STEPS):
-            began = time.perf_counter()
-            step()
-            synchronize(device)
-            times.append(time.perf_counter() - began)
+        decoding = {}
+        for name, step in steps.items():
+            times = []
+            for _ in range(STEPS):
+                began = time.perf_counter()
+                step()
+                synchronize(device)
+                times.append(time.perf_counter() - began)
+            decoding[name] = 1000 * sorted(times)[STEPS // 2]
+        after()
     except (OutOfMemoryError, torch.OutOfMemoryError) as error:
         return {"length": length, "failed": str(error).splitlines()[0]}
     return {
@@ -104,6 +145,6 @@ def _measure(model: PreTrainedModel, length: int, prefill: Callable[[], Callable
         "prefill_s": spent,
         "prefill_tokens_s": length / spent,
         "linear_tflop_s": multiplications(model) * length / spent / 1e12,
-        "decode_ms": 1000 * sorted(times)[STEPS // 2],
+        **decoding,
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     }

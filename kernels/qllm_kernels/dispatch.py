@@ -25,6 +25,7 @@ from qllm_kernels import (
     pages,
     prefix,
     published,
+    refine,
     residency,
     rotary,
     select,
@@ -118,6 +119,26 @@ def choose_blocks(
     if gpu is not None and all(_serves("choose_blocks", gpu.cannot_serve(lookup, part, topk)) for part in parts):
         serve = gpu.choose_blocks
     return serve(lookup, parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds)
+
+
+def refine_pages(
+    lookup: torch.Tensor,
+    page_key: torch.Tensor,
+    table: torch.Tensor,
+    candidates: torch.Tensor,
+    counts: Sequence[int] | torch.Tensor,
+    topk: int,
+    *,
+    scopes: int,
+    question: torch.Tensor | None = None,
+    weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """See :func:`qllm_kernels.refine.refine_pages`."""
+    serve = refine.refine_pages
+    gpu = _kernels("refine", lookup.device)
+    if gpu is not None and _serves("refine_pages", gpu.cannot_serve(lookup, page_key, candidates)):
+        serve = gpu.refine_pages
+    return serve(lookup, page_key, table, candidates, counts, topk, scopes=scopes, question=question, weight=weight)
 
 
 def attend_pieces(

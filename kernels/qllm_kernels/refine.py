@@ -96,5 +96,5 @@ def refine_pages(
     kv_heads = page_key.shape[0]
     heads = torch.arange(kv_heads, device=table.device)[:, None, None]
     pages = table.repeat_interleave(kv_heads // table.shape[1], dim=1).transpose(0, 1)  # [kv_heads, pieces, m]
-    options = {"scopes": scopes, "question": question, "weight": weight}
-    return refine_choice(lookup, page_key[heads, pages], candidates, counts, topk, **options)
+    key = page_key[heads, pages]
+    return refine_choice(lookup, key, candidates, counts, topk, scopes=scopes, question=question, weight=weight)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self, TypedDict
 import torch
 
 from qllm_kernels.attention import FarSegment
-from qllm_kernels.dispatch import backend, choose_blocks, mean_keys
+from qllm_kernels.dispatch import backend, choose_blocks, mean_keys, refine_pages
 from qllm_kernels.eligible import to_device
 from qllm_kernels.refine import refine_choice
 from qllm_kernels.summary import key_bounds
@@ -199,7 +199,11 @@ class Outside:
         candidates = choose_blocks(lookup, bounds, counts, _CANDIDATES * topk, bounds=True, **terms)[0]
         if isinstance(counts, torch.Tensor):
             candidates = torch.minimum(candidates, counts - 1)  # pages that were written, where there is no candidate
-        ids, valid, scores = refine_choice(lookup, self.store.keys(candidates), candidates, counts, topk, **terms)
+        if backend(lookup.device) == "torch":
+            ids, valid, scores = refine_choice(lookup, self.store.keys(candidates), candidates, counts, topk, **terms)
+        else:
+            key, table = self.store.keys_in_pages(candidates)
+            ids, valid, scores = refine_pages(lookup, key, table, candidates, counts, topk, **terms)
         return ids, valid, candidates, scores
 
     def _terms(self, question: torch.Tensor | None) -> Terms:

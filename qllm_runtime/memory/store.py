@@ -146,6 +146,14 @@ class BlockStore:
         """Copies of the keys alone, as `gather` returns them; not of offloaded blocks."""
         return _gathered([pages.key for pages in self.pages], ids)
 
+    def keys_in_pages(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages of keys [kv_heads, n_pages, block_size, head_dim], and where blocks `ids` are in them [pieces, scopes, k]."""
+        paged = self.in_place(ids, None)
+        if paged is not None:
+            return paged.key, paged.table
+        place = torch.arange(ids.shape[0] * ids.shape[2], device=ids.device).view(ids.shape[0], 1, -1)
+        return self.keys(ids).flatten(1, 2), place.expand_as(ids)
+
     def fork(self) -> BlockStore:
         """A store that continues after this one's present blocks."""
         child = BlockStore()

@@ -46,9 +46,24 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
             random(1, 4, 16), [random(2, 2, 9, 16)], [9], 2, scopes=1, question=random(1, 9), weight=0.5
         )[0],
     ),
+    "refine_pages": (
+        "refine",
+        lambda: dispatch.refine_pages(
+            random(1, 4, 16),
+            random(2, 5, 3, 16),
+            torch.tensor([[[4, 0, 2]]]),
+            torch.tensor([[[1, 5, 6]]]),
+            [9],
+            2,
+            scopes=1,
+            question=random(1, 9),
+            weight=0.5,
+        )[0],
+    ),
     "attend_pieces": ("attention", lambda: dispatch.attend_pieces(ONE.near, KEY, VALUE, ONE.far, **ONE.sizes)[0]),
     "attend_step": ("attention", lambda: dispatch.attend_step(ONE.near, KEY, VALUE, ONE.far, **PLACE, scale=0.2)[0]),
     "attention_mass": ("mass", lambda: dispatch.attention_mass(ONE.near, KEY, ONE.far, LSE, **ONE.sizes).pages),
+    "step_mass": ("mass", lambda: dispatch.step_mass(ONE.near, KEY, ONE.far, LSE, **PLACE, scale=0.2).pages),
     "mean_keys": ("summary", lambda: dispatch.mean_keys(random(1, 2, 4, 8))),
     "linear_top_keys": (
         "summary",

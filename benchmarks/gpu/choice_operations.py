@@ -1,0 +1,127 @@
+"""The choice of blocks by tokens and question, in one stage and in two, and all launches of one layer of a step together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.memory_operations import EVERY_KEY_BLOCKS, MemoryOperations
+from benchmarks.gpu.operations import COPIES, as_double, relative_error, verdict
+from benchmarks.gpu.timing import seconds
+from qllm_kernels import choice, dispatch, refine
+
+CANDIDATES = 4  # per block looked up
+
+
+class ChoiceOperations(MemoryOperations):
+    """Random summaries, bounds and scores of a question; see :class:`Operations`."""
+
+    def _guided(self, pieces: int, *, bounds: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `choose_blocks` with counts on the device."""
+        s = self.shape
+        lookup = self._random(pieces, s.heads, s.dim).float()
+        summaries = self._random(s.kv_heads, 1, s.n_blocks, s.dim * (2 if bounds else 1))
+        counts = self._numbers(*[s.n_blocks] * pieces)
+        kind = {"scopes": 1, "question": self._random(1, s.n_blocks).float(), "weight": 1.0, "bounds": bounds}
+        return (lookup, [summaries], counts, s.topk), kind
+
+    def _candidates(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `refine_pages` for one token."""
+        s = self.shape
+        n_pages, m = min(s.n_blocks, EVERY_KEY_BLOCKS), min(CANDIDATES * s.topk, s.n_blocks)
+        table = torch.randperm(n_pages)[:m].sort().values.to(self.device)[None, None]
+        lookup, page_key = self._random(1, s.heads, s.dim).float(), self._random(s.kv_heads, n_pages, s.block, s.dim)
+        kind = {"scopes": 1, "question": self._random(1, n_pages).float(), "weight": 1.0}
+        return (lookup, page_key, table, table, self._numbers(n_pages), s.topk), kind
+
+    # -------------------------------------------------------------- correctness
+
+    def errors(self) -> dict[str, dict[str, Any]]:
+        rows = {}
+        for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", 4, False)):
+            given, kind = self._guided(pieces, bounds=bounds)
+            found = dispatch.choose_blocks(*given, **kind)
+            plain = choice.choose_blocks(*given, **kind)
+            lookup, (summaries,), counts, topk = given
+            double = kind | {"question": as_double(kind["question"])}
+            exact = choice.choose_blocks(
+                as_double(lookup.to(self.dtype)), [as_double(summaries)], counts.cpu(), topk, **double
+            )
+            rows[f"choice beside a question, {name}"] = self._chosen(found, plain, exact)
+        given, kind = self._candidates()
+        found, plain = dispatch.refine_pages(*given, **kind), refine.refine_pages(*given, **kind)
+        lookup, page_key, table, candidates, counts, topk = given
+        double = kind | {"question": as_double(kind["question"])}
+        exact = refine.refine_pages(
+            as_double(lookup.to(self.dtype)),
+            as_double(page_key),
+            table.cpu(),
+            candidates.cpu(),
+            counts.cpu(),
+            topk,
+            **double,
+        )
+        rows["choice among candidates"] = self._chosen(found, plain, exact, candidates)
+        return rows
+
+    def _chosen(self, found: Any, plain: Any, exact: Any, candidates: torch.Tensor | None = None) -> dict[str, Any]:
+        """Errors of the scores, and whether the ids are those of the best scores found."""
+        ids, _, scores = found
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : ids.shape[2]].sort(-1).values
+        if candidates is not None:
+            best = candidates.gather(-1, best)
+        return verdict(
+            relative_error(scores, exact[2]), relative_error(plain[2], exact[2]), bool(torch.equal(ids, best))
+        )
+
+    # -------------------------------------------------------------- speed
+
+    def speeds(self) -> dict[str, dict[str, float]]:
+        rows = {}
+        for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", self.shape.pieces, False)):
+            given = [self._guided(pieces, bounds=bounds) for _ in range(COPIES)]
+            calls = [self._call(dispatch.choose_blocks, each) for each in given]
+            rows[f"choice beside a question, {name}"] = self._bandwidth(calls, given[0][0][1][0].nbytes)
+            del given, calls
+        given = [self._candidates() for _ in range(COPIES)]
+        s = self.shape
+        read = given[0][0][2].numel() * s.kv_heads * s.block * s.dim * self.dtype.itemsize
+        calls = [self._call(dispatch.refine_pages, each) for each in given]
+        rows["choice among candidates"] = self._bandwidth(calls, read)
+        if self.device.type == "cuda":
+            rows["layer of a step"] = self._step_speeds()
+        return rows
+
+    @staticmethod
+    def _call(serve: Callable[..., object], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], object]:
+        return lambda: serve(*given[0], **given[1])
+
+    def _step_speeds(self) -> dict[str, float]:
+        """One layer of a step, from projections to attention, all in five launches: one by one, and as a graph."""
+        s = self.shape
+        append = self._rotate(*self._append(1))
+        (_, key, value, far), sizes = self._segments(1, 1, paged=True)
+        (lookup, page_key, _, _, counts, _), asked = self._candidates()
+        (_, parts, _, _), kind = self._guided(1, bounds=True)
+        slot, back = self._numbers(0), self._numbers(s.n_local)
+
+        def layer() -> None:
+            near: Any = append()
+            candidates, _, _ = dispatch.choose_blocks(lookup, parts, counts, CANDIDATES * s.topk, **kind)
+            ids, _, _ = dispatch.refine_pages(lookup, page_key, candidates, candidates, counts, s.topk, **asked)
+            seen = replace(far, table=ids, page_key=page_key, page_value=page_key)
+            dispatch.attend_step(near, key, value, seen, slot=slot, back=back, scale=sizes["scale"])
+
+        eager = seconds(layer, self.device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layer()
+        return {"us": eager * 1e6, "graph_us": seconds(graph.replay, self.device) * 1e6}
