@@ -114,5 +114,5 @@ def test_what_is_refused(monkeypatch):
     assert "17 heads" in gpu.cannot_serve(random(1, 17, 16), summaries, 4)
     assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512), 4)
     assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double(), 4)
-    monkeypatch.setattr(gpu, "target", lambda device: Target(False, 99 * 1024))
+    monkeypatch.setattr(gpu, "target", lambda device: Target(False, 16 * 1024))
     assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256).half(), 256)

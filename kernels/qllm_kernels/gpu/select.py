@@ -16,6 +16,7 @@ from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
 from qllm_kernels.gpu.tickets import tickets
 
 MOST_BLOCKS_CHOSEN = 256
+_MOST_MERGED = 64  # blocks wanted that are chosen by the launch that scores
 _ROWS = 64
 _SPLITS = 256  # of the blocks of one launch, at most
 
@@ -133,8 +134,9 @@ def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor, topk: int) -> st
     if group > 16:
         return f"{group} heads share a summary, more than 16"
     refused = refusal(summaries[..., : lookup.shape[2]])
-    if refused is None and constants(1, group, dim, topk, summaries.element_size(), target(summaries.device)) is None:
-        return f"tiles for topk {topk} of head size {dim} in {summaries.dtype} need more shared memory than there is"
+    wanted = min(topk, _MOST_MERGED)
+    if refused is None and constants(1, group, dim, wanted, summaries.element_size(), target(summaries.device)) is None:
+        return f"tiles of head size {dim} in {summaries.dtype} need more shared memory than there is"
     return refused
 
 
@@ -205,7 +207,7 @@ def choose_blocks(
     k = min(topk, n_blocks)
     if pieces > 1 or lookup.stride(-1) != 1:
         lookup = lookup.to(like.dtype).contiguous()
-    merge = pieces == 1 and len(parts) == 1 and question is None
+    merge = pieces == 1 and len(parts) == 1 and question is None and k <= _MOST_MERGED
     n_eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, lookup.device)
     group, size, on = heads // summary_heads, like.element_size(), target(like.device)
     launches = []
