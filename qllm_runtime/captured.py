@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,15 +41,15 @@ Recorder = Callable[[Callable[[], torch.Tensor], Recording | None], Recording]
 
 
 class CudaGraph:
-    """A step as a CUDA graph; see `Recorder`."""
+    """A step as a CUDA graph of `device`; see `Recorder`."""
 
-    def __init__(self, step: Callable[[], torch.Tensor], before: Recording | None) -> None:
+    def __init__(self, device: torch.device, step: Callable[[], torch.Tensor], before: Recording | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        device = torch.cuda.current_device()
         pool = before._graph.pool() if isinstance(before, CudaGraph) else None
-        # a capture that fails leaves its stream current: the outer block puts the one before back
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),
+            _capturing,
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),  # a capture that fails would leave its own current
             torch.cuda.graph(self._graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
         ):
             self.logits = step()
@@ -58,8 +59,11 @@ class CudaGraph:
         self._graph.replay()
 
 
+_capturing = threading.Lock()  # one capture at a time is all that CUDA allows a process
+
+
 @functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
+def _stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that graphs of a device are recorded on."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -68,7 +72,7 @@ def recorder(model: PreTrainedModel) -> Recorder | None:
     """What records steps of `model`, or None where steps run launch by launch."""
     device = model.device
     alone = device.type == "cuda" and all(parameter.device == device for parameter in model.parameters())
-    return CudaGraph if alone else None
+    return functools.partial(CudaGraph, device) if alone else None
 
 
 @contextmanager

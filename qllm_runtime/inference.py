@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,11 @@ Cancelled = Callable[[], bool]
 def never() -> bool:
     """The request is never cancelled."""
     return False
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # by the model's id, which is its own as long as its entry lives: the entry's value holds the model
@@ -82,7 +87,7 @@ class Inference:
         try:
             if training:
                 self.model.eval()
-            with torch.inference_mode(), installed(self.model):
+            with torch.inference_mode(), installed(self.model), _current(self.model.device):
                 yield
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
