@@ -68,8 +68,9 @@ def key_scores(lookup: torch.Tensor, key: torch.Tensor, *, scopes: int) -> torch
     """
     pieces, heads, dim = lookup.shape
     kv_heads, _, m, size, _ = key.shape
-    rows = lookup.float().view(pieces, kv_heads, heads // kv_heads, dim).transpose(0, 1)
-    dots = rows @ key.float().flatten(2, 3).transpose(2, 3)  # [kv_heads, pieces, group, m * block_size]
+    rows = lookup.float().view(pieces, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads * pieces, -1, dim)
+    keys = key.float().reshape(kv_heads * pieces, m * size, dim)
+    dots = torch.bmm(rows, keys.transpose(1, 2))  # [kv_heads * pieces, group, m * block_size]
     best = dots.view(scopes, -1, pieces, heads // kv_heads, m, size).amax(-1)
     return best.sum((1, 3)).transpose(0, 1)
 

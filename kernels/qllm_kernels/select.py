@@ -30,7 +30,7 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) 
     rows = lookup.float().view(pieces, n_heads, heads // n_heads, dim)
     if r == 1:
         rows = rows.sum(2, keepdim=True)  # the sum over a group's heads folds into the query
-        vectors = summaries[:, 0].transpose(0, 1)  # [n_blocks, n_heads, head_dim]
+        vectors = summaries.permute(2, 0, 1, 3)  # [n_blocks, n_heads, 1, head_dim]
         if scopes == 1 and vectors.is_contiguous():
             return _products(rows.view(pieces, -1), vectors.view(n_blocks, -1))[:, None]
     rows = rows.transpose(0, 1).reshape(n_heads, -1, dim)  # [n_heads, pieces * group, dim]
