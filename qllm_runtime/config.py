@@ -24,6 +24,9 @@ _PUBLISHED_POLICIES: dict[str, Policy] = {
     "origin": "full",
 }
 _PUBLISHED_REPRESENTATIVES = 4
+#: blocks that written tokens compare by every key, per block looked up; with 2, answers begin to differ from those of a
+#: comparison with every key of the text
+CANDIDATES = 4
 _WHOLE_PROMPT = 2**31  # chunk_size: null of the published configs
 # keys of the published configs that steer its caching or its GPU code and have no influence on results
 _PUBLISHED_ENGINE_KEYS = frozenset(
@@ -112,8 +115,9 @@ class MemoryConfig(BaseModel):
         default=None,
         ge=1,
         le=1024,
-        description="Blocks of each layer kept on the device (blocks, at least 2 * topk); all blocks lie in the host's memory "
-        "and are fetched when looked up, results stay the same. None: all blocks stay on the device.",
+        description="Blocks of each layer kept on the device (blocks, at least 2 * topk, and 4 * topk where every key "
+        "represents its block); all blocks lie in the host's memory and are fetched when looked up, results stay the same. "
+        "None: all blocks stay on the device.",
     )
     faithful: bool = Field(
         default=False, description="Reproduce the published research code number for number, quirks included."
@@ -155,10 +159,10 @@ class MemoryConfig(BaseModel):
             raise ValueError("device_blocks needs policy 'qllm' or 'infllm' without faithful=True; leave it out")
         if device_blocks < 2 * self.topk:
             raise ValueError(f"device_blocks ({device_blocks}) must be at least twice topk ({self.topk})")
-        if self.every_key:
+        if self.every_key and device_blocks < CANDIDATES * self.topk:
             raise ValueError(
-                f"with device_blocks, summaries alone stay on the device: repr_topk ({self.repr_topk}) must be below "
-                f"block_size ({self.block_size}), as keys that all represent their block could not leave it"
+                f"device_blocks ({device_blocks}) must be at least {CANDIDATES} times topk ({self.topk}) where every key "
+                f"represents its block, as so many are compared by every key; or set repr_topk below {self.block_size}"
             )
 
     @property

@@ -8,7 +8,7 @@ import functools
 import torch
 from typing_extensions import override
 
-from qllm_kernels.dispatch import admit_pages, copy_pages
+from qllm_kernels.dispatch import admit_pages, backend, copy_pages
 from qllm_kernels.residency import Residency
 from qllm_runtime.memory.store import BlockStore, PagedKeys, Pages, summary_space, take
 
@@ -16,11 +16,14 @@ from qllm_runtime.memory.store import BlockStore, PagedKeys, Pages, summary_spac
 class OffloadedStore(BlockStore):
     """Blocks whose keys and values are kept by the host, pinned where the device is a GPU.
 
+    Compact summaries stay on the device. Where every key represents its block, kernels that compare a question's tokens with
+    all of them read the host's memory; what else looks up blocks reads their means and bounds, which others keep.
+
     Chosen blocks are fetched to slots on the device by a list that the device makes; those used longest ago give way. The host
     does not wait for what was chosen. A fork shares what lies on the host and has slots of its own.
 
     Args:
-        device_blocks: Slots, at least twice the blocks of a lookup.
+        device_blocks: Slots, at least twice the blocks of a lookup and as many as it compares by every key.
         reserve: Blocks expected; sizes the first slab of host memory.
     """
 
@@ -31,11 +34,11 @@ class OffloadedStore(BlockStore):
         self._slabs: tuple[torch.Tensor, ...] = ()
         self._slots: torch.Tensor | None = None  # [device_blocks, kv_heads, 1, width]
         self._state: Residency | None = None
+        self._reader: torch.device | None = None  # of keys on the host, which are summaries
         self._awaits = False  # copies to the host that the device was not told to wait for
 
     @override
     def append(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
-        assert summaries is not None, "with offloaded blocks summaries are compact (MemoryConfig)"
         m = key.shape[1]
         if self._own is None or self._n + m > self._own.key.shape[1]:
             self._add_slab(key, value, summaries, max(self._reserve, 2 * self._n, m, 8))
@@ -44,17 +47,35 @@ class OffloadedStore(BlockStore):
         leaving = torch.cat([x.transpose(0, 1).flatten(2) for x in (key, value)], 2)
         _to_host(leaving[:, :, None], self._slabs[-1][new])
         self._awaits = True
-        self._own.summaries[:, :, new] = summaries
+        if summaries is None:
+            self._reader = key.device
+        else:
+            self._own.summaries[:, :, new] = summaries
         self._n += m
         self._runs = (*self._inherited, self._own.first(self._n))
 
-    def _add_slab(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor, capacity: int) -> None:
+    def _add_slab(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None, capacity: int) -> None:
         """What is on the host stays where it is: there may be more of it than can be held twice."""
         shape = (capacity, key.shape[0], 1, key[0, 0].numel() + value[0, 0].numel())
         slab = torch.empty(shape, dtype=key.dtype, device="cpu", pin_memory=key.is_cuda)
         self._slabs = (*self._slabs, slab)
         self._inherited, self._n, self._reserve = self._runs, 0, 0
-        self._own = Pages(*_split(slab, key.shape, value.shape), summary_space(summaries, capacity))
+        space = None if summaries is None else summary_space(summaries, capacity)
+        self._own = Pages.of(*_split(slab, key.shape, value.shape), space)
+
+    @override
+    def summaries(self, n_blocks: int) -> list[torch.Tensor]:
+        parts = super().summaries(n_blocks)
+        if self._reader is None:
+            return parts
+        self._see_host(self._reader)
+        return parts if backend(self._reader) == "triton" else [part.to(self._reader) for part in parts]
+
+    def _see_host(self, device: torch.device) -> None:
+        """Let what follows on the device see everything that was copied to the host."""
+        if self._awaits and device.type == "cuda":
+            torch.cuda.current_stream(device).wait_stream(_copying(device))
+        self._awaits = False
 
     @override
     def in_place(self, ids: torch.Tensor, valid: torch.Tensor | None) -> PagedKeys | None:
@@ -62,9 +83,7 @@ class OffloadedStore(BlockStore):
             return None
         slots, state = self._tables(ids)
         table, moves, counts = admit_pages(state, ids, valid)
-        if self._awaits:
-            _await_host_copies(ids.device)
-            self._awaits = False
+        self._see_host(ids.device)
         first, runs = 0, self.pages
         for slab, pages in zip(self._slabs, runs, strict=True):
             n = pages.key.shape[1]
@@ -88,6 +107,10 @@ class OffloadedStore(BlockStore):
         kv_heads = key.shape[0]
         return key.view(kv_heads, pieces, k, *key.shape[2:]), value.view(kv_heads, pieces, k, *value.shape[2:])
 
+    @override
+    def keys(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.gather(ids)[0]
+
     def _tables(self, ids: torch.Tensor) -> tuple[torch.Tensor, Residency]:
         """Slots, and tables of what they hold that know every block."""
         known = sum(slab.shape[0] for slab in self._slabs)
@@ -106,7 +129,7 @@ class OffloadedStore(BlockStore):
     def fork(self) -> OffloadedStore:
         child = OffloadedStore(self._device_blocks)
         child._inherited = child._runs = self._runs
-        child._slabs, child._awaits = self._slabs, self._awaits
+        child._slabs, child._awaits, child._reader = self._slabs, self._awaits, self._reader
         return child
 
     def tally(self) -> tuple[int, int]:
@@ -120,7 +143,8 @@ class OffloadedStore(BlockStore):
     def nbytes(self) -> int:
         """Bytes on the device: summaries and slots."""
         tables = () if self._state is None else tuple(vars(self._state).values())
-        held = (*(pages.summaries for pages in self.pages), *tables, *(() if self._slots is None else (self._slots,)))
+        summaries = [pages.summaries for pages in self.pages] if self._reader is None else []
+        held = (*summaries, *tables, *(() if self._slots is None else (self._slots,)))
         return sum(x.nbytes for x in held)
 
 
@@ -159,9 +183,3 @@ def _to_host(source: torch.Tensor, target: torch.Tensor) -> None:
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
     source.record_stream(stream)
-
-
-def _await_host_copies(device: torch.device) -> None:
-    """Let what follows on the device see everything that was copied to the host."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(_copying(device))

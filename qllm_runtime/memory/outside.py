@@ -13,7 +13,7 @@ from qllm_kernels.dispatch import backend, choose_blocks, mean_keys, refine_page
 from qllm_kernels.eligible import to_device
 from qllm_kernels.refine import refine_choice
 from qllm_kernels.summary import key_bounds
-from qllm_runtime.config import MemoryConfig
+from qllm_runtime.config import CANDIDATES, MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.digest import BlockDigest
 from qllm_runtime.memory.guide import Guide
@@ -22,8 +22,6 @@ from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.store import BlockStore, PagedKeys
-
-_CANDIDATES = 4  # per block looked up; with 2, answers begin to differ from those of a comparison with every key
 
 
 class FarKeys(NamedTuple):
@@ -157,14 +155,15 @@ class Outside:
         config, n_blocks = self._config, counts[-1]
         single = length == 1 and not self.query.awaits(starts[0])
         question = self._asks(n_blocks, n_blocks)
-        if self._bounds is not None and single and n_blocks > _CANDIDATES * config.topk:
-            alone = [
-                self._choose_twice(row[None], self._bounds.first(n_blocks), [n_blocks], question) for row in lookup
-            ]
-            ids, scores = torch.cat([chosen[0] for chosen in alone]), torch.cat([chosen[3] for chosen in alone])
-            valid = None
+        if self._bounds is not None and single and n_blocks > CANDIDATES * config.topk:
+            bounds = self._bounds.first(n_blocks)
+            alone = [self._choose_twice(row[None], bounds, counts[-1:], question) for row in lookup]
+            ids, valid, candidates, scores = alone[0]
+            if len(alone) > 1:
+                ids, candidates, scores = (
+                    torch.cat(each) for each in zip(*((a[0], *a[2:]) for a in alone), strict=True)
+                )
             if hook is not None:
-                candidates = torch.cat([chosen[2] for chosen in alone])
                 whole = scores.new_full((*ids.shape[:2], n_blocks), float("-inf"))
                 scores = whole.scatter(-1, candidates, scores)
         else:
@@ -196,13 +195,13 @@ class Outside:
             ids and valid as `refine_choice` gives them, candidates and their scores [1, scopes, m].
         """
         topk, terms = self._config.topk, self._terms(question)
-        candidates = choose_blocks(lookup, bounds, counts, _CANDIDATES * topk, bounds=True, **terms)[0]
+        candidates, given, _ = choose_blocks(lookup, bounds, counts, CANDIDATES * topk, bounds=True, **terms)
         if isinstance(counts, torch.Tensor):
             candidates = torch.minimum(candidates, counts - 1)  # pages that were written, where there is no candidate
         if backend(lookup.device) == "torch":
             ids, valid, scores = refine_choice(lookup, self.store.keys(candidates), candidates, counts, topk, **terms)
         else:
-            key, table = self.store.keys_in_pages(candidates)
+            key, table = self.store.keys_in_pages(candidates, given)
             ids, valid, scores = refine_pages(lookup, key, table, candidates, counts, topk, **terms)
         return ids, valid, candidates, scores
 
@@ -339,7 +338,7 @@ class Outside:
         if not self._config.uses_blocks:
             return self._initial_only(1)
         ids, _ = self.look_up(lookup, [count], [start], 1, hook)
-        key, value = (x[:, 0].flatten(1, 2) for x in self.store.gather(ids))
+        key, value = (x.view(x.shape[0], -1, x.shape[-1]) for x in self.store.gather(ids))
         positions = self.query.positions
         asked = self.query.end - len(positions) < oldest  # else all of the question is in the window
         kept = self._loose

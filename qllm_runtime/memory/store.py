@@ -143,12 +143,16 @@ class BlockStore:
         return self.keys(ids), _gathered([pages.value for pages in self.pages], ids)
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
-        """Copies of the keys alone, as `gather` returns them; not of offloaded blocks."""
+        """Copies of the keys alone, as `gather` returns them."""
         return _gathered([pages.key for pages in self.pages], ids)
 
-    def keys_in_pages(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages of keys [kv_heads, n_pages, block_size, head_dim], and where blocks `ids` are in them [pieces, scopes, k]."""
-        paged = self.in_place(ids, None)
+    def keys_in_pages(self, ids: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages of keys [kv_heads, n_pages, block_size, head_dim], and where blocks are in them [pieces, scopes, k].
+
+        Args:
+            ids, valid: As in `in_place`.
+        """
+        paged = self.in_place(ids, valid)
         if paged is not None:
             return paged.key, paged.table
         place = torch.arange(ids.shape[0] * ids.shape[2], device=ids.device).view(ids.shape[0], 1, -1)
@@ -177,16 +181,18 @@ def summary_space(like: torch.Tensor, capacity: int) -> torch.Tensor:
 def _gathered(runs: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     """Blocks `ids` [pieces, scopes, k] of runs [kv_heads, n, block_size, dim], [kv_heads, pieces, k, block_size, dim]."""
     pieces, scopes, k = ids.shape
-    ids = ids.transpose(0, 1).reshape(scopes, pieces * k)
+    ids = ids[0] if pieces == 1 else ids.transpose(0, 1).reshape(scopes, pieces * k)
     if len(runs) == 1:
         found = take(runs[0], ids)
     else:
+        # which run a block is in stays on a device: nothing waits for the host
+        end = int(ids.max()) + 1 if ids.device.type == "cpu" else sum(run.shape[1] for run in runs)
         first = 0
         for run in runs:
-            # which run a block is in stays on the device: nothing waits for the host
-            part = take(run, (ids - first).clamp(0, run.shape[1] - 1))
-            found = torch.where((ids >= first)[:, :, None, None], part, found) if first else part
-            first += run.shape[1]
+            if first < end:
+                part = take(run, (ids - first).clamp(0, run.shape[1] - 1))
+                found = torch.where((ids >= first)[:, :, None, None], part, found) if first else part
+                first += run.shape[1]
     return found.view(-1, pieces, k, *found.shape[2:])
 
 
@@ -196,7 +202,10 @@ def take(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     row = size * dim
     head, page, *within = pages.stride()
     if within == [dim, 1] and head % row == 0 == page % row:
-        # pages as rows of one matrix, although `pages` may be a part of a larger buffer
+        # rows of the buffer of which `pages` are the first: a view that is not contiguous would be copied as a whole
+        if len(ids) == 1 and page == row:
+            heads_of_rows = pages.as_strided((kv_heads, head // row, row), (head, row, 1))
+            return heads_of_rows.index_select(1, ids[0]).view(kv_heads, -1, size, dim)
         rows = pages.as_strided((((kv_heads - 1) * head + (n - 1) * page) // row + 1, row), (row, 1))
         firsts = torch.arange(kv_heads, device=ids.device).mul_(head // row)[:, None]
         index = torch.add(firsts, ids, alpha=page // row)

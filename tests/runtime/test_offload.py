@@ -50,8 +50,6 @@ def test_store(seed: int) -> None:
         n = len(plain)
         assert (len(offloaded), offloaded.kv_heads) == (n, plain.kv_heads)
         assert torch.equal(torch.cat(offloaded.summaries(n), 2), torch.cat(plain.summaries(n), 2))
-        at = draw.randrange(n)
-        assert all(torch.equal(x, y) for x, y in zip(offloaded.block(at), plain.block(at), strict=True))
         k = min(topk, n)
         ids, valid = choice(n, draw.randint(1, 6), scopes, k, draw)
         wanted, found = plain.gather(ids, valid), offloaded.gather(ids, valid)
@@ -68,12 +66,18 @@ def test_store(seed: int) -> None:
                 assert torch.equal(paged[index][heads, table][shown], y[shown])
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Products of keys that lie elsewhere may be rounded differently."""
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(16))
 def test_history(seed: int) -> None:
     """A memory that offloads and one that does not, through the same random history."""
     draw = random.Random(seed)
-    config = sizes(draw).replace(policy=draw.choice(["qllm", "infllm"]), block_size=4, repr_topk=draw.choice([1, 3]))
-    offload = config.replace(device_blocks=2 * config.topk + draw.choice([0, 1, 20]))
+    config = sizes(draw).replace(policy=draw.choice(["qllm", "infllm"]), block_size=4, repr_topk=draw.choice([1, 3, 4]))
+    least = (4 if config.every_key else 2) * config.topk
+    offload = config.replace(device_blocks=least + draw.choice([0, 1, 20]))
     pair = [BlockMemory(each, Rope(DIM)) for each in (config, offload)]
     whole, stray = tokens(110, seed=seed), tokens(20, seed=seed + 1)
     at, asked = 0, 0
@@ -89,12 +93,12 @@ def test_history(seed: int) -> None:
             pair = [memory.fork() for memory in pair]
         elif event == "fork goes on":
             outs = [feed(memory.fork(), stray) for memory in pair]
-            assert torch.equal(*outs)
+            same(*outs)
         elif event == "parent goes on":
             parents, pair = pair, [memory.fork() for memory in pair]
-            assert torch.equal(*(feed(memory, stray) for memory in parents))
+            same(*(feed(memory, stray) for memory in parents))
         part = tuple(x[:, at : at + n] for x in whole)
-        assert torch.equal(*(feed(memory, part) for memory in pair))
+        same(*(feed(memory, part) for memory in pair))
         at += n
     assert all(len(memory._outside.store) for memory in pair)
 
@@ -121,7 +125,7 @@ def test_the_device_holds_as_much_for_any_length() -> None:
     ("settings", "message"),
     [
         ({"device_blocks": 3}, "at least twice topk"),
-        ({"device_blocks": 4, "repr_topk": 4}, "repr_topk .4. must be below block_size"),
+        ({"device_blocks": 7, "repr_topk": 4}, "at least 4 times topk .2."),
         ({"device_blocks": 4, "policy": "streaming"}, "needs policy"),
         ({"device_blocks": 4, "faithful": True}, "needs policy"),
         ({"device_blocks": 4000}, "less than or equal to 1024"),
@@ -133,6 +137,7 @@ def test_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidConfigError, match=message):
         MemoryConfig(**{**BASE, **settings})
     MemoryConfig(**{**BASE, "repr_topk": 4, "summary": "mean", "device_blocks": 4})
+    MemoryConfig(**{**BASE, "repr_topk": 4, "device_blocks": 8})
 
 
 def test_engine() -> None:

@@ -135,7 +135,7 @@ def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor, topk: int) -> st
         return f"{group} heads share a summary, more than 16"
     refused = refusal(summaries[..., : lookup.shape[2]])
     wanted = min(topk, _MOST_MERGED)
-    if refused is None and constants(1, group, dim, wanted, summaries.element_size(), target(summaries.device)) is None:
+    if refused is None and constants(1, group, dim, wanted, summaries.element_size(), target(lookup.device)) is None:
         return f"tiles of head size {dim} in {summaries.dtype} need more shared memory than there is"
     return refused
 
@@ -209,7 +209,7 @@ def choose_blocks(
         lookup = lookup.to(like.dtype).contiguous()
     merge = pieces == 1 and len(parts) == 1 and question is None and k <= _MOST_MERGED
     n_eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, lookup.device)
-    group, size, on = heads // summary_heads, like.element_size(), target(like.device)
+    group, size, on = heads // summary_heads, like.element_size(), target(lookup.device)
     launches = []
     for part in parts:
         together = part.shape[1] > 1 and part.stride(1) < part.stride(2)
