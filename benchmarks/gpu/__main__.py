@@ -84,7 +84,6 @@ def main(
         kinds = (
             ("qllm", models.with_memory, lengths),
             ("sdpa", models.with_sdpa, SDPA_LENGTHS),
-            ("compact", models.compact, OFFLOAD_LENGTHS),
             ("offloaded", models.offloaded, OFFLOAD_LENGTHS),
         )
         reading = 0.0  # seconds per token

@@ -19,7 +19,6 @@ from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.seam import MemoryCache
 
 STEPS = 24
-COMPACT = 4  # keys that represent a block where blocks are in the host's memory
 #: kinds of single-token steps by the name of their time, and what is done after all of them
 Steps = tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], None]]
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -80,15 +79,10 @@ def with_memory(model: PreTrainedModel, length: int, **settings: Any) -> dict[st
         return _measure(model, length, prefill) | row
 
 
-def compact(model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """`with_memory` with four keys representing a block."""
-    return with_memory(model, length, repr_topk=COMPACT)
-
-
 def offloaded(model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """`compact` with blocks in the host's memory: of those looked up while decoding, the share found on the device."""
-    held = 4 * MemoryConfig.for_model(model.config.max_position_embeddings).topk
-    return with_memory(model, length, repr_topk=COMPACT, device_blocks=min(held, 1024))
+    """`with_memory` with blocks in the host's memory: of those wanted while decoding, the share found on the device."""
+    held = 8 * MemoryConfig.for_model(model.config.max_position_embeddings).topk
+    return with_memory(model, length, device_blocks=min(held, 1024))
 
 
 def _tally(cache: MemoryCache) -> tuple[int, int]:
