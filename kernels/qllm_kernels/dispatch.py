@@ -155,8 +155,7 @@ def attend_pieces(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`qllm_kernels.attention.attend_pieces`."""
     serve = attention.attend_pieces
-    alike = far is None or far.pieces * length == near.shape[1]  # a few question tokens are not worth a kernel
-    gpu = _kernels("attention", near.device) if alike else None
+    gpu = _kernels("attention", near.device)
     if gpu is not None and _serves("attend_pieces", gpu.cannot_serve(near, window_key, window_value, far)):
         serve = gpu.attend_pieces
     return serve(near, window_key, window_value, far, slot=slot, back=back, length=length, scale=scale, softcap=softcap)

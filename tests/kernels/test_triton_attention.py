@@ -81,6 +81,17 @@ def test_sequences_of_different_lengths_in_one_launch(serve):
         torch.testing.assert_close((out[:, i : i + 1], lse[:, i : i + 1]), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_far_keys_of_shorter_pieces(size):
+    """Tokens of a question share a window, and each looks up pages of its own."""
+    given = segments(pieces=2, length=6, back=9)
+    far = segments(pieces=12 // size, length=size, loose=4, hide=True, pages=2, short=True).far
+    expected = attention.attend_pieces(given.near, given.key, given.value, far, **given.sizes)
+    with poisoned():
+        actual = gpu.attend_pieces(given.near, given.key, given.value, far, **given.sizes)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 40])
 def test_half_precision(length):
     check(length=length, back=40, loose=20, pages=2, dtype=torch.float16)

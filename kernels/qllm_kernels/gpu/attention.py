@@ -274,6 +274,13 @@ def attend_pieces(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`qllm_kernels.attention.attend_pieces`."""
+    if far is not None and far.pieces * length != near.shape[1]:
+        # what sees far keys of its own becomes a piece of its own, with the window of the longer piece it is cut from
+        size = near.shape[1] // far.pieces
+        row = torch.arange(0, near.shape[1], size, device=near.device)
+        within = row % length
+        places = slot + row - within, back + within
+        return _launch(near, window_key, window_value, far, *places, size, back + length, scale, softcap)
     return _launch(near, window_key, window_value, far, slot, back, length, back + length, scale, softcap)
 
 

@@ -23,6 +23,6 @@ def tickets(device: torch.device) -> torch.Tensor:
     return _zeros(device, None)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _zeros(device: torch.device, stream: int | None) -> torch.Tensor:
     return torch.zeros(MOST, dtype=torch.int32, device=device)
