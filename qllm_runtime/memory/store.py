@@ -186,7 +186,7 @@ def _gathered(runs: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         found = take(runs[0], ids)
     else:
         # which run a block is in stays on a device: nothing waits for the host
-        end = int(ids.max()) + 1 if ids.device.type == "cpu" else sum(run.shape[1] for run in runs)
+        end = int(ids.max()) + 1 if backend(ids.device) == "torch" else sum(run.shape[1] for run in runs)
         first = 0
         for run in runs:
             if first < end:
@@ -203,7 +203,7 @@ def take(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     head, page, *within = pages.stride()
     if within == [dim, 1] and head % row == 0 == page % row:
         # rows of the buffer of which `pages` are the first: a view that is not contiguous would be copied as a whole
-        if len(ids) == 1 and page == row:
+        if len(ids) == 1 and page == row and head >= n * row:  # with one head, its stride says nothing
             heads_of_rows = pages.as_strided((kv_heads, head // row, row), (head, row, 1))
             return heads_of_rows.index_select(1, ids[0]).view(kv_heads, -1, size, dim)
         rows = pages.as_strided((((kv_heads - 1) * head + (n - 1) * page) // row + 1, row), (row, 1))
