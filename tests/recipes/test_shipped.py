@@ -25,10 +25,17 @@ def test_is_small_and_complete(folder: Path) -> None:
     assert {"tokenizer_config.json", "README.md"} <= set(sizes)
 
 
-@pytest.mark.parametrize("text", ["Kargath 12", "  two  spaces\n\nnew\ttab", "héllo — “quotes” 🙂", '{"a-b": "0f3e"}'])
+@pytest.mark.parametrize("text", ["Kargath 12", "two  spaces\n\nnew\ttab ", "héllo — “quotes” 🙂", '{"a-b": "0f3e"}'])
 def test_tokenizer_round_trip(folder: Path, text: str) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_an_answer_may_begin_like_a_word_inside_a_sentence(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(" surgeon").ids
+    assert tokenizer.encode("Ann is a surgeon.").ids[-len(ids) - 1 : -1] == ids
+    assert tokenizer.decode(ids) == "surgeon"
 
 
 def test_names_and_numbers_have_the_same_tokens_everywhere(folder: Path) -> None:
