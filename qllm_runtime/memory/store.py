@@ -186,7 +186,8 @@ def _gathered(runs: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         found = take(runs[0], ids)
     else:
         # which run a block is in stays on a device: nothing waits for the host
-        end = int(ids.max()) + 1 if backend(ids.device) == "torch" else sum(run.shape[1] for run in runs)
+        at_hand = ids.device.type == "cpu" and backend(ids.device) == "torch"
+        end = int(ids.max()) + 1 if at_hand else sum(run.shape[1] for run in runs)
         first = 0
         for run in runs:
             if first < end:
