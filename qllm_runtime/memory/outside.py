@@ -17,6 +17,7 @@ from qllm_runtime.config import CANDIDATES, MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.digest import BlockDigest
 from qllm_runtime.memory.guide import Guide
+from qllm_runtime.memory.loose import Loose
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
@@ -57,15 +58,6 @@ class Terms(TypedDict):
     scopes: int
     question: torch.Tensor | None
     weight: float
-
-
-class Loose(NamedTuple):
-    """Initial tokens and, if `asked`, tokens of the question, [kv_heads, 1, m, head_dim]; `question` says of which."""
-
-    question: torch.Tensor | None
-    asked: bool
-    key: torch.Tensor
-    value: torch.Tensor
 
 
 class Outside:
@@ -254,7 +246,7 @@ class Outside:
             return (self._initial,)
         parts = self._parts()
         self._asked = self._asks(n_blocks, sum(part.shape[2] for part in parts))
-        return (self._initial, self.query.tokens, self._asked, *parts, *self.store.pages)
+        return (self._pinned(parts[0].device), self._asked, *parts, *self.store.pages)
 
     def keys_at(self, far: torch.Tensor, place: DevicePlace) -> FarKeys:
         """What a single token sees, after `settle`; of its place nothing but what the tensors hold is looked at.
@@ -271,7 +263,8 @@ class Outside:
             ids, valid, *_ = self._choose_twice(lookup, parts, place.n_blocks, self._asked)
         else:
             ids, valid, _ = choose_blocks(lookup, parts, place.n_blocks, config.topk, **self._terms(self._asked))
-        ids = torch.minimum(ids, place.n_blocks - 1)  # pages that were written, where there is no choice
+        if len(self.store.pages) > 1:
+            ids = torch.minimum(ids, place.n_blocks - 1)  # pages that were written, where there is no choice
         return self._seen(ids, valid, place.n_chosen, place.oldest)
 
     def _parts(self) -> list[torch.Tensor]:
@@ -291,23 +284,25 @@ class Outside:
         oldest: Sequence[int] | torch.Tensor,
     ) -> FarKeys:
         """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `keys`."""
-        pieces = ids.shape[0]
+        pieces, scopes, k = ids.shape
+        loose, asked = self._pinned(ids.device), len(self.query.positions)
+        pinned = [x.expand(-1, pieces, -1, -1) for x in (loose.key, loose.value)]
+        twice = loose.hidden(ids, self._border(oldest, ids.device)) if asked else None
         paged = self.store.in_place(ids, valid) if backend(ids.device) == "triton" else None
-        if paged is None:
-            key, value = self._join(*self.store.gather(ids, valid))
-        else:
-            key, value = self._join(*(x[:, None, :0].expand(-1, pieces, -1, -1, -1) for x in paged[:2]))
+        if paged is not None:
+            return FarKeys(pinned[0], pinned[1], twice, ids, paged, n_chosen)
+        first, size = loose.key.shape[2] - asked, self._config.block_size
+        key, value = (
+            torch.cat((x[:, :, :first], blocks.flatten(2, 3), x[:, :, first:]), 2)
+            for x, blocks in zip(pinned, self.store.gather(ids, valid), strict=True)
+        )
         hidden = None
-        asked = len(self.query.positions)
-        if asked or (valid is not None and paged is None):
-            scopes = ids.shape[1]
-            size = self._config.block_size
+        if twice is not None or valid is not None:
             hidden = torch.zeros(pieces, scopes, key.shape[2], dtype=torch.bool, device=key.device)
-            if valid is not None and paged is None:
-                first = 0 if self._initial is None else self._initial[0].shape[1]
-                hidden[:, :, first : first + ids.shape[2] * size] = ~valid.repeat_interleave(size, dim=-1)
-            if asked:
-                hidden[:, :, -asked:] = self._question_hidden(ids, oldest)
+            if valid is not None:
+                hidden[:, :, first : first + k * size] = ~valid.repeat_interleave(size, dim=-1)
+            if twice is not None:
+                hidden[:, :, first + k * size :] = twice[:, :, first:]
         return FarKeys(key, value, hidden, ids, paged, n_chosen)
 
     def positions(self, seen: FarKeys) -> torch.Tensor:
@@ -341,43 +336,25 @@ class Outside:
         key, value = (x.view(x.shape[0], -1, x.shape[-1]) for x in self.store.gather(ids))
         positions = self.query.positions
         asked = self.query.end - len(positions) < oldest  # else all of the question is in the window
-        kept = self._loose
-        if kept is None or kept.question is not self.query.tokens or kept.asked != asked:
-            loose = self._join(key[:, None, None, :0], value[:, None, None, :0], question=asked)
-            kept = self._loose = Loose(self.query.tokens, asked, *loose)
-        hidden = None
-        if asked and len(positions):
-            twice = self._question_hidden(ids, [oldest])
-            hidden = torch.nn.functional.pad(twice, (kept.key.shape[2] - len(positions), 0))
+        kept = self._pinned(ids.device, asked)
+        hidden = kept.hidden(ids, self._border([oldest], ids.device)) if asked and len(positions) else None
         return FarKeys(kept.key, kept.value, hidden, ids, blocks=(key, value))
 
-    def _join(
-        self, key: torch.Tensor, value: torch.Tensor, *, question: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Initial tokens, blocks [kv_heads, pieces, k, block_size, head_dim] and question: [kv_heads, pieces, m, head_dim]."""
-        asked = (self.query.key, self.query.value)
-        joined = []
-        for index, blocks in enumerate((key, value)):
-            parts = [blocks.flatten(2, 3)]
-            if self._initial is not None:
-                parts.insert(0, self._initial[index][:, None].expand(-1, blocks.shape[1], -1, -1))
-            if question and len(self.query.positions):
-                parts.append(asked[index][:, None].expand(-1, blocks.shape[1], -1, -1))
-            joined.append(torch.cat(parts, 2))
-        return joined[0], joined[1]
+    def _pinned(self, device: torch.device, asked: bool = True) -> Loose:
+        """Initial tokens and, if `asked`, the question's; there is a block."""
+        kept, config = self._loose, self._config
+        if kept is None or kept.question is not self.query.tokens or kept.asked != asked:
+            like = tuple(x[:, 0, :0].to(device) for x in self.store.pages[0][:2])
+            kept = self._loose = Loose.of(
+                self._initial, self.query, (like[0], like[1]), asked=asked, n_init=config.n_init, size=config.block_size
+            )
+        return kept
 
-    def _question_hidden(self, ids: torch.Tensor, oldest: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Where the pinned copy of a question token would be its second appearance: [pieces, scopes, tokens]."""
-        positions = self.query.positions
-        block = torch.div(positions - self._config.n_init, self._config.block_size, rounding_mode="floor")
-        hidden = (ids[..., None] == block).any(dim=2)
+    def _border(self, oldest: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """First tokens of windows, [pieces]; None where the host knows that none reaches back to the question."""
         if isinstance(oldest, torch.Tensor):
-            border = oldest
-        elif self.query.end > min(oldest):
-            border = to_device(oldest, ids.device)
-        else:
-            return hidden
-        return hidden | (positions >= border[:, None])[:, None]
+            return oldest
+        return to_device(oldest, device) if self.query.end > min(oldest) else None
 
     def fork(self) -> Self:
         """An independent continuation that shares initial tokens and blocks."""
