@@ -1,19 +1,19 @@
 """Kernels compiled for GPUs that are not there, within what `budgets.json` says they take.
 
 `compile_all.py` wrote the table from all cases of `cases.py`. Here the table is checked as a whole, and a few of its rows,
-every GPU and type of number among them, are compiled again.
+every GPU and type of number among them, are compiled again. Compilers differ in what they take, so only the version of Triton
+that the table names is held to its numbers; what a GPU has is the limit for all.
 """
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from cases import AGAIN, ARCHS, AXES, KERNELS, SHARED, covering, multiplies
-from compile_all import BUDGETS
 
 pytest.importorskip("triton")
-TABLE: dict[str, dict[str, list[int]]] = json.loads(BUDGETS.read_text())
+from compile_all import TRITON, read
+
+MADE_WITH, TABLE = read()
 
 
 def test_the_table_is_whole():
@@ -32,11 +32,13 @@ def test_nothing_exceeds_a_gpu():
 
 @pytest.mark.parametrize("case", AGAIN, ids=lambda case: f"{case.name} {case.label}")
 def test_budget(case):
-    registers, shared, _ = TABLE[case.name][case.label]
     usage = KERNELS[case.name](case).usage(case.arch)
     assert usage.spilled == 0
-    assert usage.registers <= registers + 8  # another release of the compiler may take a few more
-    assert usage.shared <= shared
+    assert usage.shared <= SHARED[case.arch]
+    if TRITON == MADE_WITH:
+        registers, shared, _ = TABLE[case.name][case.label]
+        assert usage.registers <= registers + 8  # another release of the compiler may take a few more
+        assert usage.shared <= shared
     if multiplies(case.name):
         assert usage.matrix > 0
         assert usage.warp_groups or "prefill" not in case.name or case.arch not in (90, 100)
