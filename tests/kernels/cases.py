@@ -133,7 +133,7 @@ def _choose(case: Case, guided: bool) -> Compilation:
         "", scores="fp32", moments="fp32", question="fp32", n_eligible="i32", candidates="i64", done="i32", ids="i64",
         valid="i1",
     )  # fmt: skip
-    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": 1024, "BC": 512, "BK": 128 if guided else 32}
+    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": 1024, "BC": 512, "BK": 32}
     return Compilation(choose.choose, pointers, sizes | choose.options(case.target), ("weight",))
 
 
