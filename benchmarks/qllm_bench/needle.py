@@ -27,6 +27,7 @@ from qllm_runtime.errors import InvalidRequestError
 SIMPLE = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation")
 _ROOM = 48  # tokens of template and separators
 _KEPT = 8_000_000  # tokens of documents that are kept for the next setting
+_DRAWS = 5
 _TRIES = 8  # until a document fills its length
 _FACT = 50  # tokens of a document per fact
 _QUESTION = 16  # tokens that other questions may have more than those of the first document
@@ -119,14 +120,30 @@ class Haystacks:
         return _QUESTION + max(self._subject.llm.count_tokens(case.question) for case in cases)
 
     def _make(self, tokens: int, number: int) -> list[Case]:
-        """Cases of one document that fits ``tokens`` tokens with question and template, and fills them to 5 %."""
+        """Cases of one document that fits ``tokens`` tokens with question and template.
+
+        Raises:
+            InvalidRequestError: Its facts alone are longer, however often they are drawn.
+        """
+        for draw in ("", *(f"-{n}" for n in range(1, _DRAWS))):
+            cases = self._fitted(tokens, number, draw)
+            if cases is not None:
+                return cases
+        plan = self._plan
+        raise InvalidRequestError(
+            f"{plan.needles} facts with {plan.distractors} distractors each do not fit {tokens} tokens; raise --lengths, or "
+            "lower --needles or --distractors."
+        )
+
+    def _fitted(self, tokens: int, number: int, draw: str) -> list[Case] | None:
+        """Cases of one draw in as much prose as fills the document to 5 %, or None when they do not fit."""
         plan = self._plan
         n_chars = round((tokens - _ROOM) * self._ratio)
         best: tuple[int, list[Case]] | None = None
         for _ in range(_TRIES):
             if n_chars <= 0:
                 break
-            rng = random.Random(f"needle-{self._library.split}-{plan.seed}-{tokens}-{number}")
+            rng = random.Random(f"needle-{self._library.split}-{plan.seed}-{tokens}-{number}{draw}")
             prose = self._library.draw(rng, n_chars)
             cases = make_haystack(
                 rng, prose, n_chars, plan.families_of(number), plan.depths_of(number), plan.distractors
@@ -142,12 +159,7 @@ class Haystacks:
             if left <= 0.05 * tokens:
                 break
             n_chars += int((left - 0.01 * tokens) * self._ratio)
-        if best is not None:
-            return best[1]
-        raise InvalidRequestError(
-            f"{plan.needles} facts with {plan.distractors} distractors each do not fit {tokens} tokens; raise --lengths, or "
-            "lower --needles or --distractors."
-        )
+        return None if best is None else best[1]
 
 
 def jobs(subject: Subject, settings: Sequence[Setting], haystacks: Haystacks, plan: Plan) -> list[Job]:
