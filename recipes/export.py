@@ -40,7 +40,7 @@ def export(checkpoint: Path, tokenizer: Path, folder: Path, config: ReaderConfig
 
 
 def plot_curve(logs: Sequence[Path], path: Path) -> None:
-    """Draw loss and quick exact match over minutes; phases other than the first start where it ended."""
+    """Draw loss and quick exact match over minutes; the last two phases both start where the one before them ended."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,13 +48,13 @@ def plot_curve(logs: Sequence[Path], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     shift = 0.0
-    for n, log in enumerate(p for p in logs if p.exists()):
-        rows = json.loads(log.read_text(encoding="utf-8"))
-        minutes = [r["minutes"] + (shift if n else 0.0) for r in rows]
+    for n, log in enumerate(logs):
+        rows = json.loads(log.read_text(encoding="utf-8")) if log.exists() else []
+        minutes = [r["minutes"] + shift for r in rows]
         left.plot(minutes, [r["loss"] for r in rows], label=log.stem)
         right.plot(minutes, [r["exact"]["all"] for r in rows], label=log.stem)
-        if n == 0 and rows:
-            shift = rows[-1]["minutes"]
+        if rows and n < len(logs) - 2:
+            shift += rows[-1]["minutes"]
     left.set(xlabel="minutes", ylabel="weighted loss", yscale="log")
     right.set(xlabel="minutes", ylabel="exact, unseen names and numbers, 256 tokens", ylim=(0, 1))
     right.grid(alpha=0.3)
