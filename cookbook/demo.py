@@ -18,13 +18,11 @@ from qllm_runtime.samples import sample_document
 KINDS = ("What is the code", "What is the job", "What is the special magic number")
 
 
-def answer(
-    llm: QLLMChat, number: int, question: str, expected: str, document: Mapping[str, Any], mode: str | None = None
-) -> None:
+def answer(llm: QLLMChat, number: int, question: str, expected: str, document: Mapping[str, Any]) -> None:
     """Stream one answer, then show where it was read."""
     print(f"\nQuestion {number}: {question}")
     whole: AIMessageChunk | None = None
-    for chunk in llm.stream([HumanMessage([document, {"type": "text", "text": question}])], mode=mode):
+    for chunk in llm.stream([HumanMessage([document, {"type": "text", "text": question}])]):
         print(chunk.text, end="", flush=True)
         whole = chunk if whole is None else whole + chunk
     assert whole is not None
@@ -60,10 +58,10 @@ def main() -> None:
     print("\nThe document is read for the question (query_aware):")
     answer(llm, 1, *questions[0], document)
 
-    print("\nThe document is read once; what each question finds there is read again before the answer (reread):")
+    print("\nThe document is read once; every question looks up its own passages:")
     with llm.add_documents(Document(page_content=text, metadata={"title": "story.txt"})) as handle:
         for number, (question, expected) in enumerate(questions[1:], 2):
-            answer(llm, number, question, expected, handle.block(), "reread")
+            answer(llm, number, question, expected, handle.block())
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,93 +15,35 @@ from numpy.typing import NDArray
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, TextStream
-from qllm_runtime.document_memory import DocumentMemory
-from qllm_runtime.errors import CancelledError, ContextOverflowError, InvalidRequestError
+from qllm_runtime.errors import CancelledError, InvalidRequestError
 from qllm_runtime.inference import Cancelled, Inference
-from qllm_runtime.memory.record import LayerLookupHook
-from qllm_runtime.prompt import Prompt, build_prompt
+from qllm_runtime.prompt import Prompt
+from qllm_runtime.request import Request, check_questions, lay_out
 from qllm_runtime.seam import MemoryCache
-from qllm_runtime.sources import passages
+from qllm_runtime.sources import passages, trace_back
 from qllm_runtime.types import (
     Answer,
     FinishReason,
-    Mode,
     Piece,
     Progress,
-    QuerySource,
     Sampling,
     Timings,
     TokenLogprob,
-    Turn,
     Usage,
 )
 
-#: How documents are read when the caller does not say; chosen by measurement (docs/results.md).
-DEFAULT_MODE: Mode = "query_aware"
 
-
-@dataclass(frozen=True)
-class Request:
-    """Everything one answer needs; see `QLLM.chat` for the fields."""
-
-    inference: Inference
-    tokenizer: Any
-    config: MemoryConfig
-    turns: tuple[Turn, ...]
-    query: str | None
-    query_source: QuerySource
-    memory: DocumentMemory | None
-    sampling: Sampling
-    sampler: Sampler
-    mode: Mode | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] | None = None
-    progress: Progress | None = None
-    on_lookup: LayerLookupHook | None = None
-
-
-def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[Turn, ...]:
-    """The whole conversation, with the documents of `memory` in its first user turn and its system text ahead.
-
-    A system turn that the memory was not read with follows its documents, ahead of the first question.
+def check_prefix(before: Prompt, prompt: Prompt) -> int:
+    """Number of tokens of `prompt` that were read already: those of `before`.
 
     Raises:
-        InvalidRequestError: The memory was read with another system text.
-    """
-    turns = tuple(turns)
-    if memory is None:
-        return turns
-    opening: tuple[Turn, ...] = ()
-    late: tuple[str, ...] = ()
-    if turns and turns[0].role == "system":
-        text, turns = turns[0].text, turns[1:]
-        if memory.system is None:
-            late = (text,)
-        elif memory.system != text:
-            raise InvalidRequestError(
-                "The documents were read with another system text; read them with this one, or leave the system turn out."
-            )
-    if memory.system is not None:
-        opening = (Turn("system", (memory.system,)),)
-    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if first is None:
-        raise InvalidRequestError("The conversation has no user turn.")
-    user = turns[first]
-    user = replace(user, content=(*memory.documents, *late, *user.content))
-    return (*opening, *turns[:first], user, *turns[first + 1 :])
-
-
-def check_prefix(before: Prompt, prompt: Prompt, memory: DocumentMemory) -> int:
-    """Number of tokens of `prompt` that `memory` holds already.
-
-    Raises:
-        InvalidRequestError: The conversation does not begin as the memory was read.
+        InvalidRequestError: The prompt does not begin with them.
     """
     n = len(before.ids)
     if len(prompt.ids) < n or not np.array_equal(prompt.ids[:n], before.ids):
         raise InvalidRequestError(
-            f"The conversation does not begin with the documents of {memory.id} as they were read; ask with the memory's own "
-            "documents first in the first user turn, without other turns ahead of them."
+            "The conversation does not begin with the documents as they were read; ask with a memory's own documents first "
+            "in the first user turn, without other turns ahead of them."
         )
     return n
 
@@ -130,39 +71,47 @@ def feed(
         inference.read(cache, [torch.from_numpy(ids)], config, progress=advance, cancelled=cancelled)
 
 
-def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
-    """Answer a request piece by piece; the last piece carries the whole answer."""
+def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
+    """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already."""
+    known, inference = 0, request.inference
+    if request.reading is not None:
+        before, cache = request.reading
+        known = check_prefix(before, prompt)
+        cache = cache.fork()
+    else:
+        cache = inference.cache(request.config, reserve=len(prompt.ids) + request.sampling.max_tokens)
+    announce(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
+    if request.on_lookup is not None:
+        for layer, layer_memory in enumerate(cache.memories()):
+            layer_memory.on_lookup = partial(request.on_lookup, layer)
+    return cache, known
+
+
+def read_ahead(request: Request, prompt: Prompt, cancelled: Cancelled) -> tuple[Prompt, MemoryCache]:
+    """Read a prompt up to the end of its last document: what every question about these documents begins with."""
+    inference = request.inference
+    with inference.request(cancelled):
+        cache, known = begin(request, prompt, prompt.read_end)
+        ids = prompt.ids[known : prompt.read_end]
+        feed(inference, cache, ids, request.config, len(prompt.ids), known, request.progress, cancelled)
+    return prompt.head, cache
+
+
+def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) -> Iterator[Piece]:
+    """Answer a settled request piece by piece; the last piece carries the whole answer.
+
+    Args:
+        request: The request.
+        cancelled: Asked within every chunk and token.
+        prompt: Its layout, when that is known already.
+    """
     began = time.perf_counter()
     inference, config = request.inference, request.config
-    turns = with_memory(request.turns, request.memory)
-    documents = tuple(document for turn in turns for document in turn.documents)
-    query, source = _query(request)
-    mode: Mode = "read_once" if request.memory is not None else request.mode or DEFAULT_MODE
-    held = None if request.memory is None else request.memory.contents(inference)
-    prompt = build_prompt(
-        request.tokenizer,
-        turns,
-        query=query,
-        mode=mode,
-        tools=request.tools,
-        template_kwargs=request.template_kwargs,
-        read=held[0] if held else None,
-    )
-    _check_fits(prompt, config, inference)
+    prompt = prompt or lay_out(request)
     tokenized = time.perf_counter()
     n = len(prompt.ids)
     with inference.request(cancelled):
-        known = 0
-        if request.memory is not None and held is not None:
-            before, cache = held
-            known = check_prefix(before, prompt, request.memory)
-            cache = cache.fork()
-        else:
-            cache = inference.cache(config, reserve=n + request.sampling.max_tokens)
-        announce(cache, 0, [span for span in prompt.query_spans if span[0] >= known], config)
-        if request.on_lookup is not None:
-            for layer, layer_memory in enumerate(cache.memories()):
-                layer_memory.on_lookup = partial(request.on_lookup, layer)
+        cache, known = begin(request, prompt, n)
         # the published code knows one prompt; elsewhere the question starts pieces of its own
         border = known if config.faithful else max(known, prompt.read_end)
         for lo, hi in ((known, border), (border, n - 1)):
@@ -185,9 +134,11 @@ def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
         weights = mass.cpu().numpy()
     ended = time.perf_counter()
     written = len(request.sampler.ids)
+    documents = request.documents
+    assert request.mode is not None
     answer = Answer(
         text="".join(pieces),
-        sources=passages(weights, prompt, documents) if documents else (),
+        sources=passages(*trace_back(weights, prompt, request.excerpts), documents) if documents else (),
         usage=Usage(n, written, cache_read_tokens=known),
         timings=Timings(
             tokenize_s=tokenized - began,
@@ -199,47 +150,14 @@ def run(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
             peak_memory_bytes=_peak_memory(inference),
         ),
         finish_reason=finish,
-        query=query or "",
-        query_source=source,
-        mode=mode,
+        query=request.query or "",
+        query_source=request.query_source,
+        mode=request.mode,
+        reread=bool(request.excerpts),
         token_ids=tuple(request.sampler.ids),
         logprobs=tuple(logprobs) if request.sampling.logprobs is not None else None,
     )
     yield Piece("", answer)
-
-
-def _query(request: Request) -> tuple[str | None, QuerySource]:
-    if request.query is not None:
-        return (request.query, request.query_source) if request.query.strip() else (None, "none")
-    last = next((turn for turn in reversed(request.turns) if turn.role == "user"), None)
-    if last is None or not last.text.strip():
-        return None, "none"
-    return last.text, "message"
-
-
-def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> None:
-    highest = int(prompt.ids.max(initial=0))
-    if highest >= inference.vocabulary:
-        raise InvalidRequestError(
-            f"The tokenizer gives token {highest}, the model knows {inference.vocabulary}; they do not match."
-        )
-    _check_questions(prompt.query_spans, config)
-    trained = getattr(inference.model.config.get_text_config(), "max_position_embeddings", None)
-    if config.policy == "full" and trained and len(prompt.ids) > trained:
-        warnings.warn(
-            f"policy 'full' reads {len(prompt.ids)} tokens with a model trained for {trained}; expect poor answers. The "
-            "policies 'qllm' and 'infllm' stay within the trained window.",
-            stacklevel=2,
-        )
-
-
-def _check_questions(spans: Iterable[tuple[int, int]], config: MemoryConfig) -> None:
-    longest = max((end - start for start, end in spans), default=0)
-    if longest > config.n_local and config.policy != "full" and not config.faithful:
-        raise ContextOverflowError(
-            f"The question has {longest} tokens, the local window n_local={config.n_local}: raise n_local, ask a shorter "
-            "question, or pass the long part as a document."
-        )
 
 
 def announce(cache: MemoryCache, row: int, spans: Sequence[tuple[int, int]], config: MemoryConfig) -> None:
@@ -324,7 +242,7 @@ def generate(
     cancelled: Cancelled,
 ) -> list[list[int]]:
     """Continue rows of token ids; rows share forward passes and nothing else. The tokenizer is for stop strings only."""
-    _check_questions((span for span in spans if span is not None), config)
+    check_questions((span for span in spans if span is not None), config)
     samplers = [Sampler(sampling) for _ in rows]
     texts = [TextStream(tokenizer, sampling.stop) if sampling.stop else None for _ in rows]
     ends = end_tokens(inference)

@@ -32,6 +32,9 @@ class Options:
         ),
     ] = None
     system: Annotated[str | None, typer.Option(help="System text ahead of everything.")] = None
+    reread: Annotated[
+        bool, typer.Option(help="Read the passages behind a draft of the answer again before it is written.")
+    ] = True
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None
@@ -49,9 +52,9 @@ class Options:
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """How tokens are chosen, as the engine takes it."""
-        names = ("max_tokens", "temperature", "top_p", "seed", "stop")
+    def asked(self) -> dict[str, Any]:
+        """How an answer is written, as the engine takes it."""
+        names = ("reread", "max_tokens", "temperature", "top_p", "seed", "stop")
         return {name: getattr(self, name) for name in names}
 
     def open(self) -> QLLM:

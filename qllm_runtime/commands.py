@@ -49,10 +49,7 @@ def ask(
     options: Options,
     mode: Annotated[
         Mode | None,
-        typer.Option(
-            help="query_aware reads the document for the question, read_once without knowing it; reread looks the answer up "
-            "and reads the passages again."
-        ),
+        typer.Option(help="query_aware reads the document for the question, read_once without knowing it."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -64,7 +61,7 @@ def ask(
     names = [document, *(options.more or ())]
     documents = _load(names)
     llm = options.open()
-    asked: dict[str, Any] = {"mode": mode, "system": options.system, **options.sampling}
+    asked: dict[str, Any] = {"mode": mode, "system": options.system, **options.asked}
     if json_output:
         import json
 
@@ -96,7 +93,7 @@ def chat(
     if "-" in names:
         raise DocumentError("`qllm chat` takes its questions from standard input; give the document as a file.")
     documents = _load(names)
-    conversation.hold(options.open(), documents, names, options.system, options.sampling)
+    conversation.hold(options.open(), documents, names, options.system, options.asked)
 
 
 @app.command()

@@ -120,6 +120,7 @@ def as_json(answer: Answer, names: Sequence[str], model: str, policy: str) -> di
         "timings": asdict(answer.timings),
         "finish_reason": answer.finish_reason,
         "mode": answer.mode,
+        "reread": answer.reread,
         "model": model,
         "policy": policy,
     }

@@ -21,6 +21,7 @@ from qllm_runtime.inference import Cancelled, Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
 from qllm_runtime.prompt import build_prompt, build_reading
+from qllm_runtime.request import Request, with_memory
 from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
 from qllm_runtime.types import Answer, Document, Piece, Progress, QuerySource, Turn
@@ -40,7 +41,9 @@ class QLLM:
     * `query_aware`: the question is put ahead of the documents as well, and they are read for it (the paper).
     * `read_once`: the documents are read without knowing the question (`read`), and any number of questions follow; the
       lookup is routed anew for each.
-    * `reread`: read once, then the passages behind a draft of the answer again, close together.
+
+    Either way the passages behind a draft of the answer are read again, next to the question, before the answer is written;
+    `reread=False` leaves that out.
 
     Args:
         model: A decoder-only model of transformers that is loaded already.
@@ -153,7 +156,7 @@ class QLLM:
         memory: DocumentMemory | None = None,
     ) -> int:
         """Tokens of a whole conversation as the model would read it (read_once layout), documents and tools included."""
-        turns = answering.with_memory(turns, memory)
+        turns = with_memory(turns, memory)
         return len(build_prompt(self._need_tokenizer(), turns, query=None, mode="read_once", tools=tools).ids)
 
     def _need_tokenizer(self) -> Any:
@@ -198,7 +201,7 @@ class QLLM:
             known = 0
             if after is not None:
                 before, cache = after.contents(inference)
-                known = answering.check_prefix(before, prompt, after)
+                known = answering.check_prefix(before, prompt)
                 cache = cache.fork()
             else:
                 cache = inference.cache(self.memory, reserve=len(prompt.ids))
@@ -316,7 +319,7 @@ class QLLM:
         query_source: QuerySource,
         memory: DocumentMemory | None,
         options: ChatOptions,
-    ) -> tuple[answering.Request, Cancelled]:
+    ) -> tuple[Request, Cancelled]:
         sampling, rest = split(options, ChatOptions)
         if memory is not None and rest.get("mode") == "query_aware":
             raise InvalidRequestError(
@@ -324,7 +327,7 @@ class QLLM:
                 "mode out, or pass the documents themselves."
             )
         cancel = rest.pop("cancel", None)
-        request = answering.Request(
+        request = Request(
             inference=self._inference,
             tokenizer=self._need_tokenizer(),
             config=self.memory,

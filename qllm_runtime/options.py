@@ -35,13 +35,16 @@ class AskOptions(SamplingOptions, total=False):
     """Options of `QLLM.ask` and `QLLM.stream`.
 
     Attributes:
-        mode: "query_aware", "read_once" or "reread"; by default `answering.DEFAULT_MODE`, and read_once for a memory.
+        mode: "query_aware" or "read_once"; by default `request.DEFAULT_MODE`, and read_once for a memory.
+        reread: Whether the passages behind a draft are read again, next to the question, before the answer is written, when
+            documents are longer than the window and looked up in; they are by default.
         progress: Called with (tokens read, tokens in all).
         on_lookup: Called with (layer, record) for every lookup while reading and writing, as it happens.
         cancel: Set it to stop within one chunk or one token.
     """
 
     mode: Mode | None
+    reread: bool
     progress: Progress | None
     on_lookup: LayerLookupHook | None
     cancel: threading.Event | None

@@ -50,6 +50,12 @@ class Prompt:
     document_spans: tuple[DocumentSpan, ...]
     read_end: int
 
+    @property
+    def head(self) -> Prompt:
+        """Everything up to and including the last document."""
+        ahead = tuple(span for span in self.query_spans if span[1] <= self.read_end)
+        return Prompt(self.ids[: self.read_end], ahead, self.document_spans, self.read_end)
+
 
 def build_prompt(
     tokenizer: Any,

@@ -1,88 +1,62 @@
-"""Mode "reread": look the answer up in the whole text, then read what was found again, close together, and answer.
+"""Looking the answer up in the whole text, then reading what was found again, next to the question, and answering.
 
 A looked-up block is seen at one far distance, next to blocks it never stood beside. Read again in the window, with the question
 behind it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
-it is not shown, its attention says where to look.
+it is not shown, its attention says what to read again. Everything else stays within reach of the lookups.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 from qllm_runtime import answering
-from qllm_runtime.answering import Request
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.inference import Cancelled
-from qllm_runtime.types import Answer, Document, Piece, Sampling, Source, Turn, Usage
+from qllm_runtime.prompt import Prompt
+from qllm_runtime.request import Request, lay_out, settle
+from qllm_runtime.types import Piece, Sampling
 
 #: Tokens of the draft; an answer begins with what it is about.
 DRAFT_TOKENS = 48
 
 
 def serve(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
-    """Answer a request in its mode, piece by piece; the last piece carries the whole answer."""
-    return (_reread if request.mode == "reread" else answering.run)(request, cancelled)
+    """Answer a request, piece by piece; the last piece carries the whole answer."""
+    began = time.perf_counter()
+    request = settle(request)
+    config = request.config
+    prompt = lay_out(request)
+    tokenized = time.perf_counter()
+    looks_up = config.uses_blocks and not config.faithful and len(prompt.ids) > config.n_init + config.n_local
+    work = _reread if request.reread and looks_up and request.documents else answering.run
+    for piece in work(request, cancelled, prompt):
+        if piece.answer is not None:
+            spent = piece.answer.timings.tokenize_s + tokenized - began
+            timings = replace(piece.answer.timings, tokenize_s=spent, total_s=time.perf_counter() - began)
+            piece = replace(piece, answer=replace(piece.answer, timings=timings))
+        yield piece
 
 
-def _reread(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
-    turns = answering.with_memory(request.turns, request.memory)
-    documents = tuple(document for turn in turns for document in turn.documents)
-    plain = Sampling(max_tokens=min(DRAFT_TOKENS, request.sampling.max_tokens))
-    *_, last = answering.run(
-        replace(
-            request, mode=None if request.memory else "read_once", sampling=plain, sampler=Sampler(plain), tools=None
-        ),
-        cancelled,
-    )
+def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[Piece]:
+    began = time.perf_counter()
+    fresh = request.reading is None
+    if fresh:
+        request = replace(request, reading=answering.read_ahead(request, prompt, cancelled))
+    read = time.perf_counter()
+    short = Sampling(max_tokens=min(DRAFT_TOKENS, request.sampling.max_tokens))
+    *_, last = answering.run(replace(request, sampling=short, sampler=Sampler(short)), cancelled, prompt)
     draft = last.answer
     assert draft is not None
     found = sorted(draft.sources, key=lambda source: (source.document, source.start))
-    if found:
-        request = replace(request, turns=_with_passages(turns, found, documents), memory=None, progress=None)
-    again = replace(request, mode=None if request.memory else "read_once", on_lookup=None)
-    for piece in answering.run(again, cancelled):
-        if piece.answer is None:
-            yield piece
-        else:
-            yield replace(piece, answer=_joined(draft, piece.answer, found, documents))
-
-
-def _with_passages(turns: tuple[Turn, ...], found: list[Source], documents: tuple[Document, ...]) -> tuple[Turn, ...]:
-    """The conversation with every document replaced by its passages, in their order."""
-    first = 0
-    changed = []
-    for turn in turns:
-        content: list[str | Document] = []
-        for part in turn.content:
-            if isinstance(part, str):
-                content.append(part)
-                continue
-            content += [Document(source.text, documents[first].title) for source in found if source.document == first]
-            first += 1
-        changed.append(replace(turn, content=tuple(content)))
-    return tuple(changed)
-
-
-def _joined(draft: Answer, answer: Answer, found: list[Source], documents: tuple[Document, ...]) -> Answer:
-    """The second answer, with places in the original documents and the counts and times of both readings."""
-    sources = answer.sources
-    if found:
-        sources = tuple(_in_original(source, found[source.document], documents) for source in answer.sources)
-    a, b = draft.timings, answer.timings
-    timings = replace(
-        b,
-        tokenize_s=a.tokenize_s + b.tokenize_s,
-        read_s=a.read_s + a.decode_s + b.read_s,
-        total_s=a.total_s + b.total_s,
-        read_tokens_per_s=a.read_tokens_per_s,
-    )
-    again = answer.usage.prompt_tokens if found else 0
-    usage = Usage(draft.usage.prompt_tokens + again, answer.usage.completion_tokens, draft.usage.cache_read_tokens)
-    return replace(answer, sources=sources, timings=timings, usage=usage, mode="reread")
-
-
-def _in_original(source: Source, passage: Source, documents: tuple[Document, ...]) -> Source:
-    start, end = passage.start + source.start, passage.start + source.end
-    text = documents[passage.document].text[start:end]
-    return Source(passage.document, passage.title, start, end, source.score, text)
+    drafted = time.perf_counter()
+    for piece in answering.run(replace(request, excerpts=tuple(found), progress=None), cancelled):
+        if piece.answer is not None:
+            final = piece.answer
+            speed = prompt.read_end / max(read - began, 1e-9) if fresh else draft.timings.read_tokens_per_s
+            timings = replace(final.timings, read_s=final.timings.read_s + drafted - began, read_tokens_per_s=speed)
+            cached = 0 if fresh else final.usage.cache_read_tokens
+            usage = replace(final.usage, prompt_tokens=len(prompt.ids), cache_read_tokens=cached)
+            piece = replace(piece, answer=replace(final, timings=timings, usage=usage))
+        yield piece

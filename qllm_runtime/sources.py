@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,29 @@ def passages(
             break
     found.sort(key=lambda passage: -passage.mass)
     return tuple(_source(passage, documents[passage.document], total) for passage in found[:limit])
+
+
+def trace_back(
+    mass: NDArray[np.floating], prompt: Prompt, excerpts: Sequence[Source]
+) -> tuple[NDArray[np.floating], Prompt]:
+    """Move the mass of passages that were read again to where they stand in their documents.
+
+    Args:
+        mass: [n] attention mass per prompt token.
+        prompt: The prompt; its last document spans are those of `excerpts`.
+        excerpts: The passages, in order.
+
+    Returns:
+        [n] mass, and the prompt without the spans of the passages.
+    """
+    border = len(prompt.document_spans) - len(excerpts)
+    own, again = prompt.document_spans[:border], prompt.document_spans[border:]
+    moved = mass.copy()
+    for span, excerpt in zip(again, excerpts, strict=True):
+        home = own[excerpt.document]
+        places = np.searchsorted(home.offsets[:, 0], excerpt.start + span.offsets[:, 0], side="right") - 1
+        np.add.at(moved, home.start + np.maximum(places, 0), mass[span.start : span.end])
+    return moved, replace(prompt, document_spans=own)
 
 
 def _standing_out(weight: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Mode = Literal["query_aware", "read_once", "reread"]
+Mode = Literal["query_aware", "read_once"]
 FinishReason = Literal["stop", "length", "cancelled"]
 QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
 
@@ -107,7 +107,7 @@ class Usage:
     """Token counts of a request.
 
     Attributes:
-        prompt_tokens: Tokens of the whole prompt, read now or earlier.
+        prompt_tokens: Tokens of the whole prompt, read now or earlier; of passages that are read again, once.
         completion_tokens: Tokens generated.
         cache_read_tokens: Part of the prompt that came from a document memory read earlier.
         cache_creation_tokens: Part of the prompt that this request wrote into a memory that outlives it.
@@ -165,6 +165,7 @@ class Answer:
         query: The text that was routed to the lookup ("" when none was).
         query_source: Which rule found the query.
         mode: How the documents were read.
+        reread: Whether passages found by a draft were read again before the answer.
         token_ids: The generated token ids, end token excluded.
         logprobs: One entry per generated token when asked for.
     """
@@ -177,6 +178,7 @@ class Answer:
     query: str = ""
     query_source: QuerySource = "none"
     mode: Mode = "query_aware"
+    reread: bool = False
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qllm_bench.prose import Split
     from qllm_bench.subject import Order, Subject
 
-ORDERS = ("first", "last", "both", "reread")
+ORDERS = ("first", "last", "both", "reread", "both-reread")
 SPLITS = ("development", "test")
 
 Families = Annotated[str, typer.Option(help="Families of facts with commas, or all; by default those with one value.")]
@@ -24,7 +24,7 @@ OrderName = Annotated[
     str,
     typer.Option(
         "--order",
-        help="Where the question stands: first, last (mode read_once), both (query_aware); or reread; several with commas.",
+        help="Where the question stands: first, last (mode read_once), both (query_aware); (both-)reread: passages again.",
     ),
 ]
 Needles = Annotated[int, typer.Option(help="Facts asked for in each document.")]

@@ -30,6 +30,8 @@ _KEPT = 8_000_000  # tokens of documents that are kept for the next setting
 _DRAWS = 5
 _TRIES = 8  # until a document fills its length
 _FACT = 50  # tokens of a document per fact
+#: Passages are not read again within the window: what those orders are compared with there.
+_NEAR: dict[Order, Order] = {"reread": "last", "both-reread": "both"}
 _QUESTION = 16  # tokens that other questions may have more than those of the first document
 
 
@@ -246,7 +248,7 @@ def bench(
         out: Folder of results.
     """
     settings = [subject.setting(policy, order) for policy in policies for order in orders]
-    near = dict.fromkeys("last" if order == "reread" else order for order in orders)
+    near = dict.fromkeys(_NEAR.get(order, order) for order in orders)
     dense = [subject.setting("full", order) for order in near if "full" not in policies]
     parts = [replace(plan, documents=count).of_length(tokens) for tokens, count in documents.items()]
     haystacks = [Haystacks(subject, library, part) for part in parts]
@@ -305,12 +307,12 @@ def report(journal: Journal) -> str:
 def _within(rows: Sequence[Mapping[str, Any]], trained_length: int) -> dict[tuple[str, str | None], dict[str, Any]]:
     """What dense attention does within the trained length, by order and family (None: all of them).
 
-    The question behind the document serves reading once and reading again.
+    They serve reading again, too.
     """
     scores: dict[tuple[str, str | None], list[float]] = {}
     for row in rows:
         if row["policy"] == "full" and row["tokens"] <= trained_length:
-            for order in ("last", "reread") if row["order"] == "last" else (row["order"],):
+            for order in (row["order"], *(again for again, near in _NEAR.items() if near == row["order"])):
                 for family in (row["family"], None):
                     scores.setdefault((order, family), []).append(row["score"])
     return {key: summarise(found) for key, found in scores.items()}

@@ -51,7 +51,7 @@ def rag(
     from qllm_bench.prose import Library
     from qllm_bench.rag_questions import FAMILIES
 
-    orders = arguments.choices(order, ("last", "reread", "both"), "order")
+    orders = arguments.choices(order, ("last", "reread", "both", "both-reread"), "order")
     sizes = [int(size) for size in arguments.split_list(chunks) if size.isdigit() and int(size) >= 16]
     if not sizes or len(sizes) < len(arguments.split_list(chunks)):
         raise InvalidRequestError(f"--chunks takes sizes of at least 16 tokens, e.g. 64,128; it is {chunks!r}.")

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 #: Longest answer, and what the chat template and separators take (tokens).
 ANSWER, TEMPLATE = 80, 16
-_READINGS = {"last": "read once", "reread": "passages read again", "both": "read for the question"}
+_READINGS = {
+    "last": "read once",
+    "reread": "passages read again",
+    "both": "read for the question",
+    "both-reread": "read for the question, passages read again",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class System(Protocol):
 
 
 class Whole:
-    """The model reads the whole document: once for all questions ("last", "reread") or anew for each one ("both").
+    """The model reads the whole document: once for all questions ("last", "reread") or anew for each one.
 
     Args:
         subject: The model.
@@ -83,7 +88,12 @@ class Whole:
         """Ask the model."""
         self._llm.memory = self._setting.memory
         answer = self._llm.ask(
-            case.question, self._document, mode=self._setting.mode, max_tokens=ANSWER, progress=progress
+            case.question,
+            self._document,
+            mode=self._setting.mode,
+            reread=self._setting.reread,
+            max_tokens=ANSWER,
+            progress=progress,
         )
         return Reply(answer.text, answer.usage.prompt_tokens)
 

@@ -18,10 +18,16 @@ from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document, Mode, Progress, Sampling, Turn
 
-Order = Literal["first", "last", "both", "reread"]
+Order = Literal["first", "last", "both", "reread", "both-reread"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 POLICIES: tuple[str, ...] = (*get_args(Policy), "oracle")
-_MODES: dict[Order, Mode] = {"first": "query_aware", "last": "read_once", "both": "query_aware", "reread": "reread"}
+_MODES: dict[Order, Mode] = {
+    "first": "query_aware",
+    "last": "read_once",
+    "both": "query_aware",
+    "reread": "read_once",
+    "both-reread": "query_aware",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Setting:
     Attributes:
         name: Stands in keys and tables.
         memory: Layout and lookup.
-        order: Where the question stands: ahead of the document, behind it, or both (the paper's layout); "reread": behind
-            it, and the passages behind a draft are read again before the answer.
+        order: Where the question stands: ahead of the document, behind it, or both (the paper's layout); "reread" and
+            "both-reread": behind it or both, and the passages behind a draft are read again before the answer.
         oracle: Force the blocks that hold the answer into every lookup: the ceiling of what a better lookup could reach.
     """
 
@@ -49,7 +55,12 @@ class Setting:
     @property
     def reads_once(self) -> bool:
         """Whether one reading serves all questions about a document."""
-        return self.order in ("last", "reread")
+        return self.mode == "read_once"
+
+    @property
+    def reread(self) -> bool:
+        """Whether passages are read again."""
+        return self.order in ("reread", "both-reread")
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ class Subject:
             InvalidConfigError: Settings that don't fit each other or the model.
         """
         check_policies([policy])
-        if policy == "oracle" and order == "reread":
+        if policy == "oracle" and order in ("reread", "both-reread"):
             raise InvalidRequestError(
                 "The oracle chooses blocks, reread the passages behind a draft: they exclude each other; leave one out."
             )
@@ -219,7 +230,8 @@ class Subject:
             prompt = build_prompt(llm.tokenizer, whole, query=example.question, mode=setting.mode)
             force = forced(needed_tokens(prompt, example.spans), setting.memory)
         with force:
-            answer = llm.chat(turns, mode=setting.mode, sampling=Sampling(max_tokens=example.max_tokens), **options)
+            options |= {"mode": setting.mode, "reread": setting.reread}
+            answer = llm.chat(turns, sampling=Sampling(max_tokens=example.max_tokens), **options)
         return {
             "score": float(example.score(answer.text)),
             "output": answer.text,

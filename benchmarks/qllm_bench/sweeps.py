@@ -39,7 +39,7 @@ def _policy(subject: Subject, order: Order) -> Iterator[Named]:
 
 def _order(subject: Subject, order: Order) -> Iterator[Named]:
     for place in ORDERS:
-        yield place if place == "reread" else f"question {place}", subject.setting("qllm", place)
+        yield place if "reread" in place else f"question {place}", subject.setting("qllm", place)
 
 
 def _budget(subject: Subject, order: Order) -> Iterator[Named]:

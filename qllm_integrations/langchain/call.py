@@ -36,7 +36,7 @@ class Call:
         engine: Who answers.
         model: Its name, as reported in the metadata.
         request: What is asked.
-        sampling, mode, template_kwargs, progress: Handed to the engine.
+        sampling, mode, reread, template_kwargs, progress: Handed to the engine.
         memory: Document memory the request is asked of.
         creates_memory: Whether it was made for this very request.
         tools: Tools the model is shown, or None.
@@ -49,6 +49,7 @@ class Call:
     request: Request
     sampling: Sampling
     mode: Mode | None = None
+    reread: bool = True
     template_kwargs: Mapping[str, Any] | None = None
     progress: Progress | None = None
     memory: DocumentMemory | None = None
@@ -118,6 +119,7 @@ class Call:
             "query_source": self.request.query_source,
             "memory": self.memory,
             "mode": self.mode,
+            "reread": self.reread,
             "sampling": self.sampling,
             "tools": self.tools,
             "logits_processors": self.processors,

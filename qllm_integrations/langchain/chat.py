@@ -51,8 +51,8 @@ class QLLMChat(ChatRequests):
         stop: Strings that end the answer; never part of it.
         top_p, top_k, min_p, repetition_penalty, seed: The usual sampling options.
         logprobs, top_logprobs: Report log-probabilities in `response_metadata["logprobs"]`.
-        mode: "query_aware" or "read_once": whether documents are read for the question; "reread": read once, then the
-            passages behind a draft again, close together.
+        mode: "query_aware" or "read_once": whether documents are read for the question.
+        reread: Whether the passages behind a draft of the answer are read again before it is written (True).
 
     Key init args — client params:
         memory: `MemoryConfig`, the layout of the block memory.

@@ -72,6 +72,7 @@ def metadata(answer: Answer, model: str, *, query_tokens: int, documents: int) -
         "query": answer.query,
         "query_tokens": query_tokens,
         "mode": answer.mode,
+        "reread": answer.reread,
         "documents": documents,
         "timings": asdict(answer.timings),
     }

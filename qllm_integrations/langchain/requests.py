@@ -132,6 +132,7 @@ class ChatRequests(ChatSettings):
             request=guided(request, engine),
             sampling=self._sampling(stop, options),
             mode=options.get("mode", self.mode),
+            reread=options.get("reread", self.reread),
             template_kwargs={**self.template_kwargs, **options.get("template_kwargs", {})},
             progress=progress_of(
                 len(request.documents), reporter=reporter, bar=options.get("show_progress", self.show_progress)
@@ -149,13 +150,12 @@ class ChatRequests(ChatSettings):
     def _attach_memory(self, call: Call, mode: Mode | None) -> None:
         """Ask the request of the memory it names, or of one that is kept for it. `mode` is the one given to the call."""
         key = self._engine_key(call.model)
-        again: Mode | None = "reread" if (mode or self.mode) == "reread" else None
         if call.request.memory_id is not None:
             handle = find_handle(call.request.memory_id, key)
             call.engine, call.memory = handle.engine, handle.memory
-            call.mode = mode or again  # otherwise the model's own is for documents in messages
+            call.mode = mode  # the model's own is for documents in messages
         elif call.request.cache and mode != "query_aware":
-            call.mode = again
+            call.mode = None
             documents, system = call.request.documents, call.request.system
 
             def read() -> DocumentHandle:

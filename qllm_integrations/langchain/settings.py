@@ -30,6 +30,7 @@ CALL_OPTIONS = frozenset(
         "logprobs",
         "top_logprobs",
         "mode",
+        "reread",
         "query",
         "file_id",
         "tools",
@@ -91,6 +92,8 @@ class ChatSettings(BaseChatModel):
 
     mode: Mode | None = None
     """"query_aware" reads documents for the question, "read_once" independently of it (None: the engine's default)."""
+    reread: bool = True
+    """Read the passages behind a draft of the answer again, next to the question, before the answer is written."""
     file_id: str | None = None
     """Id of the document memory that requests are asked of unless their messages name one; set by `with_memory`."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -182,6 +185,7 @@ class ChatSettings(BaseChatModel):
             "logprobs": self.logprobs,
             "top_logprobs": self.top_logprobs,
             "mode": self.mode,
+            "reread": self.reread,
             "file_id": self.file_id,
             "template_kwargs": self.template_kwargs,
             "version": package_version(),

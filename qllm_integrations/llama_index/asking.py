@@ -55,7 +55,7 @@ class Sources:
         """Fill the metadata for the nodes there are."""
         self.metadata.update({found.node.node_id: found.node.metadata for found in self.nodes})
         if response.raw:
-            told = ("query", "query_source", "mode", "finish_reason", "usage", "timings")
+            told = ("query", "query_source", "mode", "reread", "finish_reason", "usage", "timings")
             self.metadata["qllm"] = {name: response.raw[name] for name in told}
 
 

@@ -106,7 +106,8 @@ def prepare(
         "query": request.query,
         "query_source": request.query_source,
         "memory": memory,
-        "mode": given.get("mode") or (llm.mode if memory is None or llm.mode == "reread" else None),
+        "mode": given.get("mode") or (llm.mode if memory is None else None),
+        "reread": llm.reread if given.get("reread") is None else given["reread"],
         "sampling": sampling,
         "tools": tools,
         "logits_processors": processors,
@@ -160,8 +161,16 @@ def report_reading(memory: Any, seconds: float) -> None:
 
 def _report(answer: Answer, span_id: str | None) -> None:
     passages = [(source.document, source.start, source.end, source.score) for source in answer.sources]
-    told = {"query": answer.query, "query_source": answer.query_source, "mode": answer.mode}
-    dispatcher.event(LookupEvent(**told, passages=passages, span_id=span_id))
+    dispatcher.event(
+        LookupEvent(
+            query=answer.query,
+            query_source=answer.query_source,
+            mode=answer.mode,
+            reread=answer.reread,
+            passages=passages,
+            span_id=span_id,
+        )
+    )
 
 
 def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[Any] | None, list[str] | None, list[Any]]:

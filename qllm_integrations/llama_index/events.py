@@ -66,12 +66,14 @@ class LookupEvent(BaseEvent):  # type: ignore[misc]
         query: The text that guided the lookup.
         query_source: Which rule found it.
         mode: How the documents were read.
+        reread: Whether passages behind a draft were read again before the answer.
         passages: (document, start, end, share of the attention) of each passage, best first.
     """
 
     query: str
     query_source: str
     mode: str
+    reread: bool
     passages: list[tuple[int, int, int, float]]
 
     @classmethod

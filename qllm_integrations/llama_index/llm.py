@@ -65,8 +65,8 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         dtype: "auto", "bfloat16", ...
         token: Access token of the hub.
         trust_remote_code: Run modelling code from the hub.
-        mode: "query_aware" reads the documents anew under each question; "read_once" reads them without it;
-            "reread" reads once, then the passages behind a draft again.
+        mode: "query_aware" reads the documents anew under each question; "read_once" reads them without it.
+        reread: Whether the passages behind a draft of the answer are read again before it is written.
         max_tokens: Upper bound of tokens per answer.
         temperature: 0 is greedy.
         top_p: Smallest set of tokens with this probability.
@@ -80,7 +80,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         show_progress: Show a bar while documents are read.
         template_kwargs: Further variables of the chat template.
 
-    Every sampling field, `mode`, `template_kwargs` and `show_progress` can also be given to a single call, as can
+    Every sampling field, `mode`, `reread`, `template_kwargs` and `show_progress` can also be given to a single call, as can
     `query` (the text to look up), `memory` (from :meth:`read`), `tools`, `tool_choice` and `response_schema` (a JSON
     schema).
 
@@ -152,6 +152,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
     token: str | None = Field(default=None, exclude=True, repr=False, description="Access token of the hub.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code from the hub.")
     mode: Mode = Field(default="query_aware", description="How documents are read.")
+    reread: bool = Field(default=True, description="Read the passages behind a draft again before answering.")
     max_tokens: int = Field(default=256, ge=1, description="Upper bound of tokens per answer.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")

@@ -18,6 +18,7 @@ REQUEST_FIELDS = (
     "query",
     "memory",
     "mode",
+    "reread",
     "tools",
     "tool_choice",
     "parallel_tool_calls",

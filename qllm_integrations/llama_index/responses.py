@@ -107,6 +107,7 @@ class StreamAssembler:
             "query": answer.query,
             "query_source": answer.query_source,
             "mode": answer.mode,
+            "reread": answer.reread,
             "timings": asdict(answer.timings),
             "sources": [asdict(source) for source in answer.sources],
         }

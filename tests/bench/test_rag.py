@@ -181,7 +181,7 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--order", "first"), "Unknown order first; known: last, reread, both"),
+        (("--order", "first"), "Unknown order first; known: last, reread, both, both-reread"),
         (("--chunks", "8"), "--chunks takes sizes of at least 16 tokens"),
         (("--chunks", "64,x"), "--chunks takes sizes of at least 16 tokens"),
         (("--chunks", "400"), "choose smaller --chunks"),

@@ -105,7 +105,10 @@ class TestAsk:
         options = ["--policy", policy, "--mode", mode, "--model", model, "--max-tokens", 2, "--json"]
         status, out, _ = qllm("ask", book, "Who?", *options)
         assert status == 0
-        assert (json.loads(out)["policy"], json.loads(out)["mode"]) == (policy, mode)
+        result = json.loads(out)
+        assert (result["policy"], result["mode"], result["reread"]) == (policy, mode, policy in ("qllm", "infllm"))
+        if result["reread"]:
+            assert not json.loads(qllm("ask", book, "Who?", *options, "--no-reread")[1])["reread"]
 
     def test_text(self, qllm, model, book):
         status, out, err = qllm("ask", book, "Who was abroad?", "--model", model, "--max-tokens", 8, "--block-size", 16)

@@ -18,8 +18,8 @@ Record = tuple[int, Lookup]
 
 def test_every_lookup_is_reported(llm: QLLM) -> None:
     found: list[Record] = []
-    expected = llm.ask(QUESTION, BOOK, max_tokens=6)
-    answer = llm.ask(QUESTION, BOOK, max_tokens=6, on_lookup=lambda *record: found.append(record))
+    expected = llm.ask(QUESTION, BOOK, max_tokens=6, reread=False)
+    answer = llm.ask(QUESTION, BOOK, max_tokens=6, reread=False, on_lookup=lambda *record: found.append(record))
     assert answer.token_ids == expected.token_ids
     n = answer.usage.prompt_tokens
     memory = tiny.MEMORY
@@ -40,11 +40,13 @@ def test_streams_conversations_and_memories_report_too(llm: QLLM) -> None:
     turns = [Turn("user", (Document(BOOK), QUESTION))]
     with llm.read(BOOK) as memory:
         for ask in (
-            lambda hook: llm.ask(QUESTION, memory, max_tokens=3, on_lookup=hook),
-            lambda hook: list(llm.stream(QUESTION, memory, max_tokens=3, on_lookup=hook)),
-            lambda hook: llm.chat(turns, mode="read_once", sampling=Sampling(max_tokens=3), on_lookup=hook),
+            lambda hook: llm.ask(QUESTION, memory, max_tokens=3, reread=False, on_lookup=hook),
+            lambda hook: list(llm.stream(QUESTION, memory, max_tokens=3, reread=False, on_lookup=hook)),
+            lambda hook: llm.chat(
+                turns, mode="read_once", sampling=Sampling(max_tokens=3), reread=False, on_lookup=hook
+            ),
             lambda hook: list(
-                llm.chat_stream(turns, mode="read_once", sampling=Sampling(max_tokens=3), on_lookup=hook)
+                llm.chat_stream(turns, mode="read_once", sampling=Sampling(max_tokens=3), reread=False, on_lookup=hook)
             ),
         ):
             found: list[Record] = []
@@ -58,6 +60,18 @@ def test_streams_conversations_and_memories_report_too(llm: QLLM) -> None:
         n = len(found)
         llm.ask(QUESTION, memory, max_tokens=3)
         assert len(found) == n  # the hook belongs to its request
+
+
+def test_a_draft_and_the_passages_read_again_report_too(llm: QLLM) -> None:
+    found: list[Record] = []
+    with llm.read(BOOK) as memory:
+        answer = llm.ask(QUESTION, memory, max_tokens=3, on_lookup=lambda *record: found.append(record))
+    n = answer.usage.prompt_tokens
+    starts = [record.start for layer, record in found if layer == 0]
+    again = starts.index(min(starts), starts.index(n + 1))  # behind the draft, where the documents end
+    assert starts[:again] == sorted(set(starts[:again]))
+    assert starts[again:] == sorted(set(starts[again:]))
+    assert starts[-1] > n + 2  # passages stand between the documents and the answer
 
 
 def test_an_error_of_the_hook_reaches_the_caller(llm: QLLM) -> None:
@@ -85,6 +99,7 @@ def test_a_query_that_stands_in_no_turn_guides(llm: QLLM, read_before: bool) -> 
             memory=llm.read(BOOK) if read_before else None,
             mode="read_once",
             max_tokens=3,
+            reread=False,
             on_lookup=lambda *record: found.append(record),
         )
         return answer, {(layer, step.start): step.scores for layer, step in found if step.scores is not None}

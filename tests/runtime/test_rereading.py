@@ -1,14 +1,19 @@
-"""Mode reread: passages behind a draft are read again; what comes back belongs to the original documents."""
+"""Passages behind a draft are read again; what comes back belongs to the original documents."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.engine import QLLM
+from qllm_runtime.prompt import build_prompt
 from qllm_runtime.samples import story
-from qllm_runtime.types import Document, Turn
+from qllm_runtime.sources import trace_back
+from qllm_runtime.types import Document, Source, Turn
 
 FACT = "The code of the polite fence is 437396."
 QUESTION = "What is the code of the polite fence?"
@@ -26,24 +31,35 @@ def documents() -> list[Document]:
     return [Document("\n\n".join(prose[:half]), "first"), Document("\n\n".join([FACT, *prose[half:]]), "second")]
 
 
-def test_answers_from_passages_of_the_original(reader: QLLM, documents: list[Document]) -> None:
-    answer = reader.ask(QUESTION, documents, mode="reread", max_tokens=40)
-    assert answer.mode == "reread"
+@pytest.fixture(scope="module")
+def memory(reader: QLLM, documents: list[Document]) -> Iterator[DocumentMemory]:
+    with reader.read(documents) as memory:
+        yield memory
+
+
+@pytest.mark.parametrize("mode", ["query_aware", "read_once"])
+def test_passages_are_read_again_and_belong_to_the_original(reader: QLLM, documents: list[Document], mode: str) -> None:
+    told: list[tuple[int, int]] = []
+    answer = reader.ask(QUESTION, documents, mode=mode, max_tokens=40, progress=lambda *count: told.append(count))
+    assert (answer.mode, answer.reread) == (mode, True)
     assert "437396" in answer.text
-    assert answer.sources
     for source in answer.sources:
         assert source.text == documents[source.document].text[source.start : source.end]
         assert source.title == documents[source.document].title
     assert FACT in answer.sources[0].text
-    once = reader.ask(QUESTION, documents, mode="read_once", max_tokens=40)
-    assert answer.usage.prompt_tokens > once.usage.prompt_tokens  # both readings count
+    once = reader.ask(QUESTION, documents, mode=mode, reread=False, max_tokens=40)
+    assert not once.reread
+    assert answer.usage.prompt_tokens == once.usage.prompt_tokens  # what the caller gave, each token once
+    assert answer.usage.cache_read_tokens == 0
+    assert [count for count, _ in told] == sorted({count for count, _ in told})  # one reading, counted once
+    assert told[-1] == (once.usage.prompt_tokens, once.usage.prompt_tokens)
 
 
-def test_memory_and_stream_give_the_same(reader: QLLM, documents: list[Document]) -> None:
-    inline = reader.ask(QUESTION, documents, mode="reread", max_tokens=40)
-    with reader.read(documents) as memory:
-        asked = reader.ask(QUESTION, memory, mode="reread", max_tokens=40)
-        *pieces, last = list(reader.stream(QUESTION, memory, mode="reread", max_tokens=40))
+def test_memory_and_stream_give_the_same(reader: QLLM, documents: list[Document], memory: DocumentMemory) -> None:
+    inline = reader.ask(QUESTION, documents, mode="read_once", max_tokens=40)
+    asked = reader.ask(QUESTION, memory, max_tokens=40)
+    *pieces, last = list(reader.stream(QUESTION, memory, max_tokens=40))
+    assert asked.reread
     assert asked.text == inline.text
     assert asked.usage.cache_read_tokens == memory.n_tokens
     assert last.answer is not None
@@ -53,7 +69,44 @@ def test_memory_and_stream_give_the_same(reader: QLLM, documents: list[Document]
     ]
 
 
-def test_nothing_to_read_again(reader: QLLM) -> None:
-    answer = reader.chat([Turn("user", ("Who are you?",))], mode="reread", max_tokens=4)
-    assert answer.sources == ()
-    assert answer.mode == "reread"
+def test_the_whole_text_stays_within_reach(reader: QLLM, memory: DocumentMemory) -> None:
+    lookups: list[int] = []
+    reader.ask(QUESTION, memory, max_tokens=4, on_lookup=lambda layer, record: lookups.append(record.n_blocks))
+    blocks = memory.n_tokens // reader.memory.block_size
+    assert min(lookups) > blocks - (reader.memory.n_local + reader.memory.n_init) // reader.memory.block_size - 8
+
+
+def test_a_conversation_reads_passages_for_its_last_question(reader: QLLM, memory: DocumentMemory) -> None:
+    history = [Turn("user", ("Who is there?",)), Turn("assistant", ("The text does not say.",))]
+    answer = reader.ask(QUESTION, memory, history=history, max_tokens=40)
+    assert answer.reread
+    assert "437396" in answer.text
+    assert FACT in answer.sources[0].text
+
+
+def test_nothing_is_read_again_without_need(reader: QLLM, documents: list[Document]) -> None:
+    short = reader.ask(QUESTION, FACT, max_tokens=20)
+    assert "437396" in short.text
+    assert not short.reread  # all of it is in the window
+    assert not reader.chat([Turn("user", ("Who are you?",))], max_tokens=4).reread
+    llm = QLLM(reader.model, reader.tokenizer, memory=reader.memory.replace(policy="streaming"))
+    assert not llm.ask(QUESTION, documents, max_tokens=4).reread  # nothing is looked up
+
+
+def test_mass_of_a_passage_moves_to_its_document(reader: QLLM) -> None:
+    text = f"It rained. {FACT} It rained again."
+    start = text.index(FACT)
+    excerpt = Source(0, None, start, start + len(FACT), 1.0, FACT)
+    turns = [Turn("user", (Document(text), Document(FACT), QUESTION))]
+    prompt = build_prompt(reader.tokenizer, turns, query=QUESTION, mode="read_once")
+    home, again = prompt.document_spans
+    mass = np.zeros(len(prompt.ids))
+    mass[again.start : again.end] = np.arange(1, again.end - again.start + 1)
+    moved, whole = trace_back(mass, prompt, [excerpt])
+    assert whole.document_spans == (home,)
+    there = moved[home.start : home.end]
+    assert there.sum() == mass.sum()
+    inside = (home.offsets[:, 0] < start + len(FACT)) & (home.offsets[:, 1] > start)
+    assert there[~inside].sum() == 0
+    last = int(np.flatnonzero(inside)[-1])
+    assert there[last] == mass.max()

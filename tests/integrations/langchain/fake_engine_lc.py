@@ -85,6 +85,7 @@ class FakeEngine:
         query_source: Any = "explicit",
         memory: FakeMemory | None = None,
         mode: Any = None,
+        reread: bool = True,
         sampling: Sampling | None = None,
         tools: Any = None,
         logits_processors: Any = (),

@@ -93,6 +93,7 @@ class FakeEngine:
         query_source: str = "explicit",
         memory: FakeMemory | None = None,
         mode: str | None = None,
+        reread: bool = True,
         sampling: Sampling | None = None,
         logits_processors: Sequence[Any] = (),
         **_: Any,

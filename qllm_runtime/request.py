@@ -1,0 +1,172 @@
+"""A request, and what its prompt is made of: turns, documents, question."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.decoding import Sampler
+from qllm_runtime.document_memory import DocumentMemory
+from qllm_runtime.errors import ContextOverflowError, InvalidRequestError
+from qllm_runtime.inference import Inference
+from qllm_runtime.memory.record import LayerLookupHook
+from qllm_runtime.prompt import Prompt, build_prompt
+from qllm_runtime.seam import MemoryCache
+from qllm_runtime.types import Document, Mode, Progress, QuerySource, Sampling, Source, Turn
+
+#: How documents are read when the caller does not say; chosen by measurement (docs/results.md).
+DEFAULT_MODE: Mode = "query_aware"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything one answer needs; see `QLLM.chat` for the fields given by the caller.
+
+    Attributes:
+        reading: What the prompt begins with and was read already, and its memories; `settle` takes them from `memory`.
+        excerpts: Passages of the documents to put behind all of them, ahead of the last question.
+    """
+
+    inference: Inference
+    tokenizer: Any
+    config: MemoryConfig
+    turns: tuple[Turn, ...]
+    query: str | None
+    query_source: QuerySource
+    memory: DocumentMemory | None
+    sampling: Sampling
+    sampler: Sampler
+    mode: Mode | None = None
+    reread: bool = True
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    on_lookup: LayerLookupHook | None = None
+    reading: tuple[Prompt, MemoryCache] | None = None
+    excerpts: tuple[Source, ...] = ()
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """All documents of the conversation, in order of appearance."""
+        return tuple(document for turn in self.turns for document in turn.documents)
+
+
+def settle(request: Request) -> Request:
+    """The request with all its turns, the question, the mode and what was read before."""
+    query, source = _query(request)
+    memory = request.memory
+    return replace(
+        request,
+        turns=with_memory(request.turns, memory),
+        query=query,
+        query_source=source,
+        mode="read_once" if memory is not None else request.mode or DEFAULT_MODE,
+        reading=None if memory is None else memory.contents(request.inference),
+    )
+
+
+def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[Turn, ...]:
+    """The whole conversation, with the documents of `memory` in its first user turn and its system text ahead.
+
+    A system turn that the memory was not read with follows its documents, ahead of the first question.
+
+    Raises:
+        InvalidRequestError: The memory was read with another system text.
+    """
+    turns = tuple(turns)
+    if memory is None:
+        return turns
+    opening: tuple[Turn, ...] = ()
+    late: tuple[str, ...] = ()
+    if turns and turns[0].role == "system":
+        text, turns = turns[0].text, turns[1:]
+        if memory.system is None:
+            late = (text,)
+        elif memory.system != text:
+            raise InvalidRequestError(
+                "The documents were read with another system text; read them with this one, or leave the system turn out."
+            )
+    if memory.system is not None:
+        opening = (Turn("system", (memory.system,)),)
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        raise InvalidRequestError("The conversation has no user turn.")
+    user = turns[first]
+    user = replace(user, content=(*memory.documents, *late, *user.content))
+    return (*opening, *turns[:first], user, *turns[first + 1 :])
+
+
+def lay_out(request: Request) -> Prompt:
+    """The prompt of a settled request.
+
+    Raises:
+        InvalidRequestError: The tokenizer does not fit the model, or the conversation cannot be laid out.
+        ContextOverflowError: A question longer than the local window.
+    """
+    assert request.mode is not None
+    prompt = build_prompt(
+        request.tokenizer,
+        _with_excerpts(request.turns, request.excerpts),
+        query=request.query,
+        mode=request.mode,
+        tools=request.tools,
+        template_kwargs=request.template_kwargs,
+        read=request.reading[0] if request.reading else None,
+    )
+    _check_fits(prompt, request.config, request.inference)
+    return prompt
+
+
+def _with_excerpts(turns: tuple[Turn, ...], excerpts: Sequence[Source]) -> tuple[Turn, ...]:
+    """The conversation with passages as further documents of its last user turn, or of a later turn with documents."""
+    if not excerpts:
+        return turns
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user" or turn.documents)
+    further = tuple(Document(source.text, source.title) for source in excerpts)
+    return (*turns[:last], replace(turns[last], content=(*turns[last].content, *further)), *turns[last + 1 :])
+
+
+def _query(request: Request) -> tuple[str | None, QuerySource]:
+    if request.query is not None:
+        return (request.query, request.query_source) if request.query.strip() else (None, "none")
+    last = next((turn for turn in reversed(request.turns) if turn.role == "user"), None)
+    if last is None or not last.text.strip():
+        return None, "none"
+    return last.text, "message"
+
+
+def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> None:
+    highest = int(prompt.ids.max(initial=0))
+    if highest >= inference.vocabulary:
+        raise InvalidRequestError(
+            f"The tokenizer gives token {highest}, the model knows {inference.vocabulary}; they do not match."
+        )
+    check_questions(prompt.query_spans, config)
+    trained = getattr(inference.model.config.get_text_config(), "max_position_embeddings", None)
+    if config.policy == "full" and trained and len(prompt.ids) > trained:
+        warnings.warn(
+            f"policy 'full' reads {len(prompt.ids)} tokens with a model trained for {trained}; expect poor answers. The "
+            "policies 'qllm' and 'infllm' stay within the trained window.",
+            stacklevel=2,
+        )
+
+
+def check_questions(spans: Iterable[tuple[int, int]], config: MemoryConfig) -> None:
+    """Refuse questions longer than the local window.
+
+    Args:
+        spans: Token spans of the questions.
+        config: Layout of the memory.
+
+    Raises:
+        ContextOverflowError: One is.
+    """
+    longest = max((end - start for start, end in spans), default=0)
+    if longest > config.n_local and config.policy != "full" and not config.faithful:
+        raise ContextOverflowError(
+            f"The question has {longest} tokens, the local window n_local={config.n_local}: raise n_local, ask a shorter "
+            "question, or pass the long part as a document."
+        )
