@@ -73,6 +73,9 @@ STEPS = (
     Step("16k-aware", "books", f"{_EIGHT} {_NEAR} --policy qllm --order both"),  # 460
     Step("64k-once", "books", f"{_EIGHT} --lengths 64k --documents 8 {_EVERYONE}"),  # 280
     Step("16k-again", "books", f"{_EIGHT} {_NEAR} --policy qllm --order reread"),  # 200
+    Step("16k-default", "books", f"{_EIGHT} {_NEAR} --policy qllm --order both-reread"),  # 700
+    Step("64k-default", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order both-reread"),  # 600
+    Step("infllm-again", "books", f"{_EIGHT} {_NEAR} --policy infllm --order reread"),  # 200
     Step("64k-aware", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order both"),  # 560
     Step(
         "plain-window", "books-plain", f"{_PLAIN} --lengths 512 --documents 63 --policy full --order last,both"
