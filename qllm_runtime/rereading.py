@@ -45,18 +45,26 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     if fresh:
         request = replace(request, reading=answering.read_ahead(request, prompt, cancelled))
     read = time.perf_counter()
+    told, n = request.progress, len(prompt.ids)
+
+    def read_all(done: int, total: int) -> None:
+        # the last token is not reported read before the answer can begin
+        if told is not None and done == total:
+            told(n, n)
+
     short = Sampling(max_tokens=min(DRAFT_TOKENS, request.sampling.max_tokens))
-    *_, last = answering.run(replace(request, sampling=short, sampler=Sampler(short)), cancelled, prompt)
+    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None)
+    *_, last = answering.run(draft_request, cancelled, prompt)
     draft = last.answer
     assert draft is not None
     found = sorted(draft.sources, key=lambda source: (source.document, source.start))
     drafted = time.perf_counter()
-    for piece in answering.run(replace(request, excerpts=tuple(found), progress=None), cancelled):
+    for piece in answering.run(replace(request, excerpts=tuple(found), progress=read_all), cancelled):
         if piece.answer is not None:
             final = piece.answer
             speed = prompt.read_end / max(read - began, 1e-9) if fresh else draft.timings.read_tokens_per_s
             timings = replace(final.timings, read_s=final.timings.read_s + drafted - began, read_tokens_per_s=speed)
             cached = 0 if fresh else final.usage.cache_read_tokens
-            usage = replace(final.usage, prompt_tokens=len(prompt.ids), cache_read_tokens=cached)
+            usage = replace(final.usage, prompt_tokens=n, cache_read_tokens=cached)
             piece = replace(piece, answer=replace(final, timings=timings, usage=usage))
         yield piece

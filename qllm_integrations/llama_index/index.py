@@ -303,9 +303,9 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
     ) -> BaseQueryEngine:
         """A query engine over the whole documents, see `WholeDocumentQueryEngine`.
 
-        Sampling fields (`max_tokens=64`, `temperature=0.7`, ...) go to each call of the model.
+        Sampling fields (`max_tokens=64`, `temperature=0.7`, ...) and `reread` go to each call of the model.
         """
-        known = (*options.SAMPLING_FIELDS, *options.parameters(self.as_query_engine), "verbose", "use_async")
+        known = (*options.ANSWER_FIELDS, *options.parameters(self.as_query_engine), "verbose", "use_async")
         options.warn_unknown(kwargs, known, "as_query_engine")
         _, structured = asking_llm(self._llm if llm is None else llm)
         return WholeDocumentQueryEngine(
@@ -315,7 +315,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             output_cls=output_cls or structured,
             response_mode=response_mode,
             similarity_top_k=similarity_top_k,
-            options={name: kwargs[name] for name in options.SAMPLING_FIELDS if name in kwargs},
+            options={name: kwargs[name] for name in options.ANSWER_FIELDS if name in kwargs},
             callback_manager=self._callback_manager,
         )
 
@@ -341,14 +341,14 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             given = {name: value for name, value in own.items() if value is not None}
             model, _ = asking_llm(self._llm if llm is None else llm)
             return super().as_chat_engine(ChatMode(chat_mode), llm=model, **given, **kwargs)
-        known = (*options.SAMPLING_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
+        known = (*options.ANSWER_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
         options.warn_unknown(kwargs, known, "as_chat_engine")
         return WholeDocumentChatEngine(
             self._asker(llm, mode=mode or "read_once", system_prompt=system_prompt),
             self.whole_nodes,
             memory=memory,
             chat_history=chat_history,
-            options={name: kwargs[name] for name in options.SAMPLING_FIELDS if name in kwargs},
+            options={name: kwargs[name] for name in options.ANSWER_FIELDS if name in kwargs},
             callback_manager=self._callback_manager,
         )
 

@@ -13,6 +13,8 @@ from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Sampling
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+#: How an answer is written: what engines hand on to each call of the model.
+ANSWER_FIELDS = (*SAMPLING_FIELDS, "reread")
 #: Arguments of `chat` and its relatives beside the sampling fields.
 REQUEST_FIELDS = (
     "query",

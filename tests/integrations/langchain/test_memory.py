@@ -155,6 +155,19 @@ def test_a_mode_that_a_memory_cannot_have_is_refused(tiny: QLLMChat, tiny_path: 
     aware.close()
 
 
+def test_passages_are_read_again_unless_told_otherwise(tiny: QLLMChat, tiny_path: str) -> None:
+    def reread(ai: AIMessage) -> bool:
+        return bool(ai.response_metadata["qllm"]["reread"])
+
+    again = tiny.invoke(marked(BOOK))
+    once = tiny.invoke(marked(BOOK), reread=False)
+    assert (reread(again), reread(once)) == (True, False)
+    assert again.usage_metadata["input_tokens"] == once.usage_metadata["input_tokens"]
+    assert not reread(QLLMChat(model=tiny_path, reread=False).invoke(marked(BOOK)))
+    assert reread(QLLMChat(model=tiny_path, reread=False).bind(reread=True).invoke(marked(BOOK)))
+    assert QLLMChat(reread=False)._get_llm_string() != QLLMChat()._get_llm_string()  # another answer: another cache key
+
+
 def test_cache_control_keeps_a_few_readings_only() -> None:
     llm = QLLMChat.from_engine(FakeEngine())
     for i in range(6):

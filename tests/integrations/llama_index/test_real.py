@@ -117,6 +117,15 @@ async def test_conversations(index: WholeDocumentIndex, mode: Any) -> None:
     assert len(chat.chat_history) == 7
 
 
+def test_passages_are_read_again_unless_told_otherwise(llm: QLLM, index: WholeDocumentIndex) -> None:
+    message = ChatMessage(blocks=[CitableBlock(title="t", source="s", content=TEXTS[0]), TextBlock(text=QUESTION)])
+    assert llm.chat([message]).raw["reread"]
+    assert not llm.chat([message], reread=False).raw["reread"]
+    assert not llm.model_copy(update={"reread": False}).chat([message]).raw["reread"]
+    assert index.as_query_engine().query(QUESTION).metadata["qllm"]["reread"]
+    assert not index.as_query_engine(reread=False).query(QUESTION).metadata["qllm"]["reread"]
+
+
 def test_tools_beside_a_memory(llm: QLLM) -> None:
     memory = llm.read(TEXTS[0], system_prompt="Be brief.")
     tool = FunctionTool.from_defaults(add)
