@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from benchmarks.gpu.memory_operations import EVERY_KEY_BLOCKS, MemoryOperations
 from benchmarks.gpu.operations import COPIES, as_double, relative_error, verdict
 from benchmarks.gpu.timing import seconds
-from qllm_kernels import choice, dispatch, refine
+from qllm_kernels import choice, dispatch, refine, rotary
+from qllm_kernels.choice import Pinned
 
 CANDIDATES = 4  # per block looked up
 
@@ -65,7 +66,30 @@ class ChoiceOperations(MemoryOperations):
             **double,
         )
         rows["choice among candidates"] = self._chosen(found, plain, exact, candidates)
+        rows["append and choice, decode"] = self._append_and_choice_error()
         return rows
+
+    def _append_and_choice_error(self) -> dict[str, Any]:
+        """Both rotations, and whether the ids are those that the choice alone finds by the same far query."""
+        new = self._arrival(1)
+        angles = torch.stack((new.cos[0], new.sin[0]))
+        (_, parts, counts, topk), kind = self._guided(1, bounds=True)
+        near, far_query, ids, _ = dispatch.append_and_choose(new, angles, parts, counts, topk, **kind)
+        alone, _, scores = dispatch.choose_blocks(far_query.transpose(0, 1), parts, counts, topk, **kind)
+        # the rotations of both launches may differ in their last bits
+        worst = scores.gather(-1, alone).amin(-1) - scores.gather(-1, ids).amin(-1)
+        row = new.positions
+        exact, plain = (
+            [
+                rotary.rotate(x, c.to(x.device), s.to(x.device))
+                for c, s in ((new.cos[row], new.sin[row]), angles.split(1))
+            ]
+            for x in (as_double(new.query), new.query)
+        )
+        error, plain_error = (
+            max(relative_error(x, y) for x, y in zip(each, exact, strict=True)) for each in ((near, far_query), plain)
+        )
+        return verdict(error, plain_error, bool(worst.abs().max() < 1e-2))
 
     def _chosen(self, found: Any, plain: Any, exact: Any, candidates: torch.Tensor | None = None) -> dict[str, Any]:
         """Errors of the scores, and whether the ids are those of the best scores found."""
@@ -83,36 +107,40 @@ class ChoiceOperations(MemoryOperations):
         rows = {}
         for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", self.shape.pieces, False)):
             given = [self._guided(pieces, bounds=bounds) for _ in range(COPIES)]
-            calls = [self._call(dispatch.choose_blocks, each) for each in given]
+            calls = [partial(dispatch.choose_blocks, *each[0], **each[1]) for each in given]
             rows[f"choice beside a question, {name}"] = self._bandwidth(calls, given[0][0][1][0].nbytes)
             del given, calls
         given = [self._candidates() for _ in range(COPIES)]
         s = self.shape
         read = given[0][0][2].numel() * s.kv_heads * s.block * s.dim * self.dtype.itemsize
-        calls = [self._call(dispatch.refine_pages, each) for each in given]
+        calls = [partial(dispatch.refine_pages, *each[0], **each[1]) for each in given]
         rows["choice among candidates"] = self._bandwidth(calls, read)
         if self.device.type == "cuda":
             rows["layer of a step"] = self._step_speeds()
         return rows
 
-    @staticmethod
-    def _call(serve: Callable[..., object], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], object]:
-        return lambda: serve(*given[0], **given[1])
-
     def _step_speeds(self) -> dict[str, float]:
-        """One layer of a step, from projections to attention, all in five launches: one by one, and as a graph."""
+        """One layer of a step, from projections to attention, in three launches: one by one, and as a graph."""
         s = self.shape
-        append = self._rotate(*self._append(1))
+        new = self._arrival(1)
+        angles = torch.stack((new.cos[0], new.sin[0]))
         (_, key, value, far), sizes = self._segments(1, 1, paged=True)
-        (lookup, page_key, _, _, counts, _), asked = self._candidates()
+        (_, page_key, _, _, counts, _), asked = self._candidates()
         (_, parts, _, _), kind = self._guided(1, bounds=True)
         slot, back = self._numbers(0), self._numbers(s.n_local)
+        tokens = torch.arange(s.n_init, device=self.device)
+        hidden = torch.empty(1, 1, s.n_init, dtype=torch.bool, device=self.device)
+        pinned = Pinned(tokens // s.block, tokens, self._numbers(s.n_init), hidden)
 
         def layer() -> None:
-            near: Any = append()
-            candidates, _, _ = dispatch.choose_blocks(lookup, parts, counts, CANDIDATES * s.topk, **kind)
-            ids, _, _ = dispatch.refine_pages(lookup, page_key, candidates, candidates, counts, s.topk, **asked)
-            seen = replace(far, table=ids, page_key=page_key, page_value=page_key)
+            near, far_query, candidates, _ = dispatch.append_and_choose(
+                new, angles, parts, counts, CANDIDATES * s.topk, **kind
+            )
+            lookup = far_query.transpose(0, 1)
+            ids, _, _ = dispatch.refine_pages(
+                lookup, page_key, candidates, candidates, counts, s.topk, **asked, pinned=pinned
+            )
+            seen = replace(far, query=far_query, table=ids, page_key=page_key, page_value=page_key, hidden=hidden)
             dispatch.attend_step(near, key, value, seen, slot=slot, back=back, scale=sizes["scale"])
 
         eager = seconds(layer, self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ from benchmarks.gpu.timing import seconds
 from qllm_kernels import dispatch, mass, pages, published, residency, rotary, select
 from qllm_kernels.attention import FarSegment
 from qllm_kernels.residency import Residency
-from qllm_kernels.rotary import Destination
+from qllm_kernels.rotary import Arrival, Destination
 
-#: queries, keys, values, cosines, sines and positions
-Appended = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 EVERY_KEY_BLOCKS = 2048  # 131,072 tokens in blocks of 64: 268 MB of keys per layer in the 8B shape
+TOKENS = 16  # of a question
 
 
 class MemoryOperations(Operations):
@@ -45,22 +45,20 @@ class MemoryOperations(Operations):
 
         return call
 
-    def _every_key(self, pieces: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    def _every_key(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries of a question's tokens, and every key of all blocks."""
         s = self.shape
-        n_blocks = min(s.n_blocks, EVERY_KEY_BLOCKS)
-        every = self._random(s.kv_heads, n_blocks, s.block, s.dim)
-        return self._random(pieces, s.heads, s.dim).float(), every.transpose(1, 2), [n_blocks] * pieces
+        every = self._random(s.kv_heads, min(s.n_blocks, EVERY_KEY_BLOCKS), s.block, s.dim)
+        return self._random(tokens, s.heads, s.dim).float(), every.transpose(1, 2)
 
-    def _append(self, n: int) -> tuple[Appended, tuple[Destination, Destination]]:
+    def _arrival(self, n: int) -> Arrival:
         s = self.shape
         query, key, value = (self._random(heads, n, s.dim) for heads in (s.heads, s.kv_heads, s.kv_heads))
         angles = torch.rand(s.n_local + n, s.dim // 2, device=self.device).repeat(1, 2)
         rows = torch.arange(s.n_local, s.n_local + n, device=self.device)
-        buffers = torch.zeros(4, s.kv_heads, s.n_local + n, s.dim, dtype=self.dtype, device=self.device)
-        places = [
-            Destination(key_rows, value_rows, rows) for key_rows, value_rows in buffers.view(2, 2, *buffers.shape[1:])
-        ]
-        return (query, key, value, angles.cos(), angles.sin(), rows), (places[0], places[1])
+        buffers = torch.zeros(2, 2, s.kv_heads, s.n_local + n, s.dim, dtype=self.dtype, device=self.device)
+        places = [Destination(key_rows, value_rows, rows) for key_rows, value_rows in buffers]
+        return Arrival(query, key, value, angles.cos(), angles.sin(), rows, *places)
 
     def _published(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         s = self.shape
@@ -92,8 +90,13 @@ class MemoryOperations(Operations):
                 for x in (found, plain)
             )
             rows[f"mass, {name}"] = verdict(error, plain_error, True)
-        for name, pieces in (("decode", 1), ("prefill", 4)):
-            rows[f"selection of every key, {name}"] = self._every_key_error(pieces)
+        lookup, every = self._every_key(4)
+        exact_scores = select.block_scores(as_double(lookup.to(self.dtype)), as_double(every), scopes=1)
+        error, plain_error = (
+            relative_error(serve(lookup, every, scopes=1), exact_scores)
+            for serve in (dispatch.block_scores, select.block_scores)
+        )
+        rows["question's tokens by every key"] = verdict(error, plain_error, True)
         rows["rotate and append"] = self._append_error()
         given, sizes = self._published()
         exact_means = published.published_means(*(as_double(x) for x in given), **sizes)
@@ -109,19 +112,11 @@ class MemoryOperations(Operations):
         rows["table of pages"] = self._table_error()
         return rows
 
-    def _every_key_error(self, pieces: int) -> dict[str, Any]:
-        lookup, every, counts = self._every_key(pieces)
-        on_device = torch.tensor(counts, dtype=torch.int32, device=self.device)
-        ids, _, scores = dispatch.top_blocks(lookup, every, on_device, self.shape.topk, scopes=1)
-        exact = select.block_scores(as_double(lookup.to(self.dtype)), as_double(every), scopes=1)
-        plain = select.block_scores(lookup, every, scopes=1)
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.shape.topk].sort(-1).values
-        return verdict(relative_error(scores, exact), relative_error(plain, exact), bool(torch.equal(ids, best)))
-
     def _append_error(self) -> dict[str, Any]:
-        given, (window, raw) = self._append(self.shape.piece)
-        near = dispatch.rotate_append(*given, window, raw)
-        query, key, value, cos, sin, rows = given
+        new = self._arrival(self.shape.piece)
+        query, key, value, cos, sin, rows = new.query, new.key, new.value, new.cos, new.sin, new.positions
+        window, raw = new.window, new.raw
+        near, _ = dispatch.rotate_append(new)
         turned = [rotary.rotate(as_double(x), cos[rows].cpu(), sin[rows].cpu()) for x in (query, key)]
         plain = rotary.rotate(query, cos[rows], sin[rows])
         error = max(relative_error(near, turned[0]), relative_error(window.key[:, rows], turned[1]))
@@ -178,14 +173,14 @@ class MemoryOperations(Operations):
         spent = seconds(piece_mass, self.device, repeats=5)
         work = 2 * s.heads * s.pieces * s.piece * (s.n_init + s.topk * s.block) * s.dim
         rows["mass outside the window, prefill"] = {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
-        for name, pieces in (("decode", 1), ("prefill", s.pieces)):
-            lookup, every, counts = self._every_key(pieces)
-            call = self._choose(lookup, every, torch.tensor(counts, device=self.device))
-            rows[f"selection of every key, {name}"] = self._bandwidth([call], every.nbytes)
+        lookup, every = self._every_key(TOKENS)
+        rows["question's tokens by every key"] = self._bandwidth(
+            [lambda: dispatch.block_scores(lookup, every, scopes=1)], every.nbytes
+        )
         for name, n in (("decode", 1), ("prefill", s.pieces * s.piece)):
-            given, places = self._append(n)
+            new = self._arrival(n)
             moved = (2 * s.heads + 6 * s.kv_heads) * n * s.dim * size
-            rows[f"rotate and append, {name}"] = self._bandwidth([self._rotate(given, places)], moved)
+            rows[f"rotate and append, {name}"] = self._bandwidth([partial(dispatch.rotate_append, new)], moved)
         arguments, sizes = self._published()
         rows["published summaries of a piece"] = {
             "us": seconds(lambda: dispatch.published_means(*arguments, **sizes), self.device) * 1e6
@@ -195,13 +190,6 @@ class MemoryOperations(Operations):
             [lambda: dispatch.query_prefix(query)], query.nbytes * 2 + query.numel() * 4
         )
         return rows | self._paging_speeds()
-
-    def _choose(self, lookup: torch.Tensor, summaries: torch.Tensor, counts: torch.Tensor) -> Callable[[], object]:
-        return lambda: dispatch.top_blocks(lookup, summaries, counts, self.shape.topk, scopes=1)
-
-    @staticmethod
-    def _rotate(given: Appended, places: tuple[Destination, Destination]) -> Callable[[], object]:
-        return lambda: dispatch.rotate_append(*given, *places)
 
     def _paging_speeds(self) -> dict[str, dict[str, float]]:
         slab, hot, moves, counts = self._slab()

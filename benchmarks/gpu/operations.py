@@ -112,7 +112,7 @@ class Operations:
     def _selection_error(self, pieces: int) -> dict[str, Any]:
         lookup, summaries = self._lookup(pieces)
         counts, topk = [self.shape.n_blocks] * pieces, self.shape.topk
-        ids, _, scores = dispatch.top_blocks(lookup, summaries, counts, topk, scopes=1)
+        ids, _, scores = dispatch.choose_blocks(lookup, [summaries], counts, topk, scopes=1)
         dtype = summaries.dtype
         expected = select.block_scores(lookup.to(dtype).double().cpu(), summaries.double().cpu(), scopes=1)
         plain = select.block_scores(lookup, summaries, scopes=1)
@@ -162,7 +162,7 @@ class Operations:
 
     def _selection(self, lookup: torch.Tensor, summaries: torch.Tensor, pieces: int) -> Callable[[], object]:
         counts = [self.shape.n_blocks] * pieces
-        return lambda: dispatch.top_blocks(lookup, summaries, counts, self.shape.topk, scopes=1)
+        return lambda: dispatch.choose_blocks(lookup, [summaries], counts, self.shape.topk, scopes=1)
 
     @staticmethod
     def _attention(inputs: Segments, sizes: dict[str, Any]) -> Callable[[], object]:

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from qllm_kernels.eligible import to_device
 from qllm_kernels.select import block_scores, bound_lookup, select_blocks, standardise
+
+
+class Pinned(NamedTuple):
+    """Keys outside the window that are seen whatever is chosen, unless that were their second appearance.
+
+    Attributes:
+        block: [m] int64, the block a key is in, or will be; -1: none.
+        position: [m] int64, its absolute index; -1: no matter.
+        border: [pieces] int64, first token of each window.
+        hidden: [pieces, scopes, m] bool, to be written: True for keys of chosen blocks and of the window.
+    """
+
+    block: torch.Tensor
+    position: torch.Tensor
+    border: torch.Tensor
+    hidden: torch.Tensor
+
+    def write(self, ids: torch.Tensor) -> None:
+        """Write `hidden` for blocks [pieces, scopes, k] that are seen."""
+        self.hidden.copy_(seen_twice(ids, self.block, self.position, self.border))
+
+
+def seen_twice(
+    ids: torch.Tensor, block: torch.Tensor, position: torch.Tensor, border: torch.Tensor | None
+) -> torch.Tensor:
+    """Which pinned keys are in a block or window that is seen.
+
+    Args:
+        ids: [pieces, scopes, k] blocks that are seen.
+        block, position, border: As in `Pinned`; without a border all windows begin behind these keys.
+
+    Returns:
+        [pieces, scopes, m].
+    """
+    twice = (ids[..., None] == block).any(dim=2)
+    return twice if border is None else twice | (position >= border[:, None])[:, None]
 
 
 def choose_blocks(
@@ -63,3 +99,8 @@ def choose_blocks(
 def always_full(counts: Sequence[int] | torch.Tensor, k: int) -> bool:
     """Whether the host knows that every piece has `k` blocks to choose."""
     return not isinstance(counts, torch.Tensor) and min(counts) >= k
+
+
+def to_device(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers of the host as an int32 tensor on the device, which the host does not wait for (`torch.tensor` does)."""
+    return torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)

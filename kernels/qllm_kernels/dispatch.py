@@ -20,7 +20,6 @@ import torch
 from qllm_kernels import (
     attention,
     choice,
-    eligible,
     mass,
     pages,
     prefix,
@@ -87,19 +86,13 @@ def _serves(operation: str, reason: str | None) -> bool:
     return reason is None
 
 
-def top_blocks(
-    lookup: torch.Tensor, summaries: torch.Tensor, counts: Sequence[int] | torch.Tensor, topk: int, *, scopes: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """See :func:`qllm_kernels.select.top_blocks`; of counts on the device :func:`qllm_kernels.eligible.top_blocks`."""
+def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) -> torch.Tensor:
+    """See :func:`qllm_kernels.select.block_scores`."""
+    serve = select.block_scores
     gpu = _kernels("select", lookup.device)
-    if gpu is not None and _serves("top_blocks", gpu.cannot_serve(lookup, summaries, topk)):
-        chosen: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] = gpu.top_blocks(
-            lookup, summaries, counts, topk, scopes=scopes
-        )
-        return chosen
-    if isinstance(counts, torch.Tensor):
-        return eligible.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
-    return select.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+    if gpu is not None and _serves("block_scores", gpu.cannot_serve(lookup, summaries)):
+        serve = gpu.block_scores
+    return serve(lookup, summaries, scopes=scopes)
 
 
 def choose_blocks(
@@ -116,9 +109,50 @@ def choose_blocks(
     """See :func:`qllm_kernels.choice.choose_blocks`."""
     serve = choice.choose_blocks
     gpu = _kernels("select", lookup.device)
-    if gpu is not None and all(_serves("choose_blocks", gpu.cannot_serve(lookup, part, topk)) for part in parts):
+    if gpu is not None and all(_serves("choose_blocks", gpu.cannot_serve(lookup, part)) for part in parts):
         serve = gpu.choose_blocks
     return serve(lookup, parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds)
+
+
+def append_and_choose(
+    new: rotary.Arrival,
+    far: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    counts: torch.Tensor,
+    topk: int,
+    *,
+    scopes: int,
+    question: torch.Tensor | None = None,
+    weight: float = 0.0,
+    bounds: bool = False,
+    pinned: choice.Pinned | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`rotate_append` of a single token and `choose_blocks` by its far query; one launch where a kernel serves both.
+
+    Args:
+        new: The token.
+        far: As `rotate_append` takes it.
+        parts, topk, scopes, question, weight, bounds: As `choose_blocks` takes them.
+        counts: [1] integer on the device, as there.
+        pinned: Keys to be hidden where the choice shows them as well, or None.
+
+    Returns:
+        The rotated queries as `rotate_append` returns them, ids and valid as `choose_blocks` does.
+    """
+    gpu = _kernels("append", new.query.device)
+    if gpu is not None and _serves("append_and_choose", gpu.cannot_serve(new, parts)):
+        chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] = gpu.append_and_choose(
+            new, far, parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds, pinned=pinned
+        )
+        return chosen
+    near, far_query = rotate_append(new, far)
+    assert far_query is not None
+    ids, valid, _ = choose_blocks(
+        far_query.transpose(0, 1), parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds
+    )
+    if pinned is not None:
+        pinned.write(ids)
+    return near, far_query, ids, valid
 
 
 def refine_pages(
@@ -132,13 +166,17 @@ def refine_pages(
     scopes: int,
     question: torch.Tensor | None = None,
     weight: float = 0.0,
+    pinned: choice.Pinned | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """See :func:`qllm_kernels.refine.refine_pages`."""
     serve = refine.refine_pages
     gpu = _kernels("refine", lookup.device)
     if gpu is not None and _serves("refine_pages", gpu.cannot_serve(lookup, page_key, candidates)):
         serve = gpu.refine_pages
-    return serve(lookup, page_key, table, candidates, counts, topk, scopes=scopes, question=question, weight=weight)
+    return serve(
+        lookup, page_key, table, candidates, counts, topk,
+        scopes=scopes, question=question, weight=weight, pinned=pinned,
+    )  # fmt: skip
 
 
 def attend_pieces(
@@ -271,24 +309,13 @@ def published_means(
     return serve(key, key_rotated, query, lse, n_local=n_local, repr_topk=repr_topk, scale=scale, softcap=softcap)
 
 
-def rotate_append(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    window: rotary.Destination,
-    raw: rotary.Destination,
-    *,
-    interleaved: bool = False,
-) -> torch.Tensor:
+def rotate_append(new: rotary.Arrival, far: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`qllm_kernels.rotary.rotate_append`."""
     serve = rotary.rotate_append
-    gpu = _kernels("rotary", query.device)
-    if gpu is not None and _serves("rotate_append", gpu.cannot_serve(query, key, value, window, raw)):
+    gpu = _kernels("rotary", new.query.device)
+    if gpu is not None and _serves("rotate_append", gpu.cannot_serve(new)):
         serve = gpu.rotate_append
-    return serve(query, key, value, cos, sin, positions, window, raw, interleaved=interleaved)
+    return serve(new, far)
 
 
 def copy_pages(source: torch.Tensor, target: torch.Tensor, moves: torch.Tensor, counts: torch.Tensor) -> None:

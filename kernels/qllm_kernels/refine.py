@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qllm_kernels.choice import always_full
-from qllm_kernels.eligible import to_device
+from qllm_kernels.choice import Pinned, always_full, to_device
 from qllm_kernels.select import best_blocks, select_blocks, standardise
 
 
@@ -86,6 +85,7 @@ def refine_pages(
     scopes: int,
     question: torch.Tensor | None = None,
     weight: float = 0.0,
+    pinned: Pinned | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """`refine_choice` of candidates whose keys are read where they lie.
 
@@ -93,9 +93,13 @@ def refine_pages(
         lookup, candidates, counts, topk, scopes, question, weight: As there.
         page_key: [kv_heads, n_pages, block_size, head_dim].
         table: [pieces, scopes, m] the page of each candidate; any page that was written where there is no candidate.
+        pinned: Keys to be hidden where the choice shows them as well, or None.
     """
     kv_heads = page_key.shape[0]
     heads = torch.arange(kv_heads, device=table.device)[:, None, None]
     pages = table.repeat_interleave(kv_heads // table.shape[1], dim=1).transpose(0, 1)  # [kv_heads, pieces, m]
     key = page_key[heads, pages]
-    return refine_choice(lookup, key, candidates, counts, topk, scopes=scopes, question=question, weight=weight)
+    chosen = refine_choice(lookup, key, candidates, counts, topk, scopes=scopes, question=question, weight=weight)
+    if pinned is not None:
+        pinned.write(chosen[0])
+    return chosen

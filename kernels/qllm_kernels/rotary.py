@@ -42,21 +42,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
     return torch.cat(((turned * cos + partner * sin).to(x.dtype), x[..., dim:]), -1)
 
 
-def rotate_append(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    window: Destination,
-    raw: Destination,
-    *,
-    interleaved: bool = False,
-) -> torch.Tensor:
-    """Rotate the queries of new tokens; write keys rotated to the window and un-rotated to their page, with their values.
+@dataclass(frozen=True)
+class Arrival:
+    """New tokens, and where they go.
 
-    Args:
+    Attributes:
         query: [heads, n, head_dim], un-rotated.
         key, value: [kv_heads, n, head_dim or value_dim], un-rotated.
         cos, sin: [n_positions, rotary_dim] fp32 tables.
@@ -64,14 +54,34 @@ def rotate_append(
         window: Takes rotated keys.
         raw: Takes un-rotated keys; its value may be missing, where the window's is the only copy.
         interleaved: As in `rotate`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+    window: Destination
+    raw: Destination
+    interleaved: bool = False
+
+
+def rotate_append(new: Arrival, far: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotate the queries of new tokens; write keys rotated to the window and un-rotated to their page, with their values.
+
+    Args:
+        new: The tokens.
+        far: [2, rotary_dim] fp32, cosines and sines of the position that queries have for far keys; or None.
 
     Returns:
-        The rotated queries [heads, n, head_dim].
+        The queries [heads, n, head_dim] rotated to their positions, and to the far one if it was given.
     """
-    cos, sin = cos[positions], sin[positions]
-    for place, keys in ((window, rotate(key, cos, sin, interleaved=interleaved)), (raw, key)):
+    cos, sin = new.cos[new.positions], new.sin[new.positions]
+    for place, keys in ((new.window, rotate(new.key, cos, sin, interleaved=new.interleaved)), (new.raw, new.key)):
         kept = place.rows >= 0
         place.key[:, place.rows[kept]] = keys[:, kept]
         if place.value is not None:
-            place.value[:, place.rows[kept]] = value[:, kept]
-    return rotate(query, cos, sin, interleaved=interleaved)
+            place.value[:, place.rows[kept]] = new.value[:, kept]
+    near = rotate(new.query, cos, sin, interleaved=new.interleaved)
+    return near, None if far is None else rotate(new.query, far[:1], far[1:], interleaved=new.interleaved)

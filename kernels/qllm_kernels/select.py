@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 # dot products, or elements of summaries in fp32, at a time: what a CPU's cache holds; elsewhere launches are to be few
@@ -89,7 +87,7 @@ def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> 
 
     Returns:
         ids [pieces, scopes, k] with k = min(topk, n_blocks), ascending, and valid [pieces, scopes, k]: False marks the
-        places of pieces that have fewer than k eligible blocks; they come last and hold id n_blocks - 1.
+        places of pieces that have fewer than k eligible blocks; they come last and hold that of the last eligible one, or 0.
     """
     n_blocks = scores.shape[-1]
     k = min(topk, n_blocks)
@@ -98,7 +96,8 @@ def select_blocks(scores: torch.Tensor, n_eligible: torch.Tensor, topk: int) -> 
     valid = torch.arange(k, device=scores.device) < n_eligible[:, None, None]
     ids = torch.where(valid, ids, n_blocks).sort(dim=-1).values
     valid = ids < n_blocks
-    return ids.clamp(max=n_blocks - 1), valid
+    last = (n_eligible.clamp(max=n_blocks) - 1).clamp(min=0)
+    return torch.minimum(ids, last[:, None, None]), valid
 
 
 def standardise(scores: torch.Tensor, n_eligible: torch.Tensor | None) -> torch.Tensor:
@@ -120,24 +119,3 @@ def standardise(scores: torch.Tensor, n_eligible: torch.Tensor | None) -> torch.
         centred = scores - torch.where(counted, scores, 0).sum(-1, keepdim=True) / count
         variance = torch.where(counted, centred.square(), 0).sum(-1, keepdim=True) / count
     return centred * variance.clamp(min=torch.finfo(variance.dtype).tiny).rsqrt()
-
-
-def top_blocks(
-    lookup: torch.Tensor, summaries: torch.Tensor, counts: Sequence[int], topk: int, *, scopes: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Score the blocks and choose the best eligible ones for every piece.
-
-    Args:
-        lookup, summaries, scopes: As in `block_scores`.
-        counts: How many of the first blocks each piece may choose from.
-        topk: Blocks wanted.
-
-    Returns:
-        ids and valid as in `select_blocks`, valid None when all are; and the scores of `block_scores`.
-    """
-    scores = block_scores(lookup, summaries, scopes=scopes)
-    n_blocks = scores.shape[-1]
-    if min(counts) == n_blocks:
-        return best_blocks(scores, topk), None, scores
-    ids, valid = select_blocks(scores, torch.tensor(counts, device=scores.device), topk)
-    return ids, None if min(counts) >= min(topk, n_blocks) else valid, scores

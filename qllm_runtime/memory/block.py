@@ -21,12 +21,13 @@ import torch
 from typing_extensions import override
 
 from qllm_kernels.attention import FarSegment, apply_sinks, segment_logits
-from qllm_kernels.dispatch import attend_pieces, attend_step, attention_mass, backend, step_mass
+from qllm_kernels.dispatch import attend_pieces, attend_step, attention_mass, backend, rotate_append, step_mass
 from qllm_kernels.mass import Mass
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.memory.base import Rotation, Scoring, Steady
-from qllm_runtime.memory.outside import FarKeys, Outside
+from qllm_runtime.memory.far_keys import FarKeys
+from qllm_runtime.memory.outside import Outside
 from qllm_runtime.memory.places import DevicePlace, Place
 from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 from qllm_runtime.memory.window import Window
@@ -252,12 +253,14 @@ class BlockMemory(SteadyMemory):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, place: DevicePlace
     ) -> torch.Tensor:
         window = self._window
-        near = window.place(query, key, value, place.slot)
+        new = window.arrival(query, key, value, place.slot)
         far = seen = None
         if self._n_blocks and not self._outside.empty:
-            far_query = self._outside.far(query)
-            seen = self._outside.keys_at(far_query, place)
+            near, far_query, seen = self._outside.take_in(new, place)
             far = seen.segment(far_query)
+        else:
+            near, _ = rotate_append(new)
+        window.place_query(place.slot, query)
         span = step_span(place, scoring)
         out, lse = attend_step(near, window.key, window.value, far, **span)
         if scoring.sinks is not None:

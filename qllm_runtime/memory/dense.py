@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
 from qllm_kernels.dispatch import attend_step, backend, rotate_append, step_mass
-from qllm_kernels.rotary import Destination
+from qllm_kernels.rotary import Arrival, Destination
 from qllm_runtime.memory.base import Rotation, Scoring, Steady, Tables
 from qllm_runtime.memory.places import DevicePlace, Place
 from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
@@ -76,7 +76,7 @@ class DenseMemory(SteadyMemory):
         cos, sin, interleaved = self._tables
         raw = torch.full_like(place.slot, -1) if self._window is None else place.slot  # full attention moves no keys
         places = Destination(self._key, self._value, place.slot), Destination(self._key_raw, None, raw)
-        near = rotate_append(query, key, value, cos, sin, place.slot, *places, interleaved=interleaved)
+        near, _ = rotate_append(Arrival(query, key, value, cos, sin, place.slot, *places, interleaved))
         span = step_span(place, scoring)
         out, lse = attend_step(near, self._key, self._value, None, **span)
         if scoring.sinks is not None:

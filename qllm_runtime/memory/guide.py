@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qllm_kernels.dispatch import top_blocks
+from qllm_kernels.dispatch import block_scores
 
 
 class Guide:
@@ -47,8 +47,7 @@ class Guide:
             end = first + part.shape[2]
             if end > known:
                 fresh = part[:, :, max(known - first, 0) :]
-                counts = [fresh.shape[2]] * len(self._tokens)
-                scores = top_blocks(self._tokens, fresh, counts, 1, scopes=self._scopes)[2]
+                scores = block_scores(self._tokens, fresh, scopes=self._scopes)
                 self._scores[:, end - fresh.shape[2] : end] = scores.sum(0)
             first = end
         self._n = max(n, known)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from qllm_kernels.choice import seen_twice
 from qllm_runtime.memory.query import PinnedQuery
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -69,5 +70,4 @@ class Loose(NamedTuple):
         Returns:
             [pieces, scopes, m].
         """
-        twice = (ids[..., None] == self.block).any(dim=2)
-        return twice if border is None else twice | (self.position >= border[:, None])[:, None]
+        return seen_twice(ids, self.block, self.position, border)

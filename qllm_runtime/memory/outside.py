@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple, Self, TypedDict
+from typing import Self, TypedDict
 
 import torch
 
-from qllm_kernels.attention import FarSegment
-from qllm_kernels.dispatch import backend, choose_blocks, mean_keys, refine_pages
-from qllm_kernels.eligible import to_device
+from qllm_kernels.choice import Pinned, to_device
+from qllm_kernels.dispatch import append_and_choose, backend, choose_blocks, mean_keys, refine_pages, rotate_append
 from qllm_kernels.refine import refine_choice
+from qllm_kernels.rotary import Arrival
 from qllm_kernels.summary import key_bounds
 from qllm_runtime.config import CANDIDATES, MemoryConfig
 from qllm_runtime.memory.base import Rotation
 from qllm_runtime.memory.digest import BlockDigest
+from qllm_runtime.memory.far_keys import FarKeys
 from qllm_runtime.memory.guide import Guide
 from qllm_runtime.memory.loose import Loose
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
-from qllm_runtime.memory.store import BlockStore, PagedKeys
-
-
-class FarKeys(NamedTuple):
-    """Everything outside the window that pieces see.
-
-    Attributes:
-        key, value: [kv_heads, pieces, m, head_dim] initial tokens, looked-up blocks unless they are in `paged`, question.
-        hidden: True where one of these is not seen, [pieces, scopes, m]; None when all are.
-        ids: Chosen blocks [pieces, scopes, k] in the order of their keys, or None for policies without blocks.
-        paged: The blocks in their pages, or None.
-        n_chosen: [pieces] int32, how many of the first `paged` ones a piece sees; None: all.
-        blocks: Keys and values [kv_heads, k * block_size, ...] of the blocks of a single piece, apart from `key` and `value`.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    hidden: torch.Tensor | None
-    ids: torch.Tensor | None
-    paged: PagedKeys | None = None
-    n_chosen: torch.Tensor | None = None
-    blocks: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def segment(self, query: torch.Tensor) -> FarSegment:
-        """What kernels take, for these queries [heads, pieces * length, head_dim] in far form."""
-        if self.paged is None:
-            return FarSegment(query, self.key, self.value, self.hidden)
-        return FarSegment(query, self.key, self.value, self.hidden, *self.paged, self.n_chosen)
+from qllm_runtime.memory.store import BlockStore
 
 
 class Terms(TypedDict):
@@ -80,9 +54,10 @@ class Outside:
         self._bounds = BlockDigest(key_bounds) if config.every_key else None
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
+        self._far_row: torch.Tensor | None = None
         self._loose: Loose | None = None
         self._guide: tuple[torch.Tensor, Guide] | None = None  # a question's tokens and its scores
-        self._asked: torch.Tensor | None = None  # scores for the question that `keys_at` reads
+        self._asked: torch.Tensor | None = None  # scores for the question that `take_in` reads
 
     @property
     def empty(self) -> bool:
@@ -104,16 +79,31 @@ class Outside:
 
     def far(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate queries [..., head_dim] to the far distance, such that un-rotated keys can be multiplied."""
+        return (x.float() @ self._turn(x)).to(x.dtype)
+
+    def _turn(self, like: torch.Tensor) -> torch.Tensor:
+        """What `far` multiplies queries [..., head_dim] by, [head_dim, head_dim]."""
         if self._far_map is None:
             config = self._config
-            eye = torch.eye(x.shape[-1], device=x.device)[None]
+            eye = torch.eye(like.shape[-1], device=like.device)[None]
             if config.policy == "streaming":
                 self._far_map = self._rotation.rotate_all(eye, config.n_init + config.n_local - 1)[0]
             else:
                 # position 0 of a key may still scale it (yarn, longrope), so that factor belongs to the query
                 at_zero = self._rotation.rotate_all(eye, 0)[0]
                 self._far_map = self._rotation.rotate_all(eye, config.n_local - 1)[0] @ at_zero.T
-        return (x.float() @ self._far_map).to(x.dtype)
+        return self._far_map
+
+    def _far_angles(self, new: Arrival) -> torch.Tensor:
+        """`far` as `rotate_append` takes it, for rotations of pairs."""
+        if self._far_row is None:
+            turn, dim = self._turn(new.query), new.cos.shape[1]
+            column = torch.arange(dim, device=turn.device)
+            first = column % 2 == 0 if new.interleaved else column < dim // 2
+            apart = 1 if new.interleaved else dim // 2
+            sin = turn[torch.where(first, column + apart, column - apart), column]
+            self._far_row = torch.stack((turn.diagonal()[:dim], torch.where(first, -sin, sin)))
+        return self._far_row
 
     def keep_blocks(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
         """Keep blocks that left the window; arguments as for `BlockStore.append`."""
@@ -171,11 +161,7 @@ class Outside:
         return ids, valid
 
     def _choose_twice(
-        self,
-        lookup: torch.Tensor,
-        bounds: Sequence[torch.Tensor],
-        counts: Sequence[int] | torch.Tensor,
-        question: torch.Tensor | None,
+        self, lookup: torch.Tensor, bounds: Sequence[torch.Tensor], counts: Sequence[int], question: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Candidates by their bounds, and the best of them by every key.
 
@@ -186,16 +172,26 @@ class Outside:
         Returns:
             ids and valid as `refine_choice` gives them, candidates and their scores [1, scopes, m].
         """
-        topk, terms = self._config.topk, self._terms(question)
-        candidates, given, _ = choose_blocks(lookup, bounds, counts, CANDIDATES * topk, bounds=True, **terms)
-        if isinstance(counts, torch.Tensor):
-            candidates = torch.minimum(candidates, counts - 1)  # pages that were written, where there is no candidate
-        if backend(lookup.device) == "torch":
-            ids, valid, scores = refine_choice(lookup, self.store.keys(candidates), candidates, counts, topk, **terms)
-        else:
-            key, table = self.store.keys_in_pages(candidates, given)
-            ids, valid, scores = refine_pages(lookup, key, table, candidates, counts, topk, **terms)
+        m, terms = CANDIDATES * self._config.topk, self._terms(question)
+        candidates, given, _ = choose_blocks(lookup, bounds, counts, m, bounds=True, **terms)
+        ids, valid, scores = self._choose_among(lookup, candidates, given, counts, question)
         return ids, valid, candidates, scores
+
+    def _choose_among(
+        self,
+        lookup: torch.Tensor,
+        candidates: torch.Tensor,
+        given: torch.Tensor | None,
+        counts: Sequence[int] | torch.Tensor,
+        question: torch.Tensor | None,
+        pinned: Pinned | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The best of candidates [1, scopes, m] by every key, as `refine_pages` gives them; `given` says which there are."""
+        topk, terms = self._config.topk, self._terms(question)
+        if backend(lookup.device) == "torch":
+            return refine_choice(lookup, self.store.keys(candidates), candidates, counts, topk, **terms)
+        key, table = self.store.keys_in_pages(candidates, given)
+        return refine_pages(lookup, key, table, candidates, counts, topk, pinned=pinned, **terms)
 
     def _terms(self, question: torch.Tensor | None) -> Terms:
         """What the terms of a score are made of, for this question's scores."""
@@ -238,34 +234,50 @@ class Outside:
         if not self._config.uses_blocks:
             return self._initial_only(pieces)
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
-        return self._seen(ids, valid, None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32), oldest)
+        twice = None
+        if len(self.query.positions):
+            twice = self._pinned(ids.device).hidden(ids, self._border(oldest, ids.device))
+        return self._seen(ids, valid, None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32), twice)
 
     def settle(self, n_blocks: int) -> tuple[object, ...]:
-        """Bring up to date what `keys_at` reads for so many eligible blocks, and return it."""
+        """Bring up to date what `take_in` reads for so many eligible blocks, and return it."""
         if not self._config.uses_blocks or not n_blocks:
             return (self._initial,)
         parts = self._parts()
         self._asked = self._asks(n_blocks, sum(part.shape[2] for part in parts))
         return (self._pinned(parts[0].device), self._asked, *parts, *self.store.pages)
 
-    def keys_at(self, far: torch.Tensor, place: DevicePlace) -> FarKeys:
-        """What a single token sees, after `settle`; of its place nothing but what the tensors hold is looked at.
+    def take_in(self, new: Arrival, place: DevicePlace) -> tuple[torch.Tensor, torch.Tensor, FarKeys]:
+        """Rotate and append a single token, and find what it sees; of its place nothing but what the tensors hold is looked at.
 
         Args:
-            far: [heads, 1, head_dim] its query in far form.
+            new: The token, after `settle`.
             place: Where it is.
+
+        Returns:
+            Its query [heads, 1, head_dim] rotated for the window and in far form, and the keys outside the window.
         """
-        config = self._config
+        config, far = self._config, self._far_angles(new)
         if not config.uses_blocks:
-            return self._initial_only(1)
-        lookup, parts = far.float().transpose(0, 1), self._parts()
-        if self._bounds is not None:
-            ids, valid, *_ = self._choose_twice(lookup, parts, place.n_blocks, self._asked)
+            near, far_query = rotate_append(new, far)
+            assert far_query is not None
+            return near, far_query, self._initial_only(1)
+        counts, parts, terms = place.n_blocks, self._parts(), self._terms(self._asked)
+        pinned = None
+        if len(self.query.positions):
+            loose = self._pinned(counts.device)
+            hidden = torch.empty(1, self._scopes, len(loose.block), dtype=torch.bool, device=counts.device)
+            pinned = Pinned(loose.block, loose.position, place.oldest, hidden)
+        if self._bounds is None:
+            near, far_query, ids, valid = append_and_choose(
+                new, far, parts, counts, config.topk, pinned=pinned, **terms
+            )
         else:
-            ids, valid, _ = choose_blocks(lookup, parts, place.n_blocks, config.topk, **self._terms(self._asked))
-        if len(self.store.pages) > 1:
-            ids = torch.minimum(ids, place.n_blocks - 1)  # pages that were written, where there is no choice
-        return self._seen(ids, valid, place.n_chosen, place.oldest)
+            m = CANDIDATES * config.topk
+            near, far_query, candidates, given = append_and_choose(new, far, parts, counts, m, bounds=True, **terms)
+            lookup = far_query.transpose(0, 1)
+            ids, valid, _ = self._choose_among(lookup, candidates, given, counts, self._asked, pinned)
+        return near, far_query, self._seen(ids, valid, place.n_chosen, None if pinned is None else pinned.hidden)
 
     def _parts(self) -> list[torch.Tensor]:
         """What single tokens are compared with, [heads, r, n, width] per generation, the last with its room for more blocks."""
@@ -281,13 +293,12 @@ class Outside:
         ids: torch.Tensor,
         valid: torch.Tensor | None,
         n_chosen: torch.Tensor | None,
-        oldest: Sequence[int] | torch.Tensor,
+        twice: torch.Tensor | None,
     ) -> FarKeys:
-        """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `keys`."""
+        """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `Pinned.hidden`."""
         pieces, scopes, k = ids.shape
         loose, asked = self._pinned(ids.device), len(self.query.positions)
         pinned = [x.expand(-1, pieces, -1, -1) for x in (loose.key, loose.value)]
-        twice = loose.hidden(ids, self._border(oldest, ids.device)) if asked else None
         paged = self.store.in_place(ids, valid) if backend(ids.device) == "triton" else None
         if paged is not None:
             return FarKeys(pinned[0], pinned[1], twice, ids, paged, n_chosen)
@@ -350,10 +361,8 @@ class Outside:
             )
         return kept
 
-    def _border(self, oldest: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor | None:
-        """First tokens of windows, [pieces]; None where the host knows that none reaches back to the question."""
-        if isinstance(oldest, torch.Tensor):
-            return oldest
+    def _border(self, oldest: Sequence[int], device: torch.device) -> torch.Tensor | None:
+        """First tokens of windows, [pieces]; None where none reaches back to the question."""
         return to_device(oldest, device) if self.query.end > min(oldest) else None
 
     def fork(self) -> Self:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from qllm_kernels.dispatch import backend, linear_top_keys, mean_keys, published_means, query_prefix, rotate_append
-from qllm_kernels.rotary import Destination
+from qllm_kernels.rotary import Arrival, Destination
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.base import Rotation, Scoring, Tables
 
@@ -90,16 +90,25 @@ class Window:
 
     def place(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Write n tokens to `slots`, [n] int64 on the device, and return their rotated queries; the host counts nothing."""
+        near, _ = rotate_append(self.arrival(query, key, value, slots))
+        self.place_query(slots, query)
+        return near
+
+    def arrival(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> Arrival:
+        """What `rotate_append` takes to write these tokens to `slots`."""
         assert self.tables is not None
-        cos, sin, interleaved = self.tables
         rotated, raw = Destination(self.key, self.value, slots), Destination(self.key_raw, None, slots)
-        near = rotate_append(query, key, value, cos, sin, slots, rotated, raw, interleaved=interleaved)
+        cos, sin, interleaved = self.tables
+        return Arrival(query, key, value, cos, sin, slots, rotated, raw, interleaved)
+
+    def place_query(self, slots: torch.Tensor, query: torch.Tensor) -> None:
+        """Remember the queries of tokens in `slots`, if summaries need them."""
         if self._ranks_tokens:
-            kv_heads, n, dim = key.shape
-            self._query.index_copy_(1, slots, query.reshape(kv_heads, -1, n, dim).sum(1))
+            heads, n, dim = query.shape
+            kv_heads = self._query.shape[0]
+            self._query.index_copy_(1, slots, query.reshape(kv_heads, heads // kv_heads, n, dim).sum(1))
         elif self.weighs_tokens:
             self._query.index_copy_(1, slots, query)
-        return near
 
     def make_room(self, oldest: int) -> None:
         """Have a slot for one more token; absolute index `oldest` and what follows stays. There was a token before."""

@@ -57,6 +57,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "block": (16, 64, 256),
     "softcap": (False, True),
 }
+PINNED_TYPES = {"pinned_block": "*i64", "pinned_position": "*i64", "border": "*i64", "hidden": "*i1"}
 _KEYS = "window_key loose_key page_key"
 
 
@@ -101,50 +102,70 @@ def _mass(case: Case, rows: int) -> Compilation:
 
 
 def _select(
-    case: Case, pieces: int, *, every_key: bool = False, guided: bool = False, bounds: bool = False
+    case: Case,
+    pieces: int,
+    *,
+    every_key: bool = False,
+    guided: bool = False,
+    bounds: bool = False,
+    appends: bool = False,
 ) -> Compilation:
-    from qllm_kernels.gpu import select
+    from qllm_kernels.gpu import append, choose, select
 
-    merge = pieces == 1 and not guided
-    chosen = "i64" if merge else "fp32"
+    chooses = pieces == 1
+    written = {"ids": "i64", "valid": "i1"} if chooses else {"ids": "fp32", "valid": "fp32"}
     pointers = case.pointers(
-        "summaries", lookup=case.dtype if pieces > 1 else "fp32", n_eligible="i32", scores="fp32", moments="fp32",
-        question="fp32", candidates=chosen, done="i32", ids=chosen, valid="i1" if merge else "fp32",
-    )  # fmt: skip
-    width = case.dim * 2 if bounds else case.dim
+        "summaries",
+        n_eligible="i64" if chooses else "i32",
+        scores="fp32",
+        moments="fp32",
+        question="fp32",
+        done="i32",
+        **written,
+    )
     sizes = select.constants(
-        pieces, case.group, width, 32 if merge else 1, case.size, case.target, side_by_side=every_key
+        pieces, case.group, case.dim, case.size, case.target, bounds=bounds, side_by_side=every_key
     )
     assert sizes is not None
     r = case.block if every_key else 1 if bounds else 4
-    shape = {"HEADS": 8, "GROUP": case.group, "R": r, "D": width, "BOUNDS": bounds}
-    return Compilation(
-        select.score_blocks,
-        pointers,
-        {**shape, "MERGE": merge, "GUIDED": guided, "BC": 512 if merge else 1, **sizes},
-        wide=("stride_summary_head",),
-    )
+    shape = {"HEADS": 8, "GROUP": case.group, "R": r, "D": case.dim, "BOUNDS": bounds}
+    flags = {"COUNTED": True, "GUIDED": guided, "CHOOSES": chooses, "BS": 256 if chooses and guided else 1}
+    sizes |= {**shape, **flags, "BC": choose.TILE if chooses else 1}
+    floats, wide = ("weight",), ("stride_summary_head",)
+    if not appends:
+        pointers |= {"lookup": f"*{case.dtype}" if pieces > 1 else "*fp32"}
+        return Compilation(select.score_blocks, pointers, sizes, floats, wide)
+    given = _arrival(case, interleaved=False)
+    pointers |= {"lookup": f"*{case.dtype}"}
+    sizes |= given.constants | {"KV_HEADS": 8, "BH": 16, "BW": given.constants["BD"], "BD": sizes["BD"]}
+    sizes |= {"PINNED": guided, **choose.PINNED_TILE, **append.options(bounds)}
+    pointers |= PINNED_TYPES
+    for name in ("FAR", "BT"):
+        del sizes[name]
+    return Compilation(append.append_and_score, pointers | given.pointers, sizes, floats, wide)
 
 
 def _choose(case: Case, guided: bool) -> Compilation:
     from qllm_kernels.gpu import choose
 
     pointers = case.pointers(
-        "", scores="fp32", moments="fp32", question="fp32", n_eligible="i32", candidates="i64", done="i32", ids="i64",
-        valid="i1",
-    )  # fmt: skip
-    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": 1024, "BC": 512, "BK": 32}
-    return Compilation(choose.choose, pointers, sizes | choose.options(case.target), ("weight",))
+        "", scores="fp32", moments="fp32", question="fp32", n_eligible="i32", ids="i64", valid="i1"
+    )
+    sizes = {"GUIDED": guided, "BS": 256 if guided else 1, "BN": choose.TILE, "num_warps": 8}
+    return Compilation(choose.choose, pointers, sizes, ("weight",))
 
 
 def _refine(case: Case) -> Compilation:
-    from qllm_kernels.gpu import refine
+    from qllm_kernels.gpu import choose, refine
 
     numbers = {"table": "i64", "candidates": "i64", "counts": "i64", "done": "i32", "ids": "i64", "valid": "i1"}
-    pointers = case.pointers("key", lookup="fp32", scores="fp32", moments="fp32", question="fp32", **numbers)
+    pointers = case.pointers("key lookup", scores="fp32", moments="fp32", question="fp32", **numbers)
     sizes = refine.constants(case.group, case.dim, case.block, case.size, 128, case.target)
-    shape = {"HEADS": 8, "GROUP": case.group, "SIZE": case.block, "D": case.dim, "GUIDED": True}
-    return Compilation(refine.refine, pointers, {**shape, **sizes}, ("weight",), ("stride_key_head", "stride_key_page"))
+    shape = {"HEADS": 8, "GROUP": case.group, "SIZE": case.block, "D": case.dim, "GUIDED": True, "PINNED": True}
+    sizes |= choose.PINNED_TILE
+    return Compilation(
+        refine.refine, pointers | PINNED_TYPES, {**shape, **sizes}, ("weight",), ("stride_key_head", "stride_key_page")
+    )
 
 
 def _average_keys(case: Case) -> Compilation:
@@ -194,18 +215,27 @@ def _prefix(case: Case, kernel: str) -> Compilation:
     return Compilation(getattr(prefix, kernel), case.pointers("query", sums="fp32", prefix="fp32"), constants)
 
 
-def _rotate(case: Case, interleaved: bool) -> Compilation:
+def _arrival(case: Case, interleaved: bool) -> Compilation:
     from qllm_kernels.gpu import rotary
     from qllm_kernels.gpu.shapes import power_of_2
 
-    same = "query key value near window_key window_value raw_key raw_value"
-    pointers = case.pointers(same, cos="fp32", sin="fp32", positions="i64", window_rows="i64", raw_rows="i64")
+    same = "query key value near far_query window_key window_value raw_key raw_value"
+    pointers = case.pointers(
+        same, cos="fp32", sin="fp32", far="fp32", positions="i64", window_rows="i64", raw_rows="i64"
+    )
     width = power_of_2(case.dim)
-    constants = {"HEADS": 32, "D": case.dim, "DV": case.dim, "ROTARY": case.dim // 2, "BD": width, "BV": width}
+    constants = {
+        "QUERY_HEADS": 8 * case.group,
+        "D": case.dim,
+        "DV": case.dim,
+        "ROTARY": case.dim // 2,
+        "BD": width,
+        "BV": width,
+    }
     return Compilation(
         rotary.turn_and_store,
         pointers,
-        {**constants, "INTERLEAVED": interleaved, "RAW_VALUE": True, "BT": 16, "num_warps": 4},
+        {**constants, "INTERLEAVED": interleaved, "FAR": True, "RAW_VALUE": False, "BT": 16, "num_warps": 4},
     )
 
 
@@ -245,6 +275,12 @@ KERNELS: dict[str, Callable[[Case], Compilation]] = {
     "score_blocks beside a question, decode": lambda case: _select(case, 1, every_key=True, guided=True),
     "score_blocks of bounds, decode": lambda case: _select(case, 1, bounds=True),
     "score_blocks of bounds beside a question, decode": lambda case: _select(case, 1, guided=True, bounds=True),
+    "append_and_score": lambda case: _select(case, 1, appends=True),
+    "append_and_score beside a question": lambda case: _select(case, 1, guided=True, appends=True),
+    "append_and_score of bounds": lambda case: _select(case, 1, bounds=True, appends=True),
+    "append_and_score of bounds beside a question": lambda case: _select(
+        case, 1, guided=True, bounds=True, appends=True
+    ),
     "choose": lambda case: _choose(case, guided=False),
     "choose beside a question": lambda case: _choose(case, guided=True),
     "refine": _refine,
@@ -254,8 +290,8 @@ KERNELS: dict[str, Callable[[Case], Compilation]] = {
     "mean_of_best": _mean_of_best,
     "sum_tiles": lambda case: _prefix(case, "sum_tiles"),
     "sum_before": lambda case: _prefix(case, "sum_before"),
-    "turn_and_store": lambda case: _rotate(case, interleaved=False),
-    "turn_and_store, interleaved": lambda case: _rotate(case, interleaved=True),
+    "turn_and_store": lambda case: _arrival(case, interleaved=False),
+    "turn_and_store, interleaved": lambda case: _arrival(case, interleaved=True),
     "move_pages": lambda case: _pages(case, "move_pages"),
     "quantise": lambda case: _pages(case, "quantise"),
     "dequantise": lambda case: _pages(case, "dequantise"),
@@ -266,6 +302,7 @@ _MATRIX = (
     "segment_attention",
     "segment_mass",
     "score_blocks",
+    "append_and_score",
     "refine",
     "token_mass",
 )  # kernels that multiply matrices
@@ -273,7 +310,11 @@ _MATRIX = (
 AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNELS, ("arch", "dtype")),
     **{name: tuple(_VALUES) for name in KERNELS if name.startswith(("segment_attention", "segment_mass"))},
-    **{name: ("arch", "dtype", "dim", "group") for name in KERNELS if name.startswith("score_blocks")},
+    **{
+        name: ("arch", "dtype", "dim", "group")
+        for name in KERNELS
+        if name.startswith(("score_blocks", "append_and_score"))
+    },
     "score_blocks of every key, decode": ("arch", "dtype", "dim", "group", "block"),
     "score_blocks of every key, prefill": ("arch", "dtype", "dim", "group", "block"),
     "score_blocks beside a question, decode": ("arch", "dtype", "dim", "group", "block"),
@@ -327,6 +368,8 @@ AGAIN = (
     Case("score_blocks, decode", arch=89),
     Case("score_blocks of every key, prefill", arch=80),
     Case("score_blocks of bounds beside a question, decode", arch=90),
+    Case("append_and_score of bounds beside a question", arch=90),
+    Case("append_and_score of bounds beside a question", arch=80),
     Case("choose beside a question", arch=86),
     Case("refine", arch=90),
     Case("admit, 64 slots", arch=90),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,10 +34,15 @@ class EmulatedGraph(TorchDispatchMode):
     """Records a step while it runs; replays it.
 
     The first replay does nothing, as recording ran the step already (which a real capture does not).
+
+    Attributes:
+        launched: What was recorded, of all graphs of the class: names of kernels, and of operations of torch that are neither
+            views nor memory without contents.
     """
 
     recorded = 0
     replayed = 0
+    launched: ClassVar[list[str]] = []
 
     def __init__(self, step: Callable[[], torch.Tensor], before: Any = None) -> None:
         super().__init__()
@@ -61,6 +66,7 @@ class EmulatedGraph(TorchDispatchMode):
 
         def recorded(executor: GridExecutor, *args: Any, **options: Any) -> None:
             self._calls.append(lambda: launch(executor, *args, **options))
+            self.launched.append(executor.fn.__name__)
             self._inside = True
             try:
                 launch(executor, *args, **options)
@@ -86,7 +92,11 @@ class EmulatedGraph(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         out = func(*args, **kwargs)
-        self._calls.append(_again(func, args, kwargs, out))
+        again = _again(func, args, kwargs, out)
+        if again is not None:
+            self._calls.append(again)
+            if "empty" not in name:
+                self.launched.append(name)
         return out
 
     def check(self, function: Any) -> None:
@@ -106,15 +116,15 @@ class _HostFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _again(func: Any, args: Any, kwargs: Any, out: Any) -> Callable[[], None]:
-    """Runs an operation on the very same arguments, its results where they were."""
+def _again(func: Any, args: Any, kwargs: Any, out: Any) -> Callable[[], None] | None:
+    """Runs an operation on the very same arguments, its results where they were; None: it is a view."""
     inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
     outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     writes = any(
         argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
     )
     if not writes and all(x.untyped_storage().data_ptr() in inputs for x in outputs):
-        return lambda: None  # a view
+        return None
 
     def call() -> None:
         results = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]

@@ -30,13 +30,22 @@ def test_terms_are_standardised_over_what_a_piece_may_choose(scopes, on_device):
 
 def test_without_a_question_it_is_the_choice_by_current_tokens():
     lookup, summaries = random(2, 4, 8), random(2, 3, 9, 8, seed=1)
+    parts = [summaries[:, :, :4], summaries[:, :, 4:]]
+    expected = select.block_scores(lookup, summaries, scopes=2)
     for counts in ([9, 9], [3, 9]):
-        expected = select.top_blocks(lookup, summaries, counts, 5, scopes=2)
-        actual = choose_blocks(lookup, [summaries[:, :, :4], summaries[:, :, 4:]], counts, 5, scopes=2)
-        for x, y in zip(actual, expected, strict=True):
-            assert (x is None) == (y is None)
-            if y is not None:
-                torch.testing.assert_close(x, y)
+        ids, valid, scores = choose_blocks(lookup, parts, counts, 5, scopes=2)
+        wanted, seen = select.select_blocks(expected, torch.tensor(counts), 5)
+        assert torch.equal(ids, wanted)
+        assert seen.all() if valid is None else torch.equal(valid, seen)
+        torch.testing.assert_close(scores, expected)
+
+
+def test_counts_of_the_device_choose_as_those_of_the_host():
+    lookup, parts = random(2, 4, 8), [random(2, 3, 9, 8, seed=1)]
+    expected = choose_blocks(lookup, parts, [4, 9], 5, scopes=1)
+    ids, valid, _ = choose_blocks(lookup, parts, torch.tensor([4, 9]), 5, scopes=1)
+    assert torch.equal(ids, expected[0])
+    assert torch.equal(valid, expected[1])
 
 
 def test_valid_is_left_out_where_the_host_knows():

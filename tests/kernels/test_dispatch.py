@@ -35,7 +35,7 @@ def test_triton_is_not_imported_for_the_cpu():
         import sys, torch
         loaded = {name.partition(".")[0] for name in sys.modules}
         from qllm_kernels import dispatch
-        dispatch.top_blocks(torch.zeros(1, 2, 4), torch.zeros(1, 1, 3, 4), [3], 2, scopes=1)
+        dispatch.block_scores(torch.zeros(1, 2, 4), torch.zeros(1, 1, 3, 4), scopes=1)
         assert "triton" in loaded or "triton" not in sys.modules
         assert not any(name.startswith("qllm_kernels.gpu") for name in sys.modules)
     """
@@ -80,12 +80,9 @@ def test_refused_shapes_go_to_torch_with_one_warning(monkeypatch):
 
     monkeypatch.setattr(dispatch, "_kernels", lambda name, device: Refusing)
     lookup, summaries = torch.ones(1, 1, 4), torch.arange(12.0).view(1, 1, 3, 4)
-    with pytest.warns(RuntimeWarning, match="top_blocks: head size 512"):
-        dispatch.top_blocks(lookup, summaries, [3], 2, scopes=1)
+    with pytest.warns(RuntimeWarning, match="block_scores: head size 512"):
+        dispatch.block_scores(lookup, summaries, scopes=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ids, valid, scores = dispatch.top_blocks(lookup, summaries, [3], 2, scopes=1)
-    expected = select.top_blocks(lookup, summaries, [3], 2, scopes=1)
-    assert torch.equal(ids, expected[0])
-    assert valid is None
-    assert torch.equal(scores, expected[2])
+        scores = dispatch.block_scores(lookup, summaries, scopes=1)
+    assert torch.equal(scores, select.block_scores(lookup, summaries, scopes=1))

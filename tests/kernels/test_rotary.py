@@ -7,7 +7,7 @@ import torch
 from making import random
 
 from qllm_kernels import dispatch
-from qllm_kernels.rotary import Destination, rotate
+from qllm_kernels.rotary import Arrival, Destination, rotate
 
 
 @pytest.mark.parametrize(("model", "interleaved"), [("llama", False), ("cohere", True)])
@@ -27,7 +27,10 @@ def test_append_keeps_raw_keys_in_their_page_and_rotated_ones_in_the_window():
     pages = torch.zeros(2, 1, 2, 4, 8)
     raw = Destination(pages[0].flatten(1, 2), pages[1].flatten(1, 2), torch.tensor([-1, 4, 5]))
     positions = torch.tensor([7, 8, 9])
-    near = dispatch.rotate_append(query, key, value, angles.cos(), angles.sin(), positions, window, raw)
+    tables = angles.cos(), angles.sin()
+    far_angles = torch.stack([table[3] for table in tables])
+    near, far = dispatch.rotate_append(Arrival(query, key, value, *tables, positions, window, raw), far_angles)
+    torch.testing.assert_close(far, rotate(query, tables[0][[3] * 3], tables[1][[3] * 3]))
     torch.testing.assert_close(near, rotate(query, angles[7:].cos(), angles[7:].sin()))
     torch.testing.assert_close(window.key[:, [5, 0, 1]], rotate(key, angles[7:].cos(), angles[7:].sin()))
     assert torch.equal(pages[0, :, 1, :2], key[:, 1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from emulated_graph import EmulatedGraph, NotRecordableError
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from qllm_kernels import dispatch
+from qllm_kernels.rotary import Arrival
 from qllm_runtime import captured
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory import dense
+from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.window import Window
 from qllm_runtime.seam import MemoryCache
@@ -50,7 +52,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[EmulatedGraph]]:
     """The engine on Triton, its steps recorded by the emulator."""
 
     class Graph(EmulatedGraph):
-        pass
+        launched: ClassVar[list[str]] = []
 
     monkeypatch.setattr(captured, "recorder", lambda model: Graph)
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
@@ -65,7 +67,7 @@ Result = tuple[list[torch.Tensor], torch.Tensor, MemoryCache]
 
 def run(
     inference: Inference, config: MemoryConfig, *, question: tuple[int, int] | None = None, fork: int | None = None,
-    steps: int = STEPS,
+    steps: int = STEPS, weigh: bool = True,
 ) -> Result:  # fmt: skip
     """Logits of the last steps of a text, their attention mass, and the cache, forked ahead of step `fork`."""
     ids = torch.randint(0, 32, (30 + steps,), generator=torch.Generator().manual_seed(1))
@@ -84,7 +86,7 @@ def run(
         for index, token in enumerate(ids[-steps:]):
             if index == fork:
                 cache = cache.fork()
-            if index in (0, fork):
+            if weigh and index in (0, fork):
                 for memory in cache.memories():
                     memory.on_weights = add
             logits.append(inference.step(cache, [int(token)])[0])
@@ -152,6 +154,35 @@ def test_replayed_steps(inference, graphs, settings, question):
     assert graphs.replayed >= STEPS - 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "question", "expected"),
+    [
+        ({}, (5, 9), ["append_and_score", "refine", "segment_attention"]),
+        ({}, None, ["append_and_score", "refine", "segment_attention"]),
+        ({"selection": "per_kv_head"}, (5, 9), ["append_and_score", "refine", "segment_attention"]),
+        ({"summary": "mean"}, (5, 9), ["append_and_score", "segment_attention"]),
+        ({"policy": "streaming"}, None, ["turn_and_store", "segment_attention"]),
+    ],
+    ids=["every key, question", "every key", "per kv head", "mean", "streaming"],
+)
+def test_launches_of_a_layer(inference, graphs, monkeypatch, settings, question, expected):
+    """A layer's memory asks the device for these kernels and for nothing else: no operation of torch lies between them."""
+    layers: list[list[str]] = []
+    step_at = BlockMemory.step_at
+
+    def counted(memory: BlockMemory, *args: Any) -> torch.Tensor:
+        before = len(graphs.launched)
+        out = step_at(memory, *args)
+        layers.append(graphs.launched[before:])
+        return out
+
+    monkeypatch.setattr(BlockMemory, "step_at", counted)
+    run(inference, MemoryConfig(**{**SIZES, **settings}), question=question, steps=4, weigh=False)
+    assert graphs.replayed
+    recorded = [launches for launches in layers if launches]
+    assert recorded == [expected] * (graphs.recorded * MODEL["num_hidden_layers"])
+
+
 def test_a_fork_records_steps_of_its_own(inference, graphs):
     config = MemoryConfig(**SIZES, **FEW)
     expected = on_torch(inference, config, fork=5, question=(5, 9))
@@ -179,13 +210,13 @@ def test_a_number_of_the_host_shows(inference, graphs, monkeypatch):
     """The emulator finds a step whose launches hold where the token is."""
     config = MemoryConfig(**SIZES, **FEW, policy="infllm")
     expected = on_torch(inference, config)
-    place = Window.place
+    arrival = Window.arrival
 
-    def baked(window: Window, query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    def baked(window: Window, query: torch.Tensor, *others: torch.Tensor) -> Arrival:
         slots = others[-1] if query.shape[1] > 1 else torch.arange(window.used, window.used + 1)
-        return place(window, query, *others[:-1], slots)
+        return arrival(window, query, *others[:-1], slots)
 
-    monkeypatch.setattr(Window, "place", baked)
+    monkeypatch.setattr(Window, "arrival", baked)
     with pytest.raises(AssertionError, match="not close"):
         compare(run(inference, config), expected)
     assert graphs.replayed

@@ -74,12 +74,48 @@ def test_choose_blocks(bounds, group, summary_heads, per_head, r, lengths, topk,
     )
 
 
-def test_runs_of_blocks_are_chosen_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_TILE", 32)
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scores_of_several_programs_are_read_in_several_tiles(
+    monkeypatch: pytest.MonkeyPatch, parts: int, asked: bool
+) -> None:
+    monkeypatch.setattr(choose, "TILE", 32)
     monkeypatch.setattr(gpu, "_SPLITS", 2)
-    lookup, parts, question = random(2, 1, 16), [random(1, 2, 200, 16, seed=1)], random(1, 200)
-    for counts in ([40, 199], [0, 5]):
-        check(lookup, parts, torch.tensor(counts), 7, scopes=1, question=question, weight=2.0)
+    each, question = [random(1, 2, 200 // parts, 16, seed=1)] * parts, random(1, 200) if asked else None
+    for pieces, counts in ((2, [40, 199]), (2, [0, 5]), (1, [150]), (1, [0])):
+        for k in (7, 60):
+            lookup = random(pieces, 1, 16)
+            check(lookup, each, torch.tensor(counts), k, scopes=1, question=question, weight=2.0)
+
+
+@examples(30)
+@given(
+    n=st.integers(1, 90),
+    k=st.integers(1, 90),
+    kind=st.sampled_from(["normal", "few values", "huge", "infinite", "signed zeros", "neighbours"]),
+    seed=st.integers(0, 99),
+)
+def test_bisection_finds_what_a_sort_finds(n: int, k: int, kind: str, seed: int) -> None:
+    """Ties, both zeros, infinities, neighbouring floats: as many as wanted, the best, among equal ones the first."""
+    scores = random(2, 1, n, seed=seed)
+    if kind == "few values":
+        scores = scores.round()
+    elif kind == "huge":
+        scores = scores * 3e38
+    elif kind == "infinite":
+        scores = torch.where(scores.abs() > 1, scores * float("inf"), scores)
+    elif kind == "signed zeros":
+        scores = torch.where(scores > 0.5, 0.0, torch.where(scores < 0, -0.0, scores))
+    elif kind == "neighbours":
+        drawn = torch.randint(0, 3, scores.shape, generator=torch.Generator().manual_seed(seed)).int()
+        scores = (drawn + (1 if seed % 2 else 0x3F800000)).view(torch.float32)
+    counts, k = torch.tensor([n, n // 2]), min(k, n)
+    ids, valid = choose.choose_best(scores, counts, k)
+    for row, count in enumerate(counts.tolist()):
+        order = (scores[row, 0, :count] + 0.0).sort(descending=True, stable=True).indices
+        best = sorted(order[:k].tolist())
+        assert ids[row, 0].tolist() == best + [max(count - 1, 0)] * (k - len(best))
+        assert valid[row, 0].tolist() == [True] * len(best) + [False] * (k - len(best))
 
 
 def test_scores_far_from_zero_keep_their_variance() -> None:

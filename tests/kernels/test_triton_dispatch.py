@@ -12,7 +12,7 @@ from making import random, segments
 
 from qllm_kernels import dispatch
 from qllm_kernels.residency import Residency
-from qllm_kernels.rotary import Destination
+from qllm_kernels.rotary import Arrival, Destination
 
 ONE = segments(length=1, back=4, loose=3, pages=2, dim=16)
 PLACE = {name: torch.tensor([ONE.sizes[name]]) for name in ("slot", "back")}
@@ -23,10 +23,11 @@ MOVES, COUNT = torch.tensor([[[1, 0]]]), torch.ones(1, dtype=torch.int32)
 
 def _append() -> torch.Tensor:
     place = Destination(torch.zeros(2, 4, 16), torch.zeros(2, 4, 16), torch.tensor([2]))
-    near = dispatch.rotate_append(
-        ONE.near, KEY[:, 3:4], KEY[:, 4:5], LSE.view(2, 2), LSE.view(2, 2), PLACE["slot"] - 3, place, place
-    )
-    return torch.cat((near.flatten(), place.key.flatten()))
+    tables = LSE.view(2, 2)
+    new = Arrival(ONE.near, KEY[:, 3:4], KEY[:, 4:5], tables, tables, PLACE["slot"] - 3, place, place)
+    near, far = dispatch.rotate_append(new, tables)
+    assert far is not None
+    return torch.cat((near.flatten(), far.flatten(), place.key.flatten()))
 
 
 def _copied(serve: Callable[..., None], dtype: torch.dtype, *scales: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,7 @@ def _copied(serve: Callable[..., None], dtype: torch.dtype, *scales: torch.Tenso
 
 
 CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "top_blocks": ("select", lambda: dispatch.top_blocks(random(1, 4, 16), random(2, 2, 9, 16), [9], 2, scopes=1)[0]),
+    "block_scores": ("select", lambda: dispatch.block_scores(random(1, 4, 16), random(2, 2, 9, 16), scopes=1)),
     "choose_blocks": (
         "select",
         lambda: dispatch.choose_blocks(

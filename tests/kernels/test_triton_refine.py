@@ -9,16 +9,27 @@ from hypothesis import strategies as st
 from making import examples, poisoned, random
 
 from qllm_kernels import refine
+from qllm_kernels.choice import Pinned
 from qllm_kernels.gpu import refine as gpu
 from qllm_kernels.gpu.tickets import tickets
 
 NAN = float("nan")
 
 
-def check(lookup, page_key, table, candidates, counts, topk, **kind) -> None:
-    expected = refine.refine_pages(lookup, page_key, table, candidates, counts, topk, **kind)
+def check(lookup, page_key, table, candidates, counts, topk, pins=0, **kind) -> None:
+    pinned, wanted = None, None
+    if pins:
+        draw, pieces = torch.Generator().manual_seed(pins), len(lookup)
+        block = candidates.flatten()[torch.randint(0, candidates.numel(), (pins,), generator=draw)]
+        hidden = torch.zeros(pieces, kind["scopes"], pins, dtype=torch.bool)
+        pinned = Pinned(block, torch.arange(pins), torch.arange(pieces) + pins - 1, hidden)
+        wanted = pinned._replace(hidden=torch.zeros_like(hidden))
+    expected = refine.refine_pages(lookup, page_key, table, candidates, counts, topk, **kind, pinned=wanted)
     with poisoned():
-        actual = gpu.refine_pages(lookup, page_key, table, candidates, counts, topk, **kind)
+        actual = gpu.refine_pages(lookup, page_key, table, candidates, counts, topk, **kind, pinned=pinned)
+    if pinned is not None:
+        assert torch.equal(pinned.hidden, wanted.hidden)
+        assert pinned.hidden[0, :, -1].all()  # the last one is in the window
     for piece, count in enumerate(torch.as_tensor(counts).tolist()):
         found, wanted = actual[2][piece, :, :count], expected[2][piece, :, :count]
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
@@ -41,9 +52,10 @@ def check(lookup, page_key, table, candidates, counts, topk, **kind) -> None:
     pieces=st.sampled_from([1, 1, 2]),
     asked=st.booleans(),
     short=st.booleans(),
+    pins=st.sampled_from([0, 1, 70]),
     seed=st.integers(0, 99),
 )
-def test_refine_pages(group, kv_heads, per_head, block, dim, m, topk, pieces, asked, short, seed):
+def test_refine_pages(group, kv_heads, per_head, block, dim, m, topk, pieces, asked, short, pins, seed):
     """Pages of candidates lie anywhere; others are NaN, and so are the question's scores of blocks that are not there."""
     n_blocks, scopes = 300, kv_heads if per_head else 1
     draw = torch.Generator().manual_seed(seed)
@@ -59,7 +71,7 @@ def test_refine_pages(group, kv_heads, per_head, block, dim, m, topk, pieces, as
         counts = torch.randint(1, m + 1, (pieces,), generator=draw)
         candidates = torch.arange(m).expand(pieces, scopes, m)
     kind = {"scopes": scopes, "question": question if asked else None, "weight": 0.7}
-    check(random(pieces, kv_heads * group, dim, seed=seed + 2), page_key, table, candidates, counts, topk, **kind)
+    check(random(pieces, kv_heads * group, dim, seed=seed + 2), page_key, table, candidates, counts, topk, pins, **kind)
 
 
 def test_equal_scores_go_to_the_lower_block() -> None:

@@ -11,7 +11,7 @@ from making import NAN, examples, poisoned, random
 
 from qllm_kernels import rotary
 from qllm_kernels.gpu import rotary as gpu
-from qllm_kernels.rotary import Destination
+from qllm_kernels.rotary import Arrival, Destination
 
 
 @examples(12)
@@ -45,10 +45,13 @@ def test_rotate_append(group, kv_heads, n, dims, interleaved, half, once, seed):
 
     places, expected_places = buffers(), buffers()
     tables = (angles.cos(), angles.sin(), torch.arange(50, 50 + n))
-    expected = rotary.rotate_append(query, key, value, *tables, *expected_places, interleaved=interleaved)
+    given = (query, key, value, *tables)
+    far = torch.stack((angles[3].cos(), angles[3].sin())) if seed % 3 else None
+    expected = rotary.rotate_append(Arrival(*given, *expected_places, interleaved), far)
     with poisoned():
-        actual = gpu.rotate_append(query, key, value, *tables, *places, interleaved=interleaved)
+        actual = gpu.rotate_append(Arrival(*given, *places, interleaved), far)
     tolerance = 2e-3 if half else 1e-6
+    assert (actual[1] is None) == (far is None)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     for place, wanted in zip(places, expected_places, strict=True):
         for name in ("key", "value"):
@@ -63,6 +66,7 @@ def test_rotate_append(group, kv_heads, n, dims, interleaved, half, once, seed):
 def test_what_is_refused():
     query, key = random(2, 1, 16), random(1, 1, 16)
     place = Destination(random(1, 4, 16), random(1, 4, 16), torch.zeros(1, dtype=torch.int64))
-    assert gpu.cannot_serve(query, key, key, place, place) is None
+    new = Arrival(query, key, key, random(4, 16), random(4, 16), place.rows, place, place)
+    assert gpu.cannot_serve(new) is None
     other = dataclasses.replace(place, key=place.key.half())
-    assert "differ in dtype" in gpu.cannot_serve(query, key, key, place, other)
+    assert "differ in dtype" in gpu.cannot_serve(dataclasses.replace(new, raw=other))

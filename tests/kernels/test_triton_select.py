@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making import examples, poisoned, random
 
-from qllm_kernels import eligible, select
+from qllm_kernels import choice, select
 from qllm_kernels.gpu import select as gpu
 from qllm_kernels.gpu.shapes import Target
 
@@ -15,9 +15,12 @@ NAN = float("nan")
 
 
 def check(lookup: torch.Tensor, summaries: torch.Tensor, counts: list[int], topk: int, scopes: int) -> None:
-    expected = select.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+    expected = choice.choose_blocks(lookup, [summaries], counts, topk, scopes=scopes)
     with poisoned():
-        actual = gpu.top_blocks(lookup, summaries, counts, topk, scopes=scopes)
+        actual = gpu.choose_blocks(lookup, [summaries], counts, topk, scopes=scopes)
+        scores = gpu.block_scores(lookup, summaries, scopes=scopes)
+    plain = select.block_scores(lookup, summaries, scopes=scopes)
+    torch.testing.assert_close(scores, plain, atol=1e-4, rtol=1e-4)
     for piece, count in enumerate(counts):
         found, wanted = actual[2][piece, :, :count], expected[2][piece, :, :count]
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
@@ -46,7 +49,7 @@ def eligible_counts(pieces: int, n_blocks: int, seed: int) -> list[int]:
 
 @examples(4)
 @given(r=st.sampled_from([1, 2, 4]), **SHAPES)
-def test_top_blocks(group, summary_heads, per_head, r, dim, n_blocks, topk, pieces, seed):
+def test_choice_by_current_tokens(group, summary_heads, per_head, r, dim, n_blocks, topk, pieces, seed):
     # a view of a larger buffer whose unused places would spoil everything
     buffer = torch.full((summary_heads, r, n_blocks + 3, dim), NAN)
     buffer[:, :, :n_blocks] = random(summary_heads, r, n_blocks, dim, seed=seed + 1)
@@ -77,8 +80,8 @@ def test_counts_that_only_the_device_knows(group, summary_heads, per_head, r, di
     lookup = random(pieces, summary_heads * group, dim, seed=seed)
     scopes = summary_heads if per_head else 1
     with poisoned():
-        ids, valid, _ = gpu.top_blocks(lookup, buffer, counts, topk, scopes=scopes)
-    expected = eligible.top_blocks(lookup, buffer, counts, topk, scopes=scopes)
+        ids, valid, _ = gpu.choose_blocks(lookup, [buffer], counts, topk, scopes=scopes)
+    expected = choice.choose_blocks(lookup, [buffer], counts, topk, scopes=scopes)
     assert torch.equal(ids, expected[0])
     assert torch.equal(valid, expected[1])
 
@@ -94,14 +97,14 @@ def test_ties_go_to_the_lower_block():
     summaries[0, 0, 7, 0] = -0.0
     lookup = torch.zeros(1, 1, 16)
     lookup[0, 0, 0] = 1.0
-    assert gpu.top_blocks(lookup, summaries, [200], 3, scopes=1)[0].tolist() == [[[5, 77, 130]]]
-    assert gpu.top_blocks(lookup, summaries, [200], 7, scopes=1)[0].tolist() == [[[0, 1, 5, 77, 130, 131, 199]]]
-    assert gpu.top_blocks(-lookup, summaries, [200], 2, scopes=1)[0].tolist() == [[[0, 1]]]
+    assert gpu.choose_blocks(lookup, [summaries], [200], 3, scopes=1)[0].tolist() == [[[5, 77, 130]]]
+    assert gpu.choose_blocks(lookup, [summaries], [200], 7, scopes=1)[0].tolist() == [[[0, 1, 5, 77, 130, 131, 199]]]
+    assert gpu.choose_blocks(-lookup, [summaries], [200], 2, scopes=1)[0].tolist() == [[[0, 1]]]
 
 
 def test_half_precision():
     lookup, summaries = random(2, 4, 32), random(2, 2, 70, 32, seed=1).half()
-    ids, _, scores = gpu.top_blocks(lookup, summaries, [70, 70], 4, scopes=1)
+    ids, _, scores = gpu.choose_blocks(lookup, [summaries], [70, 70], 4, scopes=1)
     expected = select.block_scores(lookup.half().float(), summaries.float(), scopes=1)
     torch.testing.assert_close(scores, expected, atol=2e-2, rtol=1e-2)
     assert torch.equal(ids, scores.topk(4).indices.sort().values)
@@ -109,10 +112,9 @@ def test_half_precision():
 
 def test_what_is_refused(monkeypatch):
     summaries = random(1, 1, 4, 16)
-    assert gpu.cannot_serve(random(1, 4, 16), summaries, 4) is None
-    assert "topk 300" in gpu.cannot_serve(random(1, 4, 16), summaries, 300)
-    assert "17 heads" in gpu.cannot_serve(random(1, 17, 16), summaries, 4)
-    assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512), 4)
-    assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double(), 4)
-    monkeypatch.setattr(gpu, "target", lambda device: Target(False, 16 * 1024))
-    assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256).half(), 256)
+    assert gpu.cannot_serve(random(1, 4, 16), summaries) is None
+    assert "17 heads" in gpu.cannot_serve(random(1, 17, 16), summaries)
+    assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512))
+    assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double())
+    monkeypatch.setattr(gpu, "target", lambda device: Target(False, 8 * 1024))
+    assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256).half())

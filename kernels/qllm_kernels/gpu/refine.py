@@ -9,14 +9,19 @@ import torch
 import triton
 import triton.language as tl
 
-from qllm_kernels.choice import always_full
-from qllm_kernels.eligible import to_device
-from qllm_kernels.gpu.choose import fold_moments, mean_and_scale, order_key
+from qllm_kernels.choice import Pinned, always_full, to_device
+from qllm_kernels.gpu.choose import PINNED_TILE, fold_moments, hide_twice, mean_and_scale, ordered
 from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
 from qllm_kernels.gpu.tickets import tickets
 
 MOST_CANDIDATES = 1024
 _QUESTION = 128  # of the question's scores at a time
+
+
+@triton.jit
+def order_key(b_score, o_id):
+    """Scores and ids in one integer each: a higher score is larger, then a lower id."""
+    return (ordered(b_score).to(tl.int64) << 32) | (0x7FFFFFFF - o_id)
 
 
 @triton.jit
@@ -68,7 +73,8 @@ def choose_candidates(
     b_key = tl.sort(tl.where(m_m, order_key(b_score, o_m.to(tl.int64)), -(2**63)), descending=True)
     b_place = tl.where((o_m < k) & (b_key != -(2**63)), 0x7FFFFFFF - (b_key & 0x7FFFFFFF), m)
     b_place = tl.sort(b_place)
-    o_id = tl.load(candidates + i_row * m + tl.minimum(b_place, m - 1), mask=o_m < k, other=0).to(tl.int64)
+    o_last = tl.maximum(n_given - 1, 0)
+    o_id = tl.load(candidates + i_row * m + tl.minimum(b_place, o_last), mask=o_m < k, other=0).to(tl.int64)
     tl.store(ids + i_row * k + o_m, o_id, mask=o_m < k)
     tl.store(valid + i_row * k + o_m, b_place < m, mask=o_m < k)
 
@@ -76,10 +82,12 @@ def choose_candidates(
 @triton.jit(do_not_specialize=["k", "n_blocks"])  # they change from call to call
 def refine(
     lookup, key, table, candidates, counts, scores, moments, question, done, ids, valid,
+    pinned_block, pinned_position, border, hidden, n_pinned,
     k, n_blocks, weight, stride_question,
     stride_lookup_piece, stride_lookup_head, stride_key_head, stride_key_page, stride_key_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, GUIDED: tl.constexpr,
-    BG: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr,
+    PINNED: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr,
+    BL: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """The score of one candidate of a piece and scope, and the moments of one run of the question's scores."""
     i_m, i_scope, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -118,22 +126,12 @@ def refine(
     if b_done == m - 1:
         tl.store(done + i_row, 0)
         choose_candidates(
-            scores,
-            moments,
-            question,
-            candidates,
-            ids,
-            valid,
-            i_row,
-            i_scope,
-            m,
-            n_given,
-            k,
-            weight,
-            stride_question,
-            GUIDED,
-            BM,
-        )
+            scores, moments, question, candidates, ids, valid, i_row, i_scope, m, n_given, k, weight, stride_question,
+            GUIDED, BM,
+        )  # fmt: skip
+        if PINNED:
+            p_hidden = hidden + i_row * n_pinned
+            hide_twice(ids + i_row * k, pinned_block, pinned_position, border + i_p, p_hidden, k, n_pinned, BL, BI)
 
 
 def cannot_serve(lookup: torch.Tensor, page_key: torch.Tensor, candidates: torch.Tensor) -> str | None:
@@ -174,6 +172,7 @@ def refine_pages(
     scopes: int,
     question: torch.Tensor | None = None,
     weight: float = 0.0,
+    pinned: Pinned | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """See :func:`qllm_kernels.refine.refine_pages`; among equal scores the lower id wins."""
     pieces, heads, _ = lookup.shape
@@ -191,9 +190,10 @@ def refine_pages(
     asked = scores if question is None else question
     refine[(m, scopes, pieces)](
         lookup, page_key, table.contiguous(), candidates.contiguous(), eligible, scores, moments, asked, tickets(device), ids,
-        valid, k, asked.shape[-1], float(weight), 0 if question is None else asked.stride(0),
+        valid, *(pinned or (ids, ids, ids, valid)), 0 if pinned is None else len(pinned.block),
+        k, asked.shape[-1], float(weight), 0 if question is None else asked.stride(0),
         *lookup.stride()[:2], *page_key.stride()[:3],
-        HEADS=kv_heads // scopes, GROUP=group, SIZE=block, D=dim, GUIDED=question is not None,
-        **constants(group, dim, block, page_key.element_size(), m, target(device)),
+        HEADS=kv_heads // scopes, GROUP=group, SIZE=block, D=dim, GUIDED=question is not None, PINNED=pinned is not None,
+        **PINNED_TILE, **constants(group, dim, block, page_key.element_size(), m, target(device)),
     )  # fmt: skip
     return ids, None if always_full(counts, k) else valid, scores

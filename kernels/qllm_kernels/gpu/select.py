@@ -1,45 +1,57 @@
-"""Block scores, split over programs; for one piece without a question the same launch chooses the best blocks."""
+"""Block scores, split over programs; for one piece the same launch chooses the best blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from qllm_kernels.choice import always_full
-from qllm_kernels.eligible import to_device
-from qllm_kernels.gpu.choose import CANDIDATES, choose_best, fold_moments, merge_row, order_key
+from qllm_kernels.choice import always_full, to_device
+from qllm_kernels.gpu import choose
+from qllm_kernels.gpu.choose import choose_best, choose_row, fold_moments
 from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
 from qllm_kernels.gpu.tickets import tickets
 
-MOST_BLOCKS_CHOSEN = 256
-_MOST_MERGED = 64  # blocks wanted that are chosen by the launch that scores
 _ROWS = 64
 _SPLITS = 256  # of the blocks of one launch, at most
 
 
-@triton.jit(do_not_specialize=["pieces", "n_blocks", "first", "n_all", "k", "i_partial", "n_partials"])  # they change
-def score_blocks(
-    lookup, summaries, n_eligible, scores, moments, question, candidates, done, ids, valid,
-    pieces, n_blocks, first, n_all, k, i_partial, n_partials, stride_question,
+@triton.jit
+def add_products(
+    b_dot, p_q, p_k, m_q, m_c, i_d, i_half: tl.constexpr, D: tl.constexpr, BOUNDS: tl.constexpr, BD: tl.constexpr
+):
+    """b_dot and the products of dimensions i_d to i_d + BD of rows and summaries; of positive elements with upper bounds."""
+    o_d = i_d + tl.arange(0, BD)
+    m_d = (o_d < D)[None, :]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
+    if BOUNDS:
+        b_q = tl.maximum(b_q, 0.0) if i_half == 0 else tl.minimum(b_q, 0.0)
+    b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_c[:, None] & m_d, other=0.0)
+    return tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), b_dot, input_precision="tf32x3")
+
+
+@triton.jit
+def score_run(
+    lookup, summaries, n_eligible, scores, moments, question, done, ids, valid, i_split, splits,
+    pieces, n_blocks, first, n_all, k, weight, i_partial, n_partials, stride_question,
     stride_lookup_piece, stride_lookup_head, stride_summary_head, stride_summary_r, stride_summary_block,
     HEADS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BOUNDS: tl.constexpr,
-    MERGE: tl.constexpr, GUIDED: tl.constexpr,
-    BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    BC: tl.constexpr,
+    COUNTED: tl.constexpr, GUIDED: tl.constexpr, CHOOSES: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Scores for BP pieces of a run of the n_blocks blocks that come behind `first` others, BD dimensions at a time.
 
-    BR summaries of a block are read at once. With BOUNDS they are bounds of keys, D / 2 upper ones and then the lower. With
-    MERGE there is one piece, each program keeps its BK best as (score, -id) in one integer, and the one that ends last merges
-    all. With GUIDED, each leaves count, mean and sum of squared deviations of its eligible scores, and the latter two of the
-    question's scores of the same blocks, behind i_partial others.
+    BR summaries of a block are read at once. With BOUNDS they are bounds of keys, D upper ones and then the lower. With
+    COUNTED only the first n_eligible blocks count. With GUIDED, each program leaves count, mean and sum of squared deviations
+    of its eligible scores, and the latter two of the question's scores of the same blocks, behind i_partial others. With
+    CHOOSES there is one piece, and the program that ends last chooses the k best; returns whether this one did.
     """
-    i_split, i_scope, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    splits, scopes = tl.num_programs(0), tl.num_programs(1)
+    i_scope, i_p = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    scopes = tl.num_programs(1)
     # [BG * BP] query rows: heads of the group, then pieces
     o_row = tl.arange(0, BG * BP)
     o_g, o_rp = o_row // BP, i_p * BP + o_row % BP
@@ -47,13 +59,13 @@ def score_blocks(
     # [BP]
     o_p = i_p * BP + tl.arange(0, BP)
     m_p = o_p < pieces
-    b_eligible = tl.minimum(tl.load(n_eligible + o_p, mask=m_p, other=0).to(tl.int64) - first, n_blocks)
+    if COUNTED:
+        b_eligible = tl.minimum(tl.load(n_eligible + o_p, mask=m_p, other=0).to(tl.int64) - first, n_blocks)
+    else:
+        b_eligible = tl.where(m_p, n_blocks, 0).to(tl.int64)
     # [BN * BR] summaries of a tile: blocks, then theirs
     o_c = tl.arange(0, BN * BR)
     o_cn, o_cr = o_c // BR, o_c % BR
-    if MERGE:
-        # [BP, BK]
-        b_top = tl.full([BP, BK], -(2**63), tl.int64)
     if GUIDED:
         # [BP]
         b_n, b_mean, b_m2 = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
@@ -77,18 +89,14 @@ def score_blocks(
             p_k = summaries + i_head * stride_summary_head + o_r * stride_summary_r + o_b * stride_summary_block
             # [BG * BP, BN * BR], then its best per block [BG * BP, BN]
             b_dot = tl.zeros([BG * BP, BN * BR], tl.float32)
-            for i_d in tl.static_range(0, D, BD):
-                o_d = i_d + tl.arange(0, BD)
-                m_d = (o_d < D)[None, :]
-                if BOUNDS:
-                    m_upper = (o_d < D // 2)[None, :]
-                    o_q = tl.where(o_d < D // 2, o_d, o_d - D // 2)
-                    b_q = tl.load(p_q[:, None] + o_q[None, :], mask=m_q[:, None] & m_d, other=0.0)
-                    b_q = tl.where(m_upper, tl.maximum(b_q, 0.0), tl.minimum(b_q, 0.0))
+            for i_half in tl.static_range(2 if BOUNDS else 1):
+                # many products that are unrolled need more registers than there are
+                if D <= 2 * BD:
+                    for i_d in tl.static_range(0, D, BD):
+                        b_dot = add_products(b_dot, p_q, p_k + i_half * D, m_q, m_c, i_d, i_half, D, BOUNDS, BD)
                 else:
-                    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q[:, None] & m_d, other=0.0)
-                b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_c[:, None] & m_d, other=0.0)
-                b_dot = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), b_dot, input_precision="tf32x3")
+                    for i_d in range(0, D, BD):
+                        b_dot = add_products(b_dot, p_q, p_k + i_half * D, m_q, m_c, i_d, i_half, D, BOUNDS, BD)
             if BR > 1:
                 if R % BR != 0:
                     b_dot = tl.where((o_r < R)[None, :], b_dot, float("-inf"))
@@ -97,12 +105,8 @@ def score_blocks(
             if i_r == (R + BR - 1) // BR - 1:
                 b_score += tl.sum(tl.reshape(b_best, [BG, BP, BN]), 0)
         tl.store(scores + o_place * n_all + first + o_n[None, :], b_score, mask=m_p[:, None] & m_n[None, :])
-        m_score = m_p[:, None] & (o_n[None, :] < b_eligible[:, None])
-        if MERGE:
-            b_key = tl.where(m_score, order_key(b_score, o_n[None, :]), -(2**63))
-            # the best of two descending lists: one against the other reversed
-            b_top = tl.sort(tl.maximum(b_top, tl.flip(tl.topk(b_key, BK, 1), 1)), 1, descending=True)
         if GUIDED:
+            m_score = m_p[:, None] & (o_n[None, :] < b_eligible[:, None])
             p_question = question + i_scope * stride_question + first + o_n[None, :]
             b_term = tl.broadcast_to(tl.load(p_question, mask=m_n[None, :], other=0.0), [BP, BN])
             _, b_question_mean, b_question_m2 = fold_moments(b_n, b_question_mean, b_question_m2, b_term, m_score)
@@ -115,48 +119,71 @@ def score_blocks(
         tl.store(p_moments + 2, b_m2, mask=m_p)
         tl.store(p_moments + 3, b_question_mean, mask=m_p)
         tl.store(p_moments + 4, b_question_m2, mask=m_p)
-    if MERGE:
-        p_out = candidates + (o_place * splits + i_split) * BK + tl.arange(0, BK)[None, :]
-        tl.store(p_out, b_top, mask=m_p[:, None])
+    if CHOOSES:
         # the program's stores come before its count, the others' before what the last one reads
         tl.debug_barrier()
-        b_done = tl.atomic_add(done + i_scope, 1, sem="acq_rel")
-        if b_done == splits - 1:
+        b_last = tl.atomic_add(done + i_scope, 1, sem="acq_rel") == splits - 1
+        if b_last:
             tl.store(done + i_scope, 0)
-            merge_row(candidates, ids, valid, i_scope, splits * BK, n_all, k, BC, BK)
+            choose_row(
+                scores + i_scope * n_all, moments + i_scope * n_partials * 5, question + i_scope * stride_question,
+                ids + i_scope * k, valid + i_scope * k, n_end.to(tl.int32), n_partials, k, weight, GUIDED, BS, BC,
+            )  # fmt: skip
+    else:
+        b_last = False
+    return b_last
 
 
-def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor, topk: int) -> str | None:
-    """Why `top_blocks` does not take these arguments, or None."""
-    group, dim = lookup.shape[1] // summaries.shape[0], summaries.shape[3]
-    if topk > MOST_BLOCKS_CHOSEN:
-        return f"topk {topk} is above {MOST_BLOCKS_CHOSEN}"
+@triton.jit(do_not_specialize=["pieces", "n_blocks", "first", "n_all", "k", "i_partial", "n_partials"])  # they change
+def score_blocks(
+    lookup, summaries, n_eligible, scores, moments, question, done, ids, valid,
+    pieces, n_blocks, first, n_all, k, weight, i_partial, n_partials, stride_question,
+    stride_lookup_piece, stride_lookup_head, stride_summary_head, stride_summary_r, stride_summary_block,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BOUNDS: tl.constexpr,
+    COUNTED: tl.constexpr, GUIDED: tl.constexpr, CHOOSES: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """See `score_run`."""
+    score_run(
+        lookup, summaries, n_eligible, scores, moments, question, done, ids, valid,
+        tl.program_id(0).to(tl.int64), tl.num_programs(0),
+        pieces, n_blocks, first, n_all, k, weight, i_partial, n_partials, stride_question,
+        stride_lookup_piece, stride_lookup_head, stride_summary_head, stride_summary_r, stride_summary_block,
+        HEADS, GROUP, R, D, BOUNDS, COUNTED, GUIDED, CHOOSES, BG, BP, BD, BN, BR, BS, BC,
+    )  # fmt: skip
+
+
+def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor) -> str | None:
+    """Why these summaries are not scored by `score_blocks`, or None."""
+    group, dim = lookup.shape[1] // summaries.shape[0], lookup.shape[2]
     if group > 16:
         return f"{group} heads share a summary, more than 16"
-    refused = refusal(summaries[..., : lookup.shape[2]])
-    wanted = min(topk, _MOST_MERGED)
-    if refused is None and constants(1, group, dim, wanted, summaries.element_size(), target(lookup.device)) is None:
+    refused, on = refusal(summaries[..., :dim]), target(lookup.device)
+    bounds = summaries.shape[3] > dim
+    if refused is None and constants(1, group, dim, summaries.element_size(), on, bounds=bounds) is None:
         return f"tiles of head size {dim} in {summaries.dtype} need more shared memory than there is"
     return refused
 
 
 def constants(
-    pieces: int, group: int, dim: int, topk: int, size: int, on: Target, *, side_by_side: bool = False
+    pieces: int, group: int, dim: int, size: int, on: Target, *, bounds: bool = False, side_by_side: bool = False
 ) -> dict[str, Any] | None:
-    """Sizes of the tiles of `score_blocks`, and its launch options, for summaries of `dim` elements of `size` bytes.
+    """Sizes of the tiles of `score_run`, and launch options, for summaries of `size` bytes per element.
 
-    None: nothing fits. With `side_by_side`, the summaries of a block are neighbours in memory and read in pairs.
+    None: nothing fits. With `bounds` there are twice `dim` elements. With `side_by_side`, the summaries of a block are
+    neighbours in memory and read in pairs.
     """
-    b_group, b_k = power_of_2(group), power_of_2(topk, 2)
+    b_group = power_of_2(group)
     b_d = min(power_of_2(dim, 16), 128 if size < 4 else 32)
-    # a product takes 16 rows at least; what pieces don't fill goes to heads, so that top-k has no rows in vain
+    # a product takes 16 rows at least; what pieces don't fill goes to heads
     b_p = max(1, min(power_of_2(pieces), (_ROWS if size < 4 else 16) // b_group))
     b_group = max(b_group, 16 // b_p)
-    rows = b_group * b_p
-    together = 2 if side_by_side else 1
-    b_n = max((64 if dim <= 128 and size < 4 else 32) // together, b_k)
-    tile = (rows + b_n * together) * (power_of_2(dim, 16) if size < 4 else b_d) * size
-    stages = min(1 if size == 4 else 3 if dim <= 128 else 2, on.shared // tile)
+    rows, halves, together = b_group * b_p, 2 if bounds else 1, 2 if side_by_side else 1
+    width = halves * dim
+    b_n = (64 if width <= 128 and size < 4 else 32) // together
+    tile_bytes = (rows + b_n * together) * (halves * power_of_2(dim, 16) if size < 4 else b_d) * size
+    stages = min(1 if size == 4 else 3 if width <= 128 else 2, on.shared // tile_bytes)
     if stages == 0:
         return None
     sizes = {
@@ -165,24 +192,111 @@ def constants(
         "BD": b_d,
         "BN": b_n,
         "BR": together,
-        "BK": b_k,
-        "num_warps": 4 if b_p == 1 or dim > 128 else 8,
+        "num_warps": 8 if width > 256 or (b_p > 1 and width <= 128) else 4,
         "num_stages": stages,
     }
-    if b_p == 1 and dim <= 128 and not on.warp_groups:
+    if b_p == 1 and (width <= 128 or size == 4):
         # left alone, ptxas spills a few bytes to fit more programs than the shared memory allows
         sizes["maxnreg"] = 232
     return sizes
 
 
-def top_blocks(
-    lookup: torch.Tensor, summaries: torch.Tensor, counts: Sequence[int] | torch.Tensor, topk: int, *, scopes: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """See :func:`qllm_kernels.select.top_blocks` and :func:`qllm_kernels.eligible.top_blocks`.
+class Run(NamedTuple):
+    """What one launch scores.
 
-    Among equal scores the lower id wins. Scores of blocks that a piece may not choose are undefined.
+    Attributes:
+        part: Summaries.
+        splits: Programs that share them.
+        first, i_partial: Blocks, and partial moments, ahead of its own.
+        constants: Shapes and sizes of tiles, launch options.
     """
-    return choose_blocks(lookup, [summaries], counts, topk, scopes=scopes)
+
+    part: torch.Tensor
+    splits: int
+    first: int
+    i_partial: int
+    constants: dict[str, Any]
+
+
+class Choice:
+    """The launches of a choice, and what they write.
+
+    Args:
+        pieces, heads: Of the lookup vectors.
+        parts, scopes, question, weight, bounds: As :func:`qllm_kernels.choice.choose_blocks` takes them.
+        k: Blocks wanted; 0: scores alone.
+
+    Attributes:
+        chooses: The launch that scores chooses as well.
+    """
+
+    def __init__(
+        self, pieces: int, heads: int, parts: Sequence[torch.Tensor], k: int, *, scopes: int,
+        question: torch.Tensor | None = None, weight: float = 0.0, bounds: bool = False,
+    ) -> None:  # fmt: skip
+        device = parts[0].device
+        self._runs: list[Run] = []
+        first = self._n_partials = 0
+        for part in parts:
+            n_heads, r, n, width = part.shape
+            group, together, dim = (
+                heads // n_heads,
+                r > 1 and part.stride(1) < part.stride(2),
+                width // (2 if bounds else 1),
+            )
+            sizes = constants(
+                pieces, group, dim, part.element_size(), target(device), bounds=bounds, side_by_side=together
+            )
+            assert sizes is not None
+            shape = {"HEADS": n_heads // scopes, "GROUP": group, "R": r, "D": dim, "BOUNDS": bounds}
+            splits = max(1, min(triton.cdiv(n, sizes["BN"]), _SPLITS))
+            self._runs.append(Run(part, splits, first, self._n_partials, shape | sizes))
+            first, self._n_partials = first + n, self._n_partials + splits
+        self._pieces, self._k, self._question, self._weight = pieces, min(k, first), question, float(weight)
+        self.chooses = pieces == 1 and len(parts) == 1 and k > 0
+        self.scores = torch.empty(pieces, scopes, first, device=device)
+        self._moments = self.ids = self.valid = self.scores
+        if question is not None:
+            self._moments = torch.empty(pieces, scopes, self._n_partials, 5, device=device)
+        if self.chooses:
+            self.ids = torch.empty(1, scopes, self._k, dtype=torch.int64, device=device)
+            self.valid = torch.empty(1, scopes, self._k, dtype=torch.bool, device=device)
+
+    def launches(self, n_eligible: torch.Tensor | None) -> Iterator[tuple[Run, tuple[Any, ...], dict[str, Any]]]:
+        """Each run with the arguments of `score_run` from `summaries` on, programs left out, and constants."""
+        question = self.scores if self._question is None else self._question
+        tensors = (self.scores, self._moments, question, tickets(self.scores.device), self.ids, self.valid)
+        flags = {"COUNTED": n_eligible is not None, "GUIDED": self._question is not None, "CHOOSES": self.chooses}
+        n_all = self.scores.shape[2]
+        sizes = {"BS": power_of_2(self._n_partials) if self.chooses else 1, "BC": choose.TILE if self.chooses else 1}
+        for run in self._runs:
+            numbers = (
+                self._pieces, run.part.shape[2], run.first, n_all, self._k, self._weight, run.i_partial, self._n_partials,
+                0 if self._question is None else question.stride(0),
+            )  # fmt: skip
+            given = self.scores if n_eligible is None else n_eligible
+            yield run, (run.part, given, *tensors, *numbers), flags | sizes | run.constants
+
+    def score(self, lookup: torch.Tensor, n_eligible: torch.Tensor | None) -> None:
+        """Launch all runs."""
+        for run, arguments, sizes in self.launches(n_eligible):
+            grid = (run.splits, self.scores.shape[1], triton.cdiv(self._pieces, sizes["BP"]))
+            score_blocks[grid](lookup, *arguments, *lookup.stride()[:2], *run.part.stride()[:3], **sizes)
+
+    def best(self, n_eligible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and valid; one launch more where scoring does not choose."""
+        if self.chooses:
+            return self.ids, self.valid
+        return choose_best(
+            self.scores, n_eligible, self._k, moments=self._moments, question=self._question, weight=self._weight
+        )
+
+
+def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) -> torch.Tensor:
+    """See :func:`qllm_kernels.select.block_scores`."""
+    choice = Choice(lookup.shape[0], lookup.shape[1], [summaries], 0, scopes=scopes)
+    choice.score(_rows(lookup, summaries), None)
+    return choice.scores
 
 
 def choose_blocks(
@@ -200,43 +314,15 @@ def choose_blocks(
 
     Among equal scores the lower id wins.
     """
-    pieces, heads, _ = lookup.shape
-    like = parts[0]
-    summary_heads, dim = like.shape[0], like.shape[3]
-    n_blocks = sum(part.shape[2] for part in parts)
-    k = min(topk, n_blocks)
-    if pieces > 1 or lookup.stride(-1) != 1:
-        lookup = lookup.to(like.dtype).contiguous()
-    merge = pieces == 1 and len(parts) == 1 and question is None and k <= _MOST_MERGED
+    choice = Choice(
+        lookup.shape[0], lookup.shape[1], parts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds
+    )
     n_eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, lookup.device)
-    group, size, on = heads // summary_heads, like.element_size(), target(lookup.device)
-    launches = []
-    for part in parts:
-        together = part.shape[1] > 1 and part.stride(1) < part.stride(2)
-        sizes = constants(pieces, group, dim, k if merge else 1, size, on, side_by_side=together)
-        assert sizes is not None
-        most = CANDIDATES // sizes["BK"] if merge else _SPLITS
-        launches.append((part, sizes, max(1, min(triton.cdiv(part.shape[2], sizes["BN"]), most))))
-    n_partials = sum(splits for *_, splits in launches)
-    scores = torch.empty(pieces, scopes, n_blocks, device=lookup.device)
-    moments = candidates = ids = valid = scores
-    if question is not None:
-        moments = torch.empty(pieces, scopes, n_partials, 5, device=lookup.device)
-    if merge:
-        ids = torch.empty(1, scopes, k, dtype=torch.int64, device=lookup.device)
-        valid = torch.empty(1, scopes, k, dtype=torch.bool, device=lookup.device)
-        candidates = torch.empty(scopes, n_partials, launches[0][1]["BK"], dtype=torch.int64, device=lookup.device)
-    first = i_partial = 0
-    for part, sizes, splits in launches:
-        score_blocks[(splits, scopes, triton.cdiv(pieces, sizes["BP"]))](
-            lookup, part, n_eligible, scores, moments, scores if question is None else question, candidates,
-            tickets(lookup.device), ids, valid, pieces, part.shape[2], first, n_blocks, k, i_partial, n_partials,
-            0 if question is None else question.stride(0), *lookup.stride()[:2], *part.stride()[:3],
-            HEADS=summary_heads // scopes, GROUP=group, R=part.shape[1], D=dim, BOUNDS=bounds,
-            MERGE=merge, GUIDED=question is not None,
-            BC=max(sizes["BK"], min(512, power_of_2(splits * sizes["BK"]))) if merge else 1, **sizes,
-        )  # fmt: skip
-        first, i_partial = first + part.shape[2], i_partial + splits
-    if not merge:
-        ids, valid = choose_best(scores, n_eligible, k, moments=moments, question=question, weight=weight)
-    return ids, None if always_full(counts, k) else valid, scores
+    choice.score(_rows(lookup, parts[0]), n_eligible)
+    ids, valid = choice.best(n_eligible)
+    return ids, None if always_full(counts, ids.shape[2]) else valid, choice.scores
+
+
+def _rows(lookup: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Lookup vectors as `score_blocks` reads them; those of many pieces in the summaries' dtype, as they are read often."""
+    return lookup.to(like.dtype).contiguous() if len(lookup) > 1 or lookup.stride(-1) != 1 else lookup
