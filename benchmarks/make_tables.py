@@ -82,6 +82,7 @@ STEPS = (
     ),  # 130
     Step("plain-once", "books-plain", f"{_PLAIN} --lengths 4k,16k,64k --documents 6,16k=12,64k=8 {_EVERYONE}"),  # 450
     Step("256k-aware", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order both"),  # 820
+    Step("256k-default", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order both-reread"),  # 830
     Step("64k-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order reread"),  # 120
     Step("1M-aware", "books", f"{_EIGHT} --lengths 1M --documents 1 --policy qllm --order both"),  # 1110
     Step("256k-once", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order last,reread"),  # 190
