@@ -138,7 +138,7 @@ def _select(
     given = _arrival(case, interleaved=False)
     pointers |= {"lookup": f"*{case.dtype}"}
     sizes |= given.constants | {"KV_HEADS": 8, "BH": 16, "BW": given.constants["BD"], "BD": sizes["BD"]}
-    sizes |= {"PINNED": guided, **choose.PINNED_TILE, **append.options(bounds)}
+    sizes |= {"PINNED": guided, **choose.PINNED_TILE, **append.OPTIONS}
     pointers |= PINNED_TYPES
     for name in ("FAR", "BT"):
         del sizes[name]

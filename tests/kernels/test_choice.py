@@ -6,8 +6,9 @@ import pytest
 import torch
 from making import random
 
-from qllm_kernels import select
-from qllm_kernels.choice import choose_blocks
+from qllm_kernels import dispatch, select
+from qllm_kernels.choice import Pinned, choose_blocks
+from qllm_kernels.rotary import Arrival, Destination, rotate
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -53,3 +54,24 @@ def test_valid_is_left_out_where_the_host_knows():
     assert choose_blocks(lookup, parts, [3, 5], 3, scopes=1)[1] is None
     assert choose_blocks(lookup, parts, [2, 5], 3, scopes=1)[1] is not None
     assert choose_blocks(lookup, parts, torch.tensor([3, 5]), 3, scopes=1)[1] is not None
+
+
+def test_append_and_choose_is_append_then_choose():
+    query, key, parts, slot = random(4, 1, 8), random(2, 1, 8, seed=1), [random(2, 1, 9, 8, seed=2)], torch.tensor([3])
+    cos, sin = random(5, 8, seed=3), random(5, 8, seed=4)
+    window = Destination(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8), slot)
+    raw = Destination(torch.zeros(2, 5, 8), None, slot)
+    far = torch.stack((cos[1], sin[1]))
+    block, position = torch.tensor([0, 4, 5, -1]), torch.tensor([8, 6, 7, -1])
+    pinned = Pinned(block, position, torch.tensor([7]), torch.empty(1, 1, 4, dtype=torch.bool))
+    near, far_query, ids, valid = dispatch.append_and_choose(
+        Arrival(query, key, key, cos, sin, slot, window, raw), far, parts, torch.tensor([7]), 3, scopes=1, pinned=pinned
+    )
+    torch.testing.assert_close(near, rotate(query, cos[3:4], sin[3:4]))
+    torch.testing.assert_close(far_query, rotate(query, cos[1:2], sin[1:2]))
+    assert torch.equal(raw.key[:, 3:4], key)
+    expected = choose_blocks(far_query.transpose(0, 1), parts, torch.tensor([7]), 3, scopes=1)
+    assert torch.equal(ids, expected[0])
+    assert torch.equal(valid, expected[1])
+    seen = ids[0, 0].tolist()
+    assert pinned.hidden[0, 0].tolist() == [True, 4 in seen, True, False]

@@ -16,6 +16,7 @@ from qllm_kernels.gpu.select import Choice, choose_blocks, score_run
 from qllm_kernels.gpu.shapes import power_of_2
 from qllm_kernels.rotary import Arrival
 
+OPTIONS = {"maxnreg": 232}  # left alone, ptxas spills a few bytes to fit more programs
 _HEADS = 16  # rotated at a time
 
 
@@ -90,11 +91,6 @@ def cannot_serve(new: Arrival, parts: Sequence[torch.Tensor]) -> str | None:
     return next((reason for reason in refused if reason is not None), None)
 
 
-def options(bounds: bool) -> dict[str, int]:
-    """Launch options: left alone, ptxas spills a few bytes to fit more programs. With bounds, three fit a multiprocessor."""
-    return {"maxnreg": 168 if bounds else 232}
-
-
 def append_and_choose(
     new: Arrival,
     far: torch.Tensor,
@@ -127,7 +123,7 @@ def append_and_choose(
     append_and_score[(n_append + run.splits, scopes)](
         *tensors, *(pinned or (choice.ids, choice.ids, choice.ids, choice.valid)), 0 if pinned is None else len(pinned.block),
         lookup, *given, n_append, *strides, *run.part.stride()[:3],
-        **constants, **{**sizes, **options(bounds)}, PINNED=pinned is not None, **PINNED_TILE, KV_HEADS=kv_heads, BH=_HEADS,
+        **constants, **{**sizes, **OPTIONS}, PINNED=pinned is not None, **PINNED_TILE, KV_HEADS=kv_heads, BH=_HEADS,
         BW=power_of_2(near.shape[2]),
     )  # fmt: skip
     return near, far_query, choice.ids, choice.valid
