@@ -36,6 +36,7 @@ class DenseMemory(SteadyMemory):
         self._key_raw: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
         self._tables: Tables | None = None  # what single tokens are rotated by on Triton
+        self._nowhere: torch.Tensor | None = None  # the row of un-rotated keys that are not kept
 
     def set_query(self, start: int, end: int) -> None:
         """Dense attention looks nothing up; a query has no influence."""
@@ -74,7 +75,7 @@ class DenseMemory(SteadyMemory):
         assert self._key is not None and self._value is not None and self._key_raw is not None
         assert self._tables is not None
         cos, sin, interleaved = self._tables
-        raw = torch.full_like(place.slot, -1) if self._window is None else place.slot  # full attention moves no keys
+        raw = place.slot if self._nowhere is None else self._nowhere
         places = Destination(self._key, self._value, place.slot), Destination(self._key_raw, None, raw)
         near, _ = rotate_append(Arrival(query, key, value, cos, sin, place.slot, *places, interleaved))
         span = step_span(place, scoring)
@@ -190,6 +191,8 @@ class DenseMemory(SteadyMemory):
         assert self._key is not None and self._value is not None
         if backend(self._key.device) == "triton":
             self._tables = self._rotation.tables(self._key.shape[1], self._key.device)
+            if self._window is None:  # full attention moves no keys
+                self._nowhere = torch.full((1,), -1, device=self._key.device)
             # torch functions that stand in for a kernel look at all slots
             for buffer in (self._key, self._value):
                 buffer[:, self.n_seen - self._base :] = 0

@@ -74,6 +74,14 @@ def test_refine_pages(group, kv_heads, per_head, block, dim, m, topk, pieces, as
     check(random(pieces, kv_heads * group, dim, seed=seed + 2), page_key, table, candidates, counts, topk, pins, **kind)
 
 
+def test_each_piece_and_scope_hides_what_it_chose_itself() -> None:
+    draw = torch.Generator().manual_seed(1)
+    candidates = torch.rand(2, 2, 90, generator=draw).argsort(-1)[..., :9].sort(-1).values
+    table = torch.rand(2, 2, 12, generator=draw).argsort(-1)[..., :9]
+    lookup, page_key = random(2, 4, 16), random(2, 12, 5, 16, seed=1)
+    check(lookup, page_key, table, candidates, [90, 90], 3, 70, scopes=2, question=None, weight=0.0)
+
+
 def test_equal_scores_go_to_the_lower_block() -> None:
     page_key, table = torch.ones(1, 6, 4, 16), torch.tensor([[[5, 1, 3, 0, 2]]])
     candidates = torch.tensor([[[3, 40, 41, 60, 90]]])

@@ -18,9 +18,10 @@ from qllm_kernels.rotary import Arrival
 
 OPTIONS = {"maxnreg": 232}  # left alone, ptxas spills a few bytes to fit more programs
 _HEADS = 16  # rotated at a time
+_CHANGING = ["pieces", "n_blocks", "first", "n_all", "k", "i_partial", "n_partials", "n_pinned"]
 
 
-@triton.jit(do_not_specialize=["pieces", "n_blocks", "first", "n_all", "k", "i_partial", "n_partials"])  # they change
+@triton.jit(do_not_specialize=_CHANGING)
 def append_and_score(
     query, key, value, cos, sin, positions, far, near, far_query,
     window_key, window_value, window_rows, raw_key, raw_value, raw_rows,

@@ -79,7 +79,7 @@ def choose_candidates(
     tl.store(valid + i_row * k + o_m, b_place < m, mask=o_m < k)
 
 
-@triton.jit(do_not_specialize=["k", "n_blocks"])  # they change from call to call
+@triton.jit(do_not_specialize=["k", "n_blocks", "n_pinned"])  # they change from call to call
 def refine(
     lookup, key, table, candidates, counts, scores, moments, question, done, ids, valid,
     pinned_block, pinned_position, border, hidden, n_pinned,
