@@ -94,15 +94,15 @@ class Outside:
                 self._far_map = self._rotation.rotate_all(eye, config.n_local - 1)[0] @ at_zero.T
         return self._far_map
 
-    def _far_angles(self, new: Arrival) -> torch.Tensor:
-        """`far` as `rotate_append` takes it, for rotations of pairs."""
+    def far_angles(self, query: torch.Tensor, rotary_dim: int, *, interleaved: bool) -> torch.Tensor:
+        """`far` as `rotate_append` takes it, for rotations of pairs (`Rotation.tables`); the same tensor every time."""
         if self._far_row is None:
-            turn, dim = self._turn(new.query), new.cos.shape[1]
-            column = torch.arange(dim, device=turn.device)
-            first = column % 2 == 0 if new.interleaved else column < dim // 2
-            apart = 1 if new.interleaved else dim // 2
+            turn = self._turn(query)
+            column = torch.arange(rotary_dim, device=turn.device)
+            first = column % 2 == 0 if interleaved else column < rotary_dim // 2
+            apart = 1 if interleaved else rotary_dim // 2
             sin = turn[torch.where(first, column + apart, column - apart), column]
-            self._far_row = torch.stack((turn.diagonal()[:dim], torch.where(first, -sin, sin)))
+            self._far_row = torch.stack((turn.diagonal()[:rotary_dim], torch.where(first, -sin, sin)))
         return self._far_row
 
     def keep_blocks(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None) -> None:
@@ -257,7 +257,7 @@ class Outside:
         Returns:
             Its query [heads, 1, head_dim] rotated for the window and in far form, and the keys outside the window.
         """
-        config, far = self._config, self._far_angles(new)
+        config, far = self._config, self.far_angles(new.query, new.cos.shape[1], interleaved=new.interleaved)
         if not config.uses_blocks:
             near, far_query = rotate_append(new, far)
             assert far_query is not None

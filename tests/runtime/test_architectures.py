@@ -19,6 +19,7 @@ from qllm_runtime.errors import UnsupportedModelError
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.memory.outside import Outside
 from qllm_runtime.seam import examine, installed
 from qllm_runtime.support import check_support
 
@@ -287,3 +288,8 @@ def test_tables_rotate_as_the_models_function(name: str) -> None:
             cos, sin, interleaved = tables
             turned = rotary.rotate(x, cos[10:27], sin[10:27], interleaved=interleaved)
             torch.testing.assert_close(turned, rotation.rotate(x, 10), atol=1e-5, rtol=1e-5)
+            for policy in ("qllm", "streaming"):
+                outside = Outside(NARROW.model_copy(update={"policy": policy}), rotation, 0)
+                far = outside.far_angles(x, cos.shape[1], interleaved=interleaved)
+                turned = rotary.rotate(x, far[:1], far[1:], interleaved=interleaved)
+                torch.testing.assert_close(turned, outside.far(x), atol=1e-5, rtol=1e-5)
