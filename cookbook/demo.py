@@ -55,10 +55,10 @@ def main() -> None:
     print(f"A story of {len(text):,} characters, {llm.get_num_tokens(text):,} tokens, with {len(facts)} facts in it.")
 
     document = create_plaintext_block(text, title="story.txt")
-    print("\nThe document is read for the question (query_aware):")
+    print("\nThe document is part of the message:")
     answer(llm, 1, *questions[0], document)
 
-    print("\nThe document is read once; every question looks up its own passages:")
+    print("\nThe document is read once for any number of questions:")
     with llm.add_documents(Document(page_content=text, metadata={"title": "story.txt"})) as handle:
         for number, (question, expected) in enumerate(questions[1:], 2):
             answer(llm, number, question, expected, handle.block())

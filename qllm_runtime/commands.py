@@ -49,7 +49,7 @@ def ask(
     options: Options,
     mode: Annotated[
         Mode | None,
-        typer.Option(help="query_aware reads the document for the question, read_once without knowing it."),
+        typer.Option(help="read_once (default) reads the document without knowing the question, query_aware for it."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:

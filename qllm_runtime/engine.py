@@ -38,7 +38,7 @@ class QLLM:
 
     Ways of working with documents:
 
-    * `query_aware`: the question is put ahead of the documents as well, and they are read for it (the paper).
+    * `query_aware`: the question is put ahead of the documents as well, and they are read for it (the paper's layout).
     * `read_once`: the documents are read without knowing the question (`read`), and any number of questions follow; the
       lookup is routed anew for each.
 

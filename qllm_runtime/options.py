@@ -35,7 +35,7 @@ class AskOptions(SamplingOptions, total=False):
     """Options of `QLLM.ask` and `QLLM.stream`.
 
     Attributes:
-        mode: "query_aware" or "read_once"; by default `request.DEFAULT_MODE`, and read_once for a memory.
+        mode: "query_aware" or "read_once"; by default `request.DEFAULT_MODE`, query_aware for `faithful`.
         reread: Whether the passages behind a draft are read again, next to the question, before the answer is written, when
             documents are longer than the window and looked up in; they are by default.
         progress: Called with (tokens read, tokens in all).

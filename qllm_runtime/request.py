@@ -18,7 +18,7 @@ from qllm_runtime.seam import MemoryCache
 from qllm_runtime.types import Document, Mode, Progress, QuerySource, Sampling, Source, Turn
 
 #: How documents are read when the caller does not say; chosen by measurement (docs/results.md).
-DEFAULT_MODE: Mode = "query_aware"
+DEFAULT_MODE: Mode = "read_once"
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ def settle(request: Request) -> Request:
     """The request with all its turns, the question, the mode and what was read before."""
     query, source = _query(request)
     memory = request.memory
+    mode = request.mode or ("query_aware" if request.config.faithful else DEFAULT_MODE)  # as the published code reads
     return replace(
         request,
         turns=with_memory(request.turns, memory),
         query=query,
         query_source=source,
-        mode="read_once" if memory is not None else request.mode or DEFAULT_MODE,
+        mode="read_once" if memory is not None else mode,
         reading=None if memory is None else memory.contents(request.inference),
     )
 

@@ -52,7 +52,7 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
         if told is not None and done == total:
             told(n, n)
 
-    short = Sampling(max_tokens=min(DRAFT_TOKENS, request.sampling.max_tokens))
+    short = Sampling(max_tokens=DRAFT_TOKENS)  # whatever the answer's limit is: that only cuts the answer
     draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None)
     *_, last = answering.run(draft_request, cancelled, prompt)
     draft = last.answer

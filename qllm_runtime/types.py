@@ -177,7 +177,7 @@ class Answer:
     finish_reason: FinishReason = "stop"
     query: str = ""
     query_source: QuerySource = "none"
-    mode: Mode = "query_aware"
+    mode: Mode = "read_once"
     reread: bool = False
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)

@@ -110,7 +110,10 @@ def report(journal: Journal) -> str:
                 if budget and split in row:
                     series = panels.setdefault(f"{split} documents", {})
                     series.setdefault(policy, []).append((int(budget), row[split]))
-        figures.lines(path.with_name("policies_budget.png"), panels, "attention budget: window + looked up (tokens)")
+        if panels:
+            figures.lines(
+                path.with_name("policies_budget.png"), panels, "attention budget: window + looked up (tokens)"
+            )
     return text
 
 

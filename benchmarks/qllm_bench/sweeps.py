@@ -30,11 +30,14 @@ def identity(setting: Setting) -> str:
 def _policy(subject: Subject, order: Order) -> Iterator[Named]:
     for name in ("qllm", "infllm", "streaming", "lm-infinite", "oracle"):
         yield name, subject.setting(name, order)
-    size = min(4, subject.base.block_size)
-    yield (
-        "faithful",
-        subject.setting("qllm", order, faithful=True, selection="shared", summary="published", repr_topk=size),
-    )
+    published: dict[str, Any] = {
+        "faithful": True,
+        "selection": "shared",
+        "summary": "published",
+        "repr_topk": min(4, subject.base.block_size),
+    }
+    # the published code has to know the question before it reads
+    yield "faithful", subject.setting("qllm", "first" if order == "first" else "both", **published)
 
 
 def _order(subject: Subject, order: Order) -> Iterator[Named]:

@@ -51,7 +51,7 @@ class QLLMChat(ChatRequests):
         stop: Strings that end the answer; never part of it.
         top_p, top_k, min_p, repetition_penalty, seed: The usual sampling options.
         logprobs, top_logprobs: Report log-probabilities in `response_metadata["logprobs"]`.
-        mode: "query_aware" or "read_once": whether documents are read for the question.
+        mode: "read_once" (default) or "query_aware": whether documents are read for the question.
         reread: Whether the passages behind a draft of the answer are read again before it is written (True).
 
     Key init args — client params:

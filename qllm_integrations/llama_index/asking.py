@@ -73,7 +73,7 @@ class Asker:
     """
 
     llm: QLLM
-    mode: Mode = "query_aware"
+    mode: Mode = "read_once"
     shelf: MemoryShelf = field(default_factory=lambda: MemoryShelf(2))
     template: BasePromptTemplate = field(default_factory=lambda: DEFAULT_TEMPLATE)
     system_prompt: str | None = None

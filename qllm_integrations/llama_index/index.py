@@ -41,15 +41,15 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
     `end_char_idx` of every source slice the document's text exactly; page labels of a PDF come back in the sources'
     metadata.
 
-    In mode "query_aware" each question reads the documents with the question in mind; nothing is read before. In mode
-    "read_once" the documents are read when the index is built, kept as a memory, and questions read nothing again. A
-    memory holds the documents of one question, all of them or (response mode "accumulate") one; it stays as long as
-    their texts do.
+    The documents are read with the first question and kept as a memory; later questions read nothing again. Mode
+    "read_once" reads them when the index is built already. In mode "query_aware" each question reads them anew, with the
+    question in mind. A memory holds the documents of one question, all of them or (response mode "accumulate") one; it
+    stays as long as their texts do.
 
     Args:
         nodes: Whole nodes; most users call `from_documents`.
         llm: A `QLLM` (None: `Settings.llm` when it is needed).
-        mode: "query_aware" or "read_once".
+        mode: "read_once" or "query_aware" (None: read once, when it is needed).
         system_prompt: Ahead of the documents in every question.
 
     Examples:
@@ -86,7 +86,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         nodes: Sequence[BaseNode] | None = None,
         *,
         llm: Any = None,
-        mode: Mode = "query_aware",
+        mode: Mode | None = None,
         system_prompt: str | None = None,
         index_struct: IndexList | None = None,
         storage_context: StorageContext | None = None,
@@ -94,7 +94,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         **kwargs: Any,
     ) -> None:
         self._llm = llm
-        self._mode: Mode = mode
+        self._mode = mode
         self._system_prompt = system_prompt
         self._shelf = MemoryShelf(steps=_READING_STEPS)
         super().__init__(
@@ -150,7 +150,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         *,
         llm: Any = None,
         index_id: str | None = None,
-        mode: Mode = "query_aware",
+        mode: Mode | None = None,
         **kwargs: Any,
     ) -> WholeDocumentIndex:
         """Load an index that `index.storage_context.persist(persist_dir)` wrote; its texts are read anew when asked.
@@ -260,7 +260,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
     def _asker(self, llm: Any, **changes: Any) -> Asker:
         model, _ = asking_llm(self._llm if llm is None else llm)
         settings: dict[str, Any] = {
-            "mode": self._mode,
+            "mode": self._mode or "read_once",
             "shelf": self._shelf,
             "system_prompt": self._system_prompt,
             "show_progress": self._show_progress,

@@ -68,8 +68,9 @@ class QLLMSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
     ) -> None:
         model, structured = asking_llm(llm)
+        # every question brings nodes of its own: nothing to keep
         self._asker = Asker(
-            model, model.mode, template=text_qa_template or DEFAULT_TEMPLATE, system_prompt=system_prompt
+            model, "query_aware", template=text_qa_template or DEFAULT_TEMPLATE, system_prompt=system_prompt
         )
         self._options = dict(options or {})
         output_cls = output_cls or structured

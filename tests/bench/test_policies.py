@@ -87,3 +87,9 @@ def test_won_and_lost_count_the_same_questions(tmp_path):
     assert f"| {BASE} | 0.50 (0.15-0.85, 4) | 0, 0 |" in text
     assert f"| {policies.WITHIN} | 1.00" in text
     assert (tmp_path / "policies_budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_published_code_knows_the_question_first(subject):
+    for order, expected in (("last", "both"), ("both", "both"), ("first", "first")):
+        found = dict(sweep(subject, ["policy"], order)["policy"])
+        assert (found["faithful"].order, found["qllm"].order) == (expected, order)

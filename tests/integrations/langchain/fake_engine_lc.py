@@ -100,7 +100,7 @@ class FakeEngine:
             self.tokenizer,
             turns,
             query=query or None,
-            mode=mode or "query_aware",
+            mode=mode or "read_once",
             tools=tools,
             template_kwargs=template_kwargs,
         )
@@ -220,7 +220,7 @@ class FakeEngine:
             "length" if len(ids) >= sampling.max_tokens else "stop",
             query or "",
             query_source if query else "none",
-            mode or "query_aware",
+            mode or "read_once",
             tuple(ids),
             tuple(logprobs) if sampling.logprobs is not None else None,
         )

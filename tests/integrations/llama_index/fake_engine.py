@@ -144,7 +144,7 @@ class FakeEngine:
                 finish_reason=reason,
                 query=query or "",
                 query_source=query_source,
-                mode="read_once" if memory else mode or "query_aware",
+                mode="read_once" if memory else mode or "read_once",
                 token_ids=tuple(ids),
             ),
         )

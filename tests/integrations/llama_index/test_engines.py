@@ -64,7 +64,7 @@ def test_query(index: WholeDocumentIndex, engine: FakeEngine, recorder: Any) -> 
     assert BOOK[best.node.start_char_idx : best.node.end_char_idx] == best.node.get_content()
     assert response.metadata[best.node.node_id] == {"file_name": "book.txt"}
     told = response.metadata["qllm"]
-    assert (told["query"], told["query_source"], told["mode"]) == (QUESTION, "explicit", "query_aware")
+    assert (told["query"], told["query_source"], told["mode"]) == (QUESTION, "explicit", "read_once")
     assert told["usage"]["prompt_tokens"] > 0
     assert engine.requests[-1]["turns"][-1].text == QUESTION
     assert (recorder.count(QueryStartEvent), recorder.count(QueryEndEvent), recorder.count(LookupEvent)) == (1, 1, 1)

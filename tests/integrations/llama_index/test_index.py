@@ -35,7 +35,7 @@ def texts(index: WholeDocumentIndex) -> list[str]:
 def test_documents_stay_whole(llm: QLLM, engine: FakeEngine) -> None:
     long = "A sentence about nothing. " * 2000
     index = WholeDocumentIndex.from_documents([Document(text=long, metadata={"file_name": "a.txt", "x": 1})], llm=llm)
-    index.as_query_engine().query(QUESTION)
+    index.as_query_engine(mode="query_aware").query(QUESTION)
     (document,) = engine.requests[-1]["turns"][-1].documents
     assert (document.text, document.title) == (long, "a.txt")
     assert set(index.ref_doc_info) == {index.whole_nodes()[0].ref_doc_id}
@@ -46,7 +46,7 @@ def test_pages_are_rejoined_and_labels_come_back(llm: QLLM, engine: FakeEngine) 
     index = WholeDocumentIndex.from_documents([*documents, Document(text=OTHER)], llm=llm)
     whole = "Page one, with the secret.\n\n\n\nPage three. Its secret number."
     assert texts(index) == [whole, OTHER]
-    response = index.as_query_engine().query(QUESTION)
+    response = index.as_query_engine(mode="query_aware").query(QUESTION)
     labels = {found.node.get_content(): found.node.metadata.get("page_label") for found in response.source_nodes}
     assert labels["Its secret number."] == "3"
     for found in response.source_nodes:
@@ -81,7 +81,7 @@ def test_pdf_and_text_through_the_directory_reader(tmp_path: Path, llm: QLLM, en
     assert [document.text for document in documents] == [*written, f"A note. {OTHER}"]  # a document per page
     index = WholeDocumentIndex.from_documents(documents, llm=llm)
     assert texts(index) == ["\n\n".join(written), f"A note. {OTHER}"]
-    response = index.as_query_engine().query(QUESTION)
+    response = index.as_query_engine(mode="query_aware").query(QUESTION)
     assert [document.title for document in engine.requests[-1]["turns"][-1].documents] == ["book.pdf", "note.txt"]
     found = {source.node.metadata["file_name"]: source.node for source in response.source_nodes}
     assert found["book.pdf"].text == "It rained.\nNobody spoke; the secret\n\nnumber is 4711"
