@@ -88,6 +88,9 @@ def trace_back(
 ) -> tuple[NDArray[np.floating], Prompt]:
     """Move the mass of passages that were read again to where they stand in their documents.
 
+    In the window every token receives some attention for being near, so what a passage moves is what stands out from the mean
+    over all of them; a long passage would otherwise come before the right one.
+
     Args:
         mass: [n] attention mass per prompt token.
         prompt: The prompt; its last document spans are those of `excerpts`.
@@ -99,10 +102,11 @@ def trace_back(
     border = len(prompt.document_spans) - len(excerpts)
     own, again = prompt.document_spans[:border], prompt.document_spans[border:]
     moved = mass.copy()
+    near = np.concatenate([mass[span.start : span.end] for span in again]) if again else mass
     for span, excerpt in zip(again, excerpts, strict=True):
         home = own[excerpt.document]
         places = np.searchsorted(home.offsets[:, 0], excerpt.start + span.offsets[:, 0], side="right") - 1
-        np.add.at(moved, home.start + np.maximum(places, 0), mass[span.start : span.end])
+        np.add.at(moved, home.start + np.maximum(places, 0), np.maximum(mass[span.start : span.end] - near.mean(), 0))
     return moved, replace(prompt, document_spans=own)
 
 

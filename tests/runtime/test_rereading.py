@@ -105,8 +105,21 @@ def test_mass_of_a_passage_moves_to_its_document(reader: QLLM) -> None:
     moved, whole = trace_back(mass, prompt, [excerpt])
     assert whole.document_spans == (home,)
     there = moved[home.start : home.end]
-    assert there.sum() == mass.sum()
+    near = mass[again.start : again.end]
+    standing_out = np.maximum(near - near.mean(), 0)
+    assert there.sum() == pytest.approx(standing_out.sum())
     inside = (home.offsets[:, 0] < start + len(FACT)) & (home.offsets[:, 1] > start)
     assert there[~inside].sum() == 0
     last = int(np.flatnonzero(inside)[-1])
-    assert there[last] == mass.max()
+    assert there[last] == standing_out.max()
+    passages_of_two = [excerpt, Source(0, None, 0, len("It rained."), 1.0, "It rained.")]
+    turns = [Turn("user", (Document(text), Document(FACT), Document("It rained."), QUESTION))]
+    prompt = build_prompt(reader.tokenizer, turns, query=QUESTION, mode="read_once")
+    home, first, second = prompt.document_spans
+    mass = np.zeros(len(prompt.ids))
+    mass[first.start : first.end], mass[second.start : second.end] = 1.0, 3.0
+    moved, _ = trace_back(mass, prompt, passages_of_two)
+    assert moved[home.start : home.start + 3].max() > 0  # more than the mean ...
+    assert (
+        moved[home.start + int(np.flatnonzero(home.offsets[:, 0] >= start)[0]) :][: len(standing_out)].max() == 0
+    )  # ... or not
