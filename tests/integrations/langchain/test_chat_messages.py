@@ -295,13 +295,14 @@ def test_other_bad_input() -> None:
         translate([HumanMessage(ASK)], query=" ")
 
 
-def test_a_format_instruction_is_read_but_not_routed() -> None:
+@pytest.mark.parametrize(("mode", "times"), [("query_aware", 2), ("read_once", 1)])
+def test_a_format_instruction_is_read_but_not_routed(mode: Any, times: int) -> None:
     engine = FakeEngine()
-    llm = QLLMChat.from_engine(engine).with_structured_output(
+    llm = QLLMChat.from_engine(engine, mode=mode).with_structured_output(
         {"title": "Writer", "type": "object", "properties": {"name": {"type": "string"}}}
     )
     llm.invoke([HumanMessage([plain(text=BOOK), TEXT])])
     call = engine.calls[0]
     assert call["query"] == ASK
     assert "JSON schema" in call["turns"][-1].content[-1]
-    assert [engine.tokenizer.decode(call["prompt"].ids[a:b]) for a, b in call["prompt"].query_spans] == [ASK, ASK]
+    assert [engine.tokenizer.decode(call["prompt"].ids[a:b]) for a, b in call["prompt"].query_spans] == [ASK] * times
