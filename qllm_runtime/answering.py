@@ -71,15 +71,24 @@ def feed(
         inference.read(cache, [torch.from_numpy(ids)], config, progress=advance, cancelled=cancelled)
 
 
+def resume(
+    inference: Inference,
+    config: MemoryConfig,
+    prompt: Prompt,
+    reading: tuple[Prompt, MemoryCache] | None,
+    room: int = 0,
+) -> tuple[MemoryCache, int]:
+    """Memories to read `prompt` into, with room for so many tokens behind it, and how many of its tokens `reading` holds."""
+    if reading is None:
+        return inference.cache(config, reserve=len(prompt.ids) + room), 0
+    before, cache = reading
+    known = check_prefix(before, prompt)
+    return cache.fork(), known
+
+
 def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
     """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already."""
-    known, inference = 0, request.inference
-    if request.reading is not None:
-        before, cache = request.reading
-        known = check_prefix(before, prompt)
-        cache = cache.fork()
-    else:
-        cache = inference.cache(request.config, reserve=len(prompt.ids) + request.sampling.max_tokens)
+    cache, known = resume(request.inference, request.config, prompt, request.reading, request.sampling.max_tokens)
     announce(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
     if request.on_lookup is not None:
         for layer, layer_memory in enumerate(cache.memories()):

@@ -198,13 +198,8 @@ class QLLM:
         prompt = build_reading(self._need_tokenizer(), whole, system=system)
         cancelled = never if cancel is None else cancel.is_set
         with inference.request(cancelled):
-            known = 0
-            if after is not None:
-                before, cache = after.contents(inference)
-                known = answering.check_prefix(before, prompt)
-                cache = cache.fork()
-            else:
-                cache = inference.cache(self.memory, reserve=len(prompt.ids))
+            reading = None if after is None else after.contents(inference)
+            cache, known = answering.resume(inference, self.memory, prompt, reading)
             answering.feed(
                 inference, cache, prompt.ids[known:], self.memory, len(prompt.ids), known, progress, cancelled
             )

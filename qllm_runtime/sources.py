@@ -99,14 +99,16 @@ def trace_back(
     Returns:
         [n] mass, and the prompt without the spans of the passages.
     """
+    if not excerpts:
+        return mass, prompt
     border = len(prompt.document_spans) - len(excerpts)
     own, again = prompt.document_spans[:border], prompt.document_spans[border:]
     moved = mass.copy()
-    near = np.concatenate([mass[span.start : span.end] for span in again]) if again else mass
+    mean = np.concatenate([mass[span.start : span.end] for span in again]).mean()
     for span, excerpt in zip(again, excerpts, strict=True):
         home = own[excerpt.document]
         places = np.searchsorted(home.offsets[:, 0], excerpt.start + span.offsets[:, 0], side="right") - 1
-        np.add.at(moved, home.start + np.maximum(places, 0), np.maximum(mass[span.start : span.end] - near.mean(), 0))
+        np.add.at(moved, home.start + np.maximum(places, 0), np.maximum(mass[span.start : span.end] - mean, 0))
     return moved, replace(prompt, document_spans=own)
 
 

@@ -19,7 +19,7 @@ from qllm_bench.questions.data import Case, is_exact
 from qllm_bench.questions.facts import FAMILIES
 from qllm_bench.questions.haystack import make_haystack
 from qllm_bench.scores import cells, difference, summarise
-from qllm_bench.subject import ORDERS, POLICIES, Example, Order, Setting, Subject
+from qllm_bench.subject import ORDERS, POLICIES, REREAD, Example, Order, Setting, Subject
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
 
@@ -30,8 +30,6 @@ _KEPT = 8_000_000  # tokens of documents that are kept for the next setting
 _DRAWS = 5
 _TRIES = 8  # until a document fills its length
 _FACT = 50  # tokens of a document per fact
-#: Passages are not read again within the window: what those orders are compared with there.
-_NEAR: dict[Order, Order] = {"reread": "last", "both-reread": "both"}
 _QUESTION = 16  # tokens that other questions may have more than those of the first document
 
 
@@ -248,7 +246,8 @@ def bench(
         out: Folder of results.
     """
     settings = [subject.setting(policy, order) for policy in policies for order in orders]
-    near = dict.fromkeys(_NEAR.get(order, order) for order in orders)
+    # within the window nothing is read again
+    near = dict.fromkeys(REREAD.get(order, order) for order in orders)
     dense = [subject.setting("full", order) for order in near if "full" not in policies]
     parts = [replace(plan, documents=count).of_length(tokens) for tokens, count in documents.items()]
     haystacks = [Haystacks(subject, library, part) for part in parts]
@@ -312,7 +311,7 @@ def _within(rows: Sequence[Mapping[str, Any]], trained_length: int) -> dict[tupl
     scores: dict[tuple[str, str | None], list[float]] = {}
     for row in rows:
         if row["policy"] == "full" and row["tokens"] <= trained_length:
-            for order in (row["order"], *(again for again, near in _NEAR.items() if near == row["order"])):
+            for order in (row["order"], *(again for again, near in REREAD.items() if near == row["order"])):
                 for family in (row["family"], None):
                     scores.setdefault((order, family), []).append(row["score"])
     return {key: summarise(found) for key, found in scores.items()}

@@ -21,6 +21,8 @@ from qllm_runtime.types import Document, Mode, Progress, Sampling, Turn
 Order = Literal["first", "last", "both", "reread", "both-reread"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 POLICIES: tuple[str, ...] = (*get_args(Policy), "oracle")
+#: Orders in which passages are read again, and the same ones without.
+REREAD: dict[Order, Order] = {"reread": "last", "both-reread": "both"}
 _MODES: dict[Order, Mode] = {
     "first": "query_aware",
     "last": "read_once",
@@ -60,7 +62,7 @@ class Setting:
     @property
     def reread(self) -> bool:
         """Whether passages are read again."""
-        return self.order in ("reread", "both-reread")
+        return self.order in REREAD
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Subject:
             InvalidConfigError: Settings that don't fit each other or the model.
         """
         check_policies([policy])
-        if policy == "oracle" and order in ("reread", "both-reread"):
+        if policy == "oracle" and order in REREAD:
             raise InvalidRequestError(
                 "The oracle chooses blocks, reread the passages behind a draft: they exclude each other; leave one out."
             )

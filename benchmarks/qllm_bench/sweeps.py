@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 
 from qllm_bench.arguments import split_list
-from qllm_bench.subject import ORDERS, Order, Setting, Subject
+from qllm_bench.subject import ORDERS, REREAD, Order, Setting, Subject
 from qllm_runtime.config import Selection, Summary
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 
@@ -42,7 +42,7 @@ def _policy(subject: Subject, order: Order) -> Iterator[Named]:
 
 def _order(subject: Subject, order: Order) -> Iterator[Named]:
     for place in ORDERS:
-        yield place if "reread" in place else f"question {place}", subject.setting("qllm", place)
+        yield place if place in REREAD else f"question {place}", subject.setting("qllm", place)
 
 
 def _budget(subject: Subject, order: Order) -> Iterator[Named]:
