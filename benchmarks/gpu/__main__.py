@@ -21,6 +21,7 @@ from qllm_kernels import dispatch
 LENGTHS = {"Llama-3-8B": (8_192, 100_000, 400_000), "Qwen2.5-1.5B": (8_192, 100_000, 1_000_000)}
 SDPA_LENGTHS = (8_192, 100_000)
 OFFLOAD_LENGTHS = (100_000,)
+AGREEMENT_LENGTH = 12_000
 BUDGET_S = 540
 
 
@@ -86,6 +87,10 @@ def main(
             ("sdpa", models.with_sdpa, SDPA_LENGTHS),
             ("offloaded", models.offloaded, OFFLOAD_LENGTHS),
         )
+        agreement = models.agreement(model, 300 if tiny else AGREEMENT_LENGTH)
+        report.setdefault("agreement", {})[name] = agreement
+        _table(f"{name}: steps against the torch functions, other ways of a step against its launches", agreement)
+        save()
         reading = 0.0  # seconds per token
         for served, measure, wanted in kinds:
             pace = 0.0 if served == "sdpa" else reading
@@ -103,12 +108,8 @@ def main(
         del model
         save()
     print(f"\n{time.monotonic() - began:.0f} s; {output}")
-    wrong = [
-        f"{shape} {name}"
-        for shape, found in report["operations"].items()
-        for name, row in found["errors"].items()
-        if not row["ok"]
-    ]
+    checked = {shape: found["errors"] for shape, found in report["operations"].items()} | report["agreement"]
+    wrong = [f"{what} {name}" for what, rows in checked.items() for name, row in rows.items() if not row["ok"]]
     if wrong:
         print("Wrong results: " + "; ".join(wrong))
         raise typer.Exit(1)

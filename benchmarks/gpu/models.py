@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from benchmarks.gpu.timing import synchronize
-from qllm_runtime.config import MemoryConfig
+from qllm_kernels import dispatch
+from qllm_runtime.config import CANDIDATES, MemoryConfig
 from qllm_runtime.errors import OutOfMemoryError
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory.block import BlockMemory
@@ -19,6 +22,7 @@ from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.seam import MemoryCache
 
 STEPS = 24
+QUESTION = 16
 #: kinds of single-token steps by the name of their time, and what is done after all of them
 Steps = tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], None]]
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -83,6 +87,68 @@ def offloaded(model: PreTrainedModel, length: int) -> dict[str, Any]:
     """`with_memory` with blocks in the host's memory: of those wanted while decoding, the share found on the device."""
     held = 8 * MemoryConfig.for_model(model.config.max_position_embeddings).topk
     return with_memory(model, length, device_blocks=min(held, 1024))
+
+
+@torch.inference_mode()
+def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
+    """Logits of steps behind a text and a question, by each way of computing them.
+
+    Returns:
+        Per way the root mean square of the difference over that of the logits, and the share of steps with the same best token:
+        of steps launch by launch against the torch functions, whose rounding may choose other blocks; of the others against
+        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart).
+    """
+    config = MemoryConfig.for_model(model.config.max_position_embeddings)
+    slots = min(1024, (CANDIDATES if config.every_key else 2) * config.topk)
+    ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+
+    def logits(*, device_blocks: int | None = None, graph: bool = False, kernels: str | None = None) -> torch.Tensor:
+        with _kernels(kernels):
+            inference = Inference(model)
+            inference.captures = graph
+            held = config.replace(device_blocks=device_blocks)
+            with inference.request():
+                cache = inference.cache(held, reserve=length + STEPS)
+                for memory in cache.memories():
+                    memory.set_query(length - QUESTION, length)
+                inference.read(cache, [ids], held)
+                steps = [inference.step(cache, [int(token)])[0].float().cpu() for token in ids[:STEPS]]
+        return torch.stack(steps)
+
+    launches = logits()
+    ways = {
+        "launches": (launches, logits(kernels="torch")),
+        "graph": (logits(graph=True), launches),
+        "offloaded": (logits(device_blocks=slots), launches),
+        "offloaded_graph": (logits(device_blocks=slots, graph=True), launches),
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (found, wanted) in ways.items():
+        apart = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+        alike = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
+        rows[name] = {
+            "apart": apart,
+            "same_token": alike,
+            "ok": apart == apart and (name == "launches" or apart < 0.01),
+        }
+    return rows
+
+
+@contextlib.contextmanager
+def _kernels(kind: str | None) -> Iterator[None]:
+    """`QLLM_KERNELS` for a while; None: as it is."""
+    before = os.environ.get(dispatch.VARIABLE)
+    if kind is not None:
+        os.environ[dispatch.VARIABLE] = kind
+    dispatch.backend.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(dispatch.VARIABLE, None)
+        else:
+            os.environ[dispatch.VARIABLE] = before
+        dispatch.backend.cache_clear()
 
 
 def _tally(cache: MemoryCache) -> tuple[int, int]:

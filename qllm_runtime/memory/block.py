@@ -144,12 +144,9 @@ class BlockMemory(SteadyMemory):
         pieces = self._pieces(first, n)
         self._evict(self._eligible(pieces[-1][0]), scoring)
         outs = []
-        for starts, length in self._batches(pieces):
+        for starts, length, far, seen in self._parts(pieces, query, first):
             rows = slice(starts[0] - first, starts[-1] - first + length)
             oldest = self._oldest(self._eligible(starts[0]))
-            far = seen = None
-            if self._eligible(starts[0]) and not self._outside.empty:
-                far, seen = self._far(query[:, rows], starts, length)
             span = Span(
                 slot=oldest - self._window.base,
                 back=starts[0] - oldest,
@@ -198,15 +195,28 @@ class BlockMemory(SteadyMemory):
         if alike:
             yield run, alike[0]
 
-    def _far(self, query: torch.Tensor, starts: list[int], length: int) -> tuple[FarSegment, FarKeys]:
-        """What pieces see outside their windows."""
+    def _parts(
+        self, pieces: list[tuple[int, int]], query: torch.Tensor, first: int
+    ) -> Iterator[tuple[list[int], int, FarSegment | None, FarKeys | None]]:
+        """Pieces attended to in one launch, (starts, length), with what they see outside their windows; each before the next.
+
+        Args:
+            pieces: Start and length of each.
+            query: Their queries [heads, n, head_dim], un-rotated.
+            first: Where these start.
+        """
         heads, _, dim = query.shape
-        far = self._outside.far(query)
-        means = far.reshape(heads, len(starts), length, dim).float().mean(2).transpose(0, 1)
-        counts = [self._eligible(start) for start in starts]
-        oldest = [self._oldest(count) for count in counts]
-        seen = self._outside.keys(means, counts, oldest, starts, length, self.on_lookup)
-        return seen.segment(far), seen
+        for starts, length in self._batches(pieces):
+            counts = [self._eligible(start) for start in starts]
+            if not counts[0] or self._outside.empty:
+                yield starts, length, None, None
+                continue
+            far = self._outside.far(query[:, starts[0] - first : starts[-1] - first + length])
+            means = far.reshape(heads, len(starts), length, dim).float().mean(2).transpose(0, 1)
+            oldest = [self._oldest(count) for count in counts]
+            for some, seen in self._outside.keys(means, counts, oldest, starts, length, self.on_lookup):
+                rows = slice(some.start * length, some.stop * length)
+                yield starts[some], length, seen.segment(far[:, rows]), seen
 
     def _report(self, mass: Mass, window: torch.Tensor, seen: FarKeys | None, last: torch.Tensor | None = None) -> None:
         """Hand out the weights of a single token; `window` has the absolute indices of the keys in its window.

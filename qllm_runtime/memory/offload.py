@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 from typing_extensions import override
@@ -20,7 +22,8 @@ class OffloadedStore(BlockStore):
     all of them read the host's memory; what else looks up blocks reads their means and bounds, which others keep.
 
     Chosen blocks are fetched to slots on the device by a list that the device makes; those used longest ago give way. The host
-    does not wait for what was chosen. A fork shares what lies on the host and has slots of its own.
+    does not wait for what was chosen. Where pieces choose more than there are slots, half of these are filled for the next
+    pieces while the device attends to the other half. A fork shares what lies on the host and has slots of its own.
 
     Args:
         device_blocks: Slots, at least twice the blocks of a lookup and as many as it compares by every key.
@@ -81,16 +84,48 @@ class OffloadedStore(BlockStore):
     def in_place(self, ids: torch.Tensor, valid: torch.Tensor | None) -> PagedKeys | None:
         if ids.shape[0] * ids.shape[2] > self._device_blocks:
             return None
+        table, copy = self._admit(ids, valid)
+        self._see_host(ids.device)
+        copy()
+        return self._paged(table)
+
+    @override
+    def in_turn(self, ids: torch.Tensor, valid: torch.Tensor | None) -> Iterator[tuple[slice, PagedKeys | None]]:
+        pieces, _, k = ids.shape
+        if pieces * k <= self._device_blocks:
+            yield slice(0, pieces), self.in_place(ids, valid)
+            return
+        # half of the slots: what is fetched for the next pieces then never replaces what these ones read
+        together = self._device_blocks // (2 * k)
+        turns = [slice(at, min(at + together, pieces)) for at in range(0, pieces, together)]
+        admitted = [self._admit(ids[rows], None if valid is None else valid[rows]) for rows in turns]
+        fetches = _Fetches(ids.device)
+        self._awaits = False
+        for rows, (table, copy) in zip(turns, admitted, strict=True):
+            fetches.run(copy)
+            yield rows, self._paged(table)
+
+    def _admit(self, ids: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Slots of chosen blocks as `in_place` takes them, [pieces, scopes, k], and what fetches those that are not there."""
         slots, state = self._tables(ids)
         table, moves, counts = admit_pages(state, ids, valid)
-        self._see_host(ids.device)
-        first, runs = 0, self.pages
-        for slab, pages in zip(self._slabs, runs, strict=True):
-            n = pages.key.shape[1]
-            theirs = (moves, counts) if len(runs) == 1 else _moves_of(first, first + n, moves, counts)
-            copy_pages(slab.transpose(0, 1), slots.transpose(0, 1), *theirs)
-            first += n
-        return PagedKeys(*_split(slots, runs[0].key.shape, runs[0].value.shape), table)
+        ends = [0]
+        for pages in self.pages:
+            ends.append(ends[-1] + pages.key.shape[1])
+        theirs = (
+            [(moves, counts)] if len(ends) == 2 else [_moves_of(*e, moves, counts) for e in itertools.pairwise(ends)]
+        )
+
+        def copy() -> None:
+            for slab, listed in zip(self._slabs, theirs, strict=True):
+                copy_pages(slab.transpose(0, 1), slots.transpose(0, 1), *listed)
+
+        return table, copy
+
+    def _paged(self, table: torch.Tensor) -> PagedKeys:
+        assert self._slots is not None
+        like = self.pages[0]
+        return PagedKeys(*_split(self._slots, like.key.shape, like.value.shape), table)
 
     @override
     def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,10 +202,48 @@ def _moves_of(first: int, end: int, moves: torch.Tensor, counts: torch.Tensor) -
     return chosen, theirs.sum(1, dtype=torch.int32)
 
 
+class _Fetches:
+    """Fetches from the host beside what a device computes; on a CPU, one after the other.
+
+    Args:
+        device: The device. What it was given to compute so far comes ahead of the first fetch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = _fetching(device)
+        self._ahead = torch.cuda.current_stream(device).record_event() if self._stream else None
+
+    def run(self, copy: Callable[[], None]) -> None:
+        """Fetch for what is computed next.
+
+        The fetch waits for what was computed up to the call before, not for what was given to the device since then.
+
+        Args:
+            copy: Starts the copies; what they read and write was made by the device's current stream.
+        """
+        if self._stream is None or self._ahead is None:
+            copy()
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(_copying(self._device))
+        self._stream.wait_event(self._ahead)
+        with torch.cuda.stream(self._stream):
+            copy()
+        self._ahead = current.record_event()
+        current.wait_stream(self._stream)
+
+
 @functools.cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
     """The stream that copies to the host beside what the device computes."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _fetching(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that fetches from the host beside what a GPU computes."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _to_host(source: torch.Tensor, target: torch.Tensor) -> None:

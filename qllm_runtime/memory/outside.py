@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self, TypedDict
 
 import torch
@@ -23,7 +23,7 @@ from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
-from qllm_runtime.memory.store import BlockStore
+from qllm_runtime.memory.store import BlockStore, PagedKeys
 
 
 class Terms(TypedDict):
@@ -223,8 +223,8 @@ class Outside:
         starts: Sequence[int],
         length: int,
         hook: LookupHook | None,
-    ) -> FarKeys:
-        """What pieces see.
+    ) -> Iterator[tuple[slice, FarKeys]]:
+        """What pieces see: a few pieces at a time where blocks are fetched, to be attended to before the next are asked for.
 
         Args:
             lookup, counts, starts, length, hook: As in `look_up`.
@@ -232,12 +232,18 @@ class Outside:
         """
         pieces = len(starts)
         if not self._config.uses_blocks:
-            return self._initial_only(pieces)
+            yield slice(0, pieces), self._initial_only(pieces)
+            return
         ids, valid = self.look_up(lookup, counts, starts, length, hook)
-        twice = None
-        if len(self.query.positions):
-            twice = self._pinned(ids.device).hidden(ids, self._border(oldest, ids.device))
-        return self._seen(ids, valid, None if valid is None else valid[:, 0].sum(-1, dtype=torch.int32), twice)
+        border = self._border(oldest, ids.device)
+        in_turn = self.store.in_turn(ids, valid) if backend(ids.device) == "triton" else [(slice(0, pieces), None)]
+        for rows, paged in in_turn:
+            some, given = ids[rows], None if valid is None else valid[rows]
+            twice = None
+            if len(self.query.positions):
+                twice = self._pinned(ids.device).hidden(some, None if border is None else border[rows])
+            n_chosen = None if given is None else given[:, 0].sum(-1, dtype=torch.int32)
+            yield rows, self._seen(some, given, n_chosen, twice, paged)
 
     def settle(self, n_blocks: int) -> tuple[object, ...]:
         """Bring up to date what `take_in` reads for so many eligible blocks, and return it."""
@@ -277,7 +283,8 @@ class Outside:
             near, far_query, candidates, given = append_and_choose(new, far, parts, counts, m, bounds=True, **terms)
             lookup = far_query.transpose(0, 1)
             ids, valid, _ = self._choose_among(lookup, candidates, given, counts, self._asked, pinned)
-        return near, far_query, self._seen(ids, valid, place.n_chosen, None if pinned is None else pinned.hidden)
+        twice, paged = None if pinned is None else pinned.hidden, self.store.in_place(ids, valid)
+        return near, far_query, self._seen(ids, valid, place.n_chosen, twice, paged)
 
     def _parts(self) -> list[torch.Tensor]:
         """What single tokens are compared with, [heads, r, n, width] per generation, the last with its room for more blocks."""
@@ -294,12 +301,12 @@ class Outside:
         valid: torch.Tensor | None,
         n_chosen: torch.Tensor | None,
         twice: torch.Tensor | None,
+        paged: PagedKeys | None,
     ) -> FarKeys:
         """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `Pinned.hidden`."""
         pieces, scopes, k = ids.shape
         loose, asked = self._pinned(ids.device), len(self.query.positions)
         pinned = [x.expand(-1, pieces, -1, -1) for x in (loose.key, loose.value)]
-        paged = self.store.in_place(ids, valid) if backend(ids.device) == "triton" else None
         if paged is not None:
             return FarKeys(pinned[0], pinned[1], twice, ids, paged, n_chosen)
         first, size = loose.key.shape[2] - asked, self._config.block_size
@@ -314,7 +321,7 @@ class Outside:
                 hidden[:, :, first : first + k * size] = ~valid.repeat_interleave(size, dim=-1)
             if twice is not None:
                 hidden[:, :, first + k * size :] = twice[:, :, first:]
-        return FarKeys(key, value, hidden, ids, paged, n_chosen)
+        return FarKeys(key, value, hidden, ids, None, n_chosen)
 
     def positions(self, seen: FarKeys) -> torch.Tensor:
         """Absolute indices [scopes, m] of the far keys of a single piece: blocks that are apart, then the others, in order."""

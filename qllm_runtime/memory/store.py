@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,10 @@ class BlockStore:
             valid: [pieces, scopes, k], False for places that hold no choice; None: all do.
         """
         return PagedKeys(self.pages[0].key, self.pages[0].value, ids) if len(self.pages) == 1 else None
+
+    def in_turn(self, ids: torch.Tensor, valid: torch.Tensor | None) -> Iterator[tuple[slice, PagedKeys | None]]:
+        """`in_place` for as many pieces at a time as can be read without a copy, with the pieces; read before the next."""
+        yield slice(0, ids.shape[0]), self.in_place(ids, valid)
 
     def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of chosen blocks.

@@ -12,6 +12,7 @@ import torch
 
 from qllm_kernels import dispatch
 from qllm_runtime.config import MemoryConfig
+from qllm_runtime.memory import offload
 from qllm_runtime.memory.base import Scoring
 from qllm_runtime.memory.block import BlockMemory
 
@@ -159,6 +160,7 @@ def test_summaries(monkeypatch: pytest.MonkeyPatch, summary: str, module: str, k
         {"device_blocks": 4, "selection": "shared"},
         {"device_blocks": 4, "selection": "per_kv_head"},
         {"device_blocks": 8, "repr_topk": 4},  # candidates are fetched and compared by every key
+        {"device_blocks": 4, "summary": "mean", "exec_block_size": 4},  # pieces choose more than there are slots
     ],
     ids=str,
 )
@@ -169,6 +171,8 @@ def test_offloaded_blocks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, A
     trunk, *rest = cut(tokens(54), [36, 15, 1, 1, 1])
     memory, naive = BlockMemory(config, rope), Naive(config, rope.at, PLAIN)
     admitted, copied = served(monkeypatch, "residency", "admit_pages"), served(monkeypatch, "pages", "copy_pages")
+    turns: list[torch.device] = []
+    monkeypatch.setattr(offload, "_fetching", turns.append)
     torch.testing.assert_close(feed(memory, trunk, PLAIN, 12), naive.feed(*trunk), atol=4e-5, rtol=2e-4)
     memory = memory.fork()
     calls = served(monkeypatch, "attention", "attend_pieces")
@@ -177,3 +181,4 @@ def test_offloaded_blocks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, A
     assert all(segment.table.max() < settings["device_blocks"] for *_, segment in calls)
     assert len(memory._outside.store) > 8
     assert len(copied) > len(admitted) > 0
+    assert bool(turns) == (config.exec_block_size == 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -12,9 +14,11 @@ from test_block_memory import BASE, DIM, SCORING, feed, tokens
 from test_histories import sizes
 from test_store import blocks
 
+from qllm_kernels.pages import copy_pages
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.memory import offload
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.store import BlockStore
@@ -64,6 +68,95 @@ def test_store(seed: int) -> None:
                 table = paged.table.repeat_interleave(plain.kv_heads // scopes, 1).transpose(0, 1)
                 heads = torch.arange(plain.kv_heads)[:, None, None]
                 assert torch.equal(paged[index][heads, table][shown], y[shown])
+
+
+class Stream:
+    """A stream that does nothing but know what its next operation comes behind."""
+
+    current: Stream
+
+    def __init__(self) -> None:
+        self.behind: frozenset[str] = frozenset()
+
+    def do(self, name: str) -> frozenset[str]:
+        """Give it an operation; returns those that are surely over when it begins."""
+        before = self.behind
+        self.behind |= {name}
+        return before
+
+    def record_event(self) -> frozenset[str]:
+        return self.behind
+
+    def wait_event(self, event: frozenset[str] | None) -> None:
+        self.behind |= event or frozenset()
+
+    def wait_stream(self, other: Stream) -> None:
+        self.behind |= other.behind
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fetches_beside_the_attention(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Pieces in turn: nothing is read before it was fetched, or replaced while it may be read; fetches run beside attention."""
+    draw = random.Random(seed)
+    main, fetching, copying = Stream(), Stream(), Stream()
+    streams = {"_fetching": fetching, "_copying": copying}
+    for name, stream in streams.items():
+        monkeypatch.setattr(offload, name, lambda device, stream=stream: stream)
+    monkeypatch.setattr(Stream, "current", main, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        Stream.current = stream
+        yield
+        Stream.current = main
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    readers: dict[tuple[int, int], set[str]] = {}  # operations that read a slot of a row
+    filled: dict[tuple[int, int], str] = {}  # the fetch it was filled by
+    overlapped = 0
+
+    def copy(source: torch.Tensor, target: torch.Tensor, moves: torch.Tensor, counts: torch.Tensor) -> None:
+        nonlocal overlapped
+        name = f"fetch {len(filled)}.{draw.random()}"
+        before = Stream.current.do(name)
+        assert Stream.current is fetching
+        assert "evict" in before
+        overlapped += any(step.startswith("attend") and step not in before for step in main.behind)
+        for row in range(len(counts)):
+            for slot in moves[row, : int(counts[row]), 1].tolist():
+                assert readers.pop((row, slot), set()) <= before
+                filled[row, slot] = name
+        copy_pages(source, target, moves, counts)
+
+    monkeypatch.setattr(offload, "copy_pages", copy)
+    scopes, k, slots = draw.choice([1, 2]), draw.choice([1, 3]), draw.choice([6, 7, 13])
+    plain, store = BlockStore(), OffloadedStore(slots)
+    for turn in range(3):
+        new = blocks(20, turn, 1)
+        plain.append(*new)
+        store.append(*new)
+        copying.do("evict")
+        for layer_call in range(3):
+            pieces = slots // k + draw.randint(1, 9)
+            ids, _ = choice(len(plain), pieces, scopes, k, draw)
+            ids = torch.stack([ids[0] if draw.random() < 0.3 else row for row in ids])
+            wanted = plain.gather(ids)[0]
+            done = 0
+            for rows, paged in store.in_turn(ids, None):
+                assert paged is not None and rows.start == done
+                done = rows.stop
+                name = f"attend {turn}.{layer_call}.{done}"
+                before = main.do(name)
+                for row in range(scopes):
+                    for slot in paged.table[:, row].flatten().tolist():
+                        assert filled[row, slot] in before
+                        readers.setdefault((row, slot), set()).add(name)
+                heads = torch.arange(plain.kv_heads)[:, None, None]
+                table = paged.table.repeat_interleave(plain.kv_heads // scopes, 1).transpose(0, 1)
+                assert torch.equal(paged.key[heads, table], wanted[:, rows])
+            assert done == pieces
+    assert overlapped > 3
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:
