@@ -127,7 +127,7 @@ def append_and_choose(
     bounds: bool = False,
     pinned: choice.Pinned | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`rotate_append` of a single token and `choose_blocks` by its far query; one launch where a kernel serves both.
+    """`rotate_append` of a single token and `choose_blocks` by its far query; one launch where a kernel serves both (one part).
 
     Args:
         new: The token.
@@ -139,7 +139,7 @@ def append_and_choose(
     Returns:
         The rotated queries as `rotate_append` returns them, ids and valid as `choose_blocks` does.
     """
-    gpu = _kernels("append", new.query.device)
+    gpu = _kernels("append", new.query.device) if len(parts) == 1 else None
     if gpu is not None and _serves("append_and_choose", gpu.cannot_serve(new, parts)):
         chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] = gpu.append_and_choose(
             new, far, parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds, pinned=pinned

@@ -56,8 +56,10 @@ def test_valid_is_left_out_where_the_host_knows():
     assert choose_blocks(lookup, parts, torch.tensor([3, 5]), 3, scopes=1)[1] is not None
 
 
-def test_append_and_choose_is_append_then_choose():
-    query, key, parts, slot = random(4, 1, 8), random(2, 1, 8, seed=1), [random(2, 1, 9, 8, seed=2)], torch.tensor([3])
+@pytest.mark.parametrize("lengths", [[9], [6, 3]])
+def test_append_and_choose_is_append_then_choose(lengths):
+    query, key, slot = random(4, 1, 8), random(2, 1, 8, seed=1), torch.tensor([3])
+    parts = list(random(2, 1, 9, 8, seed=2).split(lengths, 2))
     cos, sin = random(5, 8, seed=3), random(5, 8, seed=4)
     window = Destination(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8), slot)
     raw = Destination(torch.zeros(2, 5, 8), None, slot)

@@ -11,8 +11,8 @@ import triton.language as tl
 from qllm_kernels.choice import Pinned
 from qllm_kernels.gpu import rotary, select
 from qllm_kernels.gpu.choose import PINNED_TILE, hide_twice
-from qllm_kernels.gpu.rotary import arguments, rotate_append, take_in, turned, with_partners
-from qllm_kernels.gpu.select import Choice, choose_blocks, score_run
+from qllm_kernels.gpu.rotary import arguments, take_in, turned, with_partners
+from qllm_kernels.gpu.select import Choice, score_run
 from qllm_kernels.gpu.shapes import power_of_2
 from qllm_kernels.rotary import Arrival
 
@@ -105,16 +105,7 @@ def append_and_choose(
     bounds: bool = False,
     pinned: Pinned | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See :func:`qllm_kernels.dispatch.append_and_choose`; several launches where there are several parts."""
-    if len(parts) > 1:
-        near, far_query = rotate_append(new, far)
-        assert far_query is not None
-        ids, valid, _ = choose_blocks(
-            far_query.transpose(0, 1), parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds
-        )  # fmt: skip
-        if pinned is not None:
-            pinned.write(ids)
-        return near, far_query, ids, valid
+    """See :func:`qllm_kernels.dispatch.append_and_choose`; of one part."""
     heads, kv_heads = new.query.shape[0], new.key.shape[0]
     near, far_query, tensors, strides, constants = arguments(new, far)
     choice = Choice(1, heads, parts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds)
