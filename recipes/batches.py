@@ -22,7 +22,6 @@ FAMILY_WEIGHTS = {
 BLOCK = 32
 N_INIT = 32
 FIRST_WEIGHT = 3.0
-MOST_VALUES = 4
 Span = tuple[int, int]
 # Spans of the question, of its answer and of the facts it needs.
 Ask = tuple[Span, Span, list[Span]]
@@ -35,7 +34,6 @@ class Sample:
     ids: list[int]
     weights: list[float]
     value: list[int]
-    right: dict[int, list[int]]
     families: list[str]
     asks: list[Ask]
     pinned: Span
@@ -52,8 +50,6 @@ class Batch:
         positions: Positions [B, T], with gaps where prose was cut out.
         weights: Loss weight of predicting each token from those before it [B, T].
         value: Tokens that make an answer right or wrong [B, T]: the question's number from 1, else 0.
-        right: Tokens that are right at each place [B, T, MOST_VALUES], the one in `ids` first, -1 where there are fewer:
-            several values may be told in any order.
         keep: Keys that stay visible from afar [B, T].
         asks: Per sample, per question: span of the question's tokens, span of the answer's and needed document spans.
         pinned: Per sample, span of the question standing before the document; empty when it doesn't.
@@ -64,7 +60,6 @@ class Batch:
     positions: NDArray[np.int64]
     weights: NDArray[np.float32]
     value: NDArray[np.int64]
-    right: NDArray[np.int64]
     keep: NDArray[np.bool_]
     asks: list[list[Ask]]
     pinned: list[Span]
@@ -109,7 +104,7 @@ class Sampler:
             count = max(2, min(12, int(budget / 16)))
             if family == "multi" and rng.random() < 0.6:
                 # Leaving out what was told already is learnt late; here every question asks for it.
-                return merge([maker.multi(rng.randint(2, 3), 0) for _ in range(max(2, count // 3))])
+                return merge([maker.multi(rng.choice((2, 2, 3, 3, 4)), 0) for _ in range(max(2, count // 3))])
             if family == "multi":
                 return maker.multi(rng.randint(2, 4), max(1, count - 3))
             if family == "two_hop":
@@ -145,7 +140,8 @@ class Sampler:
         title = f"[{self.maker.pools.word()}{ending}]\n"
         head = self.encode(title) if rng.random() < 0.5 else []
         pin = rng.random() < 0.45
-        turns = [self.turn(q) for q in questions]
+        depths = [rng.random() for _ in facts.statements]
+        turns = [self.turn(q, depths) for q in questions]
         first = turns[0][0]
         around = 8 + len(head) + len(first) * int(pin) + sum(len(t[0]) + len(t[1]) + 4 for t in turns)
         used = around + sum(len(self.encode(s)) + 1 for s in facts.statements)
@@ -155,7 +151,7 @@ class Sampler:
         state = rng.getstate()
         while True:
             rng.setstate(state)
-            document, spans = weave(rng, sentences, facts.statements, None, own_line)
+            document, spans = weave(rng, sentences, facts.statements, depths, own_line)
             encoding = self.tokenizer.encode(document, add_special_tokens=False)
             over = around + len(encoding.ids) - length
             if over <= 0 or not sentences:
@@ -173,10 +169,9 @@ class Sampler:
         stop = len(ids)
         weights = [0.05 if rng.random() < 0.2 else 0.0 for _ in ids]
         value = [0] * len(ids)
-        right: dict[int, list[int]] = {}
         places = [token_span(encoding.offsets, s, start) for s in spans]
         asks = []
-        for n, (question, (q_ids, a_ids, a_weights, a_right)) in enumerate(zip(questions, turns, strict=True)):
+        for n, (question, (q_ids, a_ids, a_weights)) in enumerate(zip(questions, turns, strict=True)):
             ids += [USER] if n else self.newlines
             q_span = (len(ids), len(ids) + len(q_ids))
             ids += [*q_ids, END, ASSISTANT]
@@ -184,14 +179,19 @@ class Sampler:
             ids += a_ids
             weights += [0.0] * (a_span[0] - len(weights)) + a_weights
             value += [0] * (a_span[0] - len(value)) + [n + 1 if w >= 1.0 else 0 for w in a_weights]
-            right |= {a_span[0] + i: tokens for i, tokens in a_right.items()}
             asks.append((q_span, a_span, [places[i] for i in question.needs]))
-        return Sample(ids, weights, value, right, [q.family for q in questions], asks, pinned, (start, stop), places)
+        return Sample(ids, weights, value, [q.family for q in questions], asks, pinned, (start, stop), places)
 
-    def turn(self, question: Question) -> tuple[list[int], list[int], list[float], dict[int, list[int]]]:
-        """Question tokens, answer tokens with the end mark, the weights of the latter and which others were right."""
+    def turn(self, question: Question, depths: Sequence[float]) -> tuple[list[int], list[int], list[float]]:
+        """Question tokens, answer tokens with the end mark and the weights of the latter.
+
+        Args:
+            question: The question.
+            depths: Where in the document each statement stands; several values are told in that order.
+        """
         values = list(question.values)
-        self.rng.shuffle(values)
+        if len(values) > 1:
+            values = [v for _, v in sorted(zip((depths[i] for i in question.needs), values, strict=True))]
         text = question.answer.replace(", ".join(question.values), ", ".join(values)) if values else question.answer
         # A lower-case word keeps the space it has inside a sentence, so that its tokens can be copied from there; what
         # stands in quotes has none.
@@ -200,37 +200,16 @@ class Sampler:
         # The first two tokens decide between answering and declining.
         decide = 1.0 if values else 2.0
         weights = [decide if i < 2 else 0.1 for i in range(len(encoding.ids))]
-        right: dict[int, list[int]] = {}
         at = 0
-        for n, v in enumerate(values or ("text",)):
+        for v in values or ("text",):
             single = len(values) == 1 and not question.short
             at = text.find(v, text.rfind(" is ") if single else at)
             at = text.find(v) if at < 0 else at
             a, b = token_span(encoding.offsets, (at + shift, at + shift + len(v)), 0)
             for i in range(a, min(b + 1, len(weights))):
                 weights[i] = FIRST_WEIGHT if i == a and values else decide
-            if len(values) > 1:
-                right |= self.others(encoding.ids, a, b, values[n:], first=at == 0)
             at += len(v)
-        return self.encode(question.text), [*encoding.ids, END], [*weights, 1.0 if question.short else 0.3], right
-
-    def others(self, ids: list[int], a: int, b: int, left: list[str], first: bool) -> dict[int, list[int]]:
-        """Per token of the value ids[a:b], the tokens that the values still left have there, the given one first.
-
-        Args:
-            ids: Tokens of the answer.
-            a, b: Where the value stands.
-            left: That value and those not told yet.
-            first: Whether it begins the answer, where only lower-case words keep their space.
-        """
-        forms = [self.encode((" " if v[:1].islower() or not first else "") + v) for v in left]
-        start = b - len(forms[0])
-        right: dict[int, list[int]] = {}
-        for i in range(start, b):
-            known = ids[start:i]
-            alive = [f for f in forms if f[: i - start] == known and len(f) > i - start]
-            right[i] = list(dict.fromkeys([ids[i], *(f[i - start] for f in alive)]))
-        return right
+        return self.encode(question.text), [*encoding.ids, END], [*weights, 1.0 if question.short else 0.3]
 
     def batch(
         self,
@@ -258,7 +237,6 @@ class Sampler:
         positions = np.tile(np.arange(length), (count, 1))
         weights = np.zeros((count, length), np.float32)
         value = np.zeros((count, length), np.int64)
-        right = np.full((count, length, MOST_VALUES), -1, np.int64)
         keep = np.ones((count, length), np.bool_)
         asks: list[list[Ask]] = []
         pinned: list[Span] = []
@@ -280,8 +258,6 @@ class Sampler:
                     break
             n = len(sample.ids)
             ids[b, :n], weights[b, :n], value[b, :n] = sample.ids, sample.weights, sample.value
-            for i, tokens in sample.right.items():
-                right[b, i, : len(tokens)] = tokens
             asks.append(sample.asks)
             pinned.append(sample.pinned)
             families.append(sample.families)
@@ -296,8 +272,7 @@ class Sampler:
                     clear = not any(p < s + BLOCK and q > s for p, q in sample.places)
                     if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
                         keep[b, s : s + BLOCK] = False
-        right[..., 0] = ids
-        return Batch(ids, positions, weights, value, right, keep, asks, pinned, families)
+        return Batch(ids, positions, weights, value, keep, asks, pinned, families)
 
 
 def token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int], shift: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.attention import FAR_AWAY, attend, causal_bias
+from recipes.attention import FAR_AWAY, attend
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class Attention(nn.Module):
 
 @dataclass
 class Angles:
-    """Rotations cos/sin [B, 1, T, e/2] and bias [B or 1, 1, T, T] of one batch; with a clamp also far angle and mask."""
+    """Rotations cos/sin [B, 1, T, e/2] and bias [B, 1, T, T] of one batch, with a clamp; also far angle and mask then."""
 
     cos: Tensor
     sin: Tensor
-    bias: Tensor
+    bias: Tensor | None
     far_cos: Tensor | None = None
     far_sin: Tensor | None = None
     near: Tensor | None = None
@@ -191,7 +191,7 @@ class Reader(nn.Module):
         theta = positions[:, None, :, None].float() * freq
         cos, sin = theta.cos(), theta.sin()
         if n_local is None:
-            return Angles(cos, sin, causal_bias(positions.shape[1], positions.device))
+            return Angles(cos, sin, None)
         distance = positions[:, None, :, None] - positions[:, None, None, :]
         near = distance < n_local
         visible = distance >= 0

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # Some machines advertise AMX and trap its use; this caps oneDNN one level below it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# Its threads do not live on in the processes that make batches.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +29,7 @@ from qllm_bench.questions.data import Prose, common_words, make_case, read_books
 from qllm_runtime.samples import story
 from recipes.batches import FAMILY_WEIGHTS, Batch, Sampler
 from recipes.export import export, plot_curve
+from recipes.feed import Plan, Plans, batches
 from recipes.init import GROWN, grow, initialise
 from recipes.lookup import LookupObjective
 from recipes.model import Reader, ReaderConfig
@@ -35,13 +39,24 @@ from recipes.tokenizer import save_tokenizer, train_tokenizer
 SEED = 20240607
 SHARES = {"base": 0.32, "trunk": 0.35, "plain": 0.14, "reader": 0.19}
 STORIES = 3
-# (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
-STAGES = {
-    "base": ((0.06, 128, 32, 1.0), (0.16, 192, 24, 0.6), (0.75, 256, 24, 0.45), (1.0, 512, 12, 0.45)),
-    "trunk": ((0.35, 256, 24, 0.35), (1.0, 512, 12, 0.35)),
-    "plain": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
-    "reader": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
+# By device and phase: (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
+Stage = tuple[float, int, int, float]
+STAGES: dict[str, dict[str, tuple[Stage, ...]]] = {
+    "cpu": {
+        "base": ((0.06, 128, 32, 1.0), (0.16, 192, 24, 0.6), (0.75, 256, 24, 0.45), (1.0, 512, 12, 0.45)),
+        "trunk": ((0.35, 256, 24, 0.35), (1.0, 512, 12, 0.35)),
+        "plain": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
+        "reader": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
+    },
+    "cuda": {
+        "base": ((0.04, 128, 256, 1.0), (0.12, 192, 192, 0.6), (0.6, 256, 192, 0.45), (1.0, 512, 96, 0.45)),
+        "trunk": ((0.3, 512, 96, 0.35), (0.7, 1024, 48, 0.35), (1.0, 2048, 24, 0.35)),
+        "plain": ((0.3, 1024, 48, 0.35), (0.85, 2048, 24, 0.35), (1.0, 4096, 12, 0.35)),
+        "reader": ((0.3, 1024, 48, 0.35), (0.85, 2048, 24, 0.35), (1.0, 4096, 12, 0.35)),
+    },
 }
+# Context that the model is declared for.
+MAX_POSITIONS = {"cpu": 512, "cuda": 2048}
 CLAMP_SHARE = {"base": 0.2, "trunk": 0.25, "plain": 0.4, "reader": 0.35}
 SAVE_EVERY_S = 120.0
 CHECK_EVERY_S = 60.0
@@ -72,13 +87,12 @@ def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenize
 
 
 def weighted_loss(model: Reader, hidden: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of the tokens that carry a weight; where several would be right, of their sum."""
+    """Cross-entropy of the tokens that carry a weight."""
     weights = torch.from_numpy(batch.weights).to(hidden.device)[:, 1:]
-    right = torch.from_numpy(batch.right).to(hidden.device)[:, 1:]
+    targets = torch.from_numpy(batch.ids).to(hidden.device)[:, 1:]
     chosen = weights > 0
     logits = model.logits(hidden[:, :-1][chosen]).float()
-    wanted = logits.gather(-1, right[chosen].clamp(min=0)).masked_fill(right[chosen] < 0, -torch.inf)
-    losses = logits.logsumexp(-1) - wanted.logsumexp(-1)
+    losses = F.cross_entropy(logits, targets[chosen], reduction="none")
     return (losses * weights[chosen]).sum() / weights.sum()
 
 
@@ -87,7 +101,7 @@ def quick_check(model: Reader, batch: Batch, device: torch.device) -> dict[str, 
     """Share of questions whose decisive tokens are all predicted, in all and per family (teacher forced)."""
     hidden, _ = model(torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.positions).to(device))
     best = model.logits(hidden[:, :-1]).argmax(-1).cpu().numpy()
-    right = (best[..., None] == batch.right[:, 1:]).any(-1)
+    right = best == batch.ids[:, 1:]
     found: dict[str, list[bool]] = {}
     for row, families in enumerate(batch.families):
         for n, family in enumerate(families):
@@ -117,13 +131,18 @@ class Run:
         out: Folder of checkpoints.
         device: Where to train.
         start: Checkpoint to start from.
+        processes: Others that make the batches; 0: none.
     """
 
-    def __init__(self, phase: str, minutes: float, text: Path, out: Path, device: str, start: Path | None) -> None:
+    def __init__(
+        self, phase: str, minutes: float, text: Path, out: Path, device: str, start: Path | None, processes: int = 0
+    ) -> None:
         self.phase, self.seconds, self.out, self.device = phase, minutes * 60, out, torch.device(device)
         books = read_books(text, held_out=False)
         plain = [unwrap(b) for b in books.values()]
-        self.config = ReaderConfig() if phase != "base" else ReaderConfig(layers=len(GROWN))
+        self.processes = processes
+        declared = ReaderConfig(max_positions=MAX_POSITIONS[self.device.type])
+        self.config = declared if phase != "base" else replace(declared, layers=len(GROWN))
         self.tokenizer = build_tokenizer(plain, out / "tokenizer", self.config.max_positions)
         words = common_words(plain, 5)
         prose = [Prose.of(b) for b in books.values()] + [Prose.of(b) for b in plain]
@@ -168,33 +187,31 @@ class Run:
         partial.replace(self.path)
         (self.out / f"{self.phase}.json").write_text(json.dumps(self.log), encoding="utf-8")
 
-    def train_step(self) -> tuple[float, float]:
-        """One step; returns the answer loss and the lookup loss."""
+    def plan(self, step: int) -> Plan:
+        """What the batch of a step is to be, at the present time."""
         progress = min(1.0, self.elapsed / self.seconds)
-        length, count, easy = next(stage[1:] for stage in STAGES[self.phase] if progress <= stage[0])
-        self.sampler.rng.seed(f"{self.phase}-{SEED}-{self.step}")
-        rng = self.sampler.rng
-        clamp = rng.random() < CLAMP_SHARE[self.phase] and length >= 256
-        n_local = int(math.exp(rng.uniform(math.log(length / 8), math.log(length * 0.7)))) if clamp else None
-        batch = self.sampler.batch(
-            count,
-            length,
-            0.6 if length >= 256 else 0.3,
-            2000 if clamp else 300,
-            drop_share=0.5 if clamp else 0.0,
-            easy=easy,
-            repeat=0.25 if length == 128 else 0.04,
-        )
+        stages = STAGES[self.device.type][self.phase]
+        length, count, easy = next(stage[1:] for stage in stages if progress <= stage[0])
+        return Plan(f"{self.phase}-{SEED}-{step}", length, count, easy, CLAMP_SHARE[self.phase])
+
+    def train_step(self, batch: Batch, n_local: int | None) -> tuple[float, float]:
+        """One step; returns the answer loss and the lookup loss.
+
+        Args:
+            batch: Its batch.
+            n_local: Distance that is clamped.
+        """
+        progress = min(1.0, self.elapsed / self.seconds)
         ids = torch.from_numpy(batch.ids).to(self.device)
         positions = torch.from_numpy(batch.positions).to(self.device)
-        keep = torch.from_numpy(batch.keep).to(self.device) if clamp else None
+        keep = torch.from_numpy(batch.keep).to(self.device) if n_local else None
         extra = 0.0
         with torch.autocast(self.device.type, torch.bfloat16):
             hidden, inputs = self.model(ids, positions, n_local, keep)
             loss = weighted_loss(self.model, hidden, batch)
             total = loss
             if self.lookup is not None:
-                side = self.lookup(self.model, inputs, batch, rng)
+                side = self.lookup(self.model, inputs, batch, random.Random(f"lookup-{SEED}-{self.step}"))
                 total = loss + self.lookup.weight * side
                 extra = float(side.detach())
         total.backward()  # type: ignore[no-untyped-call]
@@ -211,9 +228,10 @@ class Run:
         clock = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.monotonic
         saved = checked = self.elapsed
         mean, mean_extra = 0.0, 0.0
+        feed = batches(self.sampler, Plans(self.step, self.plan), self.processes)
         while self.elapsed < self.seconds:
             began = clock()
-            loss, extra = self.train_step()
+            loss, extra = self.train_step(*next(feed))
             mean = loss if mean == 0.0 else 0.95 * mean + 0.05 * loss
             mean_extra = extra if mean_extra == 0.0 else 0.95 * mean_extra + 0.05 * extra
             self.elapsed += clock() - began
@@ -248,6 +266,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=115.0, help="training time of all phases together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=0, help="make batches in so many other processes; for a GPU")
     parser.add_argument("--phase", choices=tuple(SHARES), help="run one phase only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -255,7 +274,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for phase in [args.phase] if args.phase else list(SHARES):
         start = None if phase == "base" else args.out / ("base.pt" if phase == "trunk" else "trunk.pt")
-        run = Run(phase, args.minutes * SHARES[phase], args.text, args.out, args.device, start)
+        run = Run(phase, args.minutes * SHARES[phase], args.text, args.out, args.device, start, args.processes)
         run.run()
         if phase in ("plain", "reader"):
             export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,14 @@ from tokenizers import Tokenizer
 
 from qllm_bench.questions.facts import Question
 from recipes.attention import attend, causal_bias
-from recipes.batches import Sampler
+from recipes.batches import FIRST_WEIGHT, Sampler
 from recipes.evaluate import MODELS, story_prose
+from recipes.feed import Plan, Plans, batches
 from recipes.init import GROWN, grow, initialise
 from recipes.lookup import cross_entropy
 from recipes.model import Reader, ReaderConfig
 from recipes.optim import orthogonalise
+from recipes.train import STAGES, Stage
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 8, 4, 20, 16
 
@@ -73,24 +76,74 @@ def test_a_grown_network_computes_what_it_did() -> None:
     torch.testing.assert_close(deep(ids, positions)[0], expected)
 
 
-def test_several_values_are_right_in_any_order() -> None:
+def test_several_values_are_told_in_the_order_of_the_document() -> None:
     tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
     sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
     values = ("4711", "4213", "pond")
-    question = Question("Which?", "The numbers are 4711, 4213, pond.", values, "multi", False, (0, 1, 2))
-    orders = set()
-    for _ in range(20):
-        _, ids, weights, right = sampler.turn(question)
-        text = tokenizer.decode(ids)
-        told = text.removeprefix("The numbers are ").removesuffix(".").split(", ")
-        orders.add(tuple(told))
-        assert sorted(told) == sorted(values)
-        assert len(ids) == len(weights)
-        assert all(tokens[0] == ids[i] for i, tokens in right.items())
-        first = min(i for i, tokens in right.items() if len(tokens) > 1)
-        assert {tokenizer.id_to_token(t)[:2] for t in right[first]} >= {"\u0120", "\u0120p"}
-        if told[0] == "4711":
-            four = next(i for i in sorted(right) if tokenizer.id_to_token(ids[i]) == "4")
-            assert [tokenizer.id_to_token(t) for t in right[four + 1]] == ["7", "2"]
-            assert all(len(right[four + n]) == 1 for n in (2, 3))
-    assert len(orders) > 3
+    question = Question("Which?", "The numbers are 4711, 4213, pond.", values, "multi", False, (2, 0, 1))
+    _, ids, weights = sampler.turn(question, (0.5, 0.2, 0.9))
+    assert tokenizer.decode(ids).rstrip("\n").startswith("The numbers are pond, 4213, 4711.")
+    assert len(ids) == len(weights)
+    firsts = [tokenizer.id_to_token(ids[i]) for i in range(len(ids)) if weights[i] == FIRST_WEIGHT]
+    assert firsts == ["\u0120p", "4", "4"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_several_values_of_a_sample(seed: int) -> None:
+    """Whatever a sample's text is, the values of an answer stand in it one behind the other."""
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    sampler = Sampler(seed, tokenizer, story_prose(), ["pond", "gate", "hill"])
+    found = 0
+    for _ in range(40):
+        sample = sampler.sample(512)
+        for family, (_, (a, b), places) in zip(sample.families, sample.asks, strict=True):
+            if family != "multi":
+                continue
+            answer = tokenizer.decode(sample.ids[a:b])
+            stated = [tokenizer.decode(sample.ids[p:q]) for p, q in sorted(places)]
+            told = [v.strip(" .") for v in answer.split(" are ")[-1].split(", ")]
+            assert len(told) == len(stated)
+            assert all(value.lower() in statement.lower() for value, statement in zip(told, stated, strict=True))
+            found += 1
+    assert found > 5
+
+
+def test_batches_are_the_same_whoever_makes_them() -> None:
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    made = []
+    for processes in (0, 2):
+        sampler = Sampler(3, tokenizer, story_prose(), ["pond", "gate", "hill"])
+        plans = Plans(7, lambda step: Plan(f"test-{step}", 256, 2, 0.3, 0.5))
+        feed = batches(sampler, plans, processes)
+        made.append([next(feed) for _ in range(5)])
+    for (one, distance), (other, same_distance) in zip(*made, strict=True):
+        assert distance == same_distance
+        assert one.asks == other.asks
+        assert all(
+            np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "positions", "weights", "keep")
+        )
+    assert len({distance for _, distance in made[0]}) > 1
+    assert not np.array_equal(made[0][0][0].ids, made[0][1][0].ids)
+
+
+def test_a_plan_is_asked_for_when_its_batch_is_made() -> None:
+    """A phase's stages go by the time, so that a plan made ahead would be of the stage before."""
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
+    length = 128
+    feed = batches(sampler, Plans(0, lambda step: Plan(f"test-{step}", length, 1, 0.0, 0.0)), 0)
+    assert next(feed)[0].ids.shape == (1, 128)
+    length = 192
+    assert next(feed)[0].ids.shape == (1, 192)
+
+
+def test_fused_attention_is_the_same() -> None:
+    q, k, v = (torch.randn(BATCH, n, LENGTH, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, None), fused)
+
+
+@pytest.mark.parametrize("stages", [s for phases in STAGES.values() for s in phases.values()])
+def test_stages_end_with_their_phase(stages: tuple[Stage, ...]) -> None:
+    ends = [end for end, *_ in stages]
+    assert ends == sorted(set(ends)) and ends[-1] == 1.0
