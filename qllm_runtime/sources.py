@@ -31,6 +31,7 @@ class _Passage:
     start: int
     end: int
     mass: float
+    outstanding: float
 
 
 def passages(
@@ -40,8 +41,9 @@ def passages(
 
     A passage has to stand out from its surroundings: recent text receives attention for being recent, so mass by itself
     says little. A single token (punctuation collects attention) does not count for more than its neighbours together.
-    Peaks are grown to the sentences or lines around them and merged where they touch. A passage's score is its share of
-    all mass that fell on documents. Mass spread evenly over a document yields one passage, not many.
+    Peaks are grown to the sentences or lines around them and merged where they touch; those that hold most are kept. A
+    passage's score is what stands out in it, as a share of all mass that fell on documents. Mass spread evenly over a document
+    yields one passage, not many.
 
     Args:
         mass: [n] attention mass per prompt token (any scale; n may exceed the prompt: generated tokens are ignored).
@@ -62,6 +64,7 @@ def passages(
     left = [_standing_out(weight) for weight in weights]
     if max(_heaviest(left)[3], 0.0) <= 1e-9 * total:  # nothing does: a short or evenly read text
         left = [weight.copy() for weight in weights]
+    outstanding = [np.maximum(weight, 0) for weight in left]
     found: list[_Passage] = []
     best = 0.0
     for _ in range(4 * limit):
@@ -76,11 +79,12 @@ def passages(
         span = prompt.document_spans[which]
         first, last = _core(weights[which][start:end])
         grown = _grow(documents[span.document].text, *_characters(span, start + first, start + last))
-        _merge(found, span, weights[which], grown, documents[span.document].text)
+        _merge(found, span, weights[which], outstanding[which], grown, documents[span.document].text)
         if len(found) > limit:
             break
-    found.sort(key=lambda passage: -passage.mass)
-    return tuple(_source(passage, documents[passage.document], total) for passage in found[:limit])
+    most = sorted(found, key=lambda passage: -passage.mass)[:limit]
+    most.sort(key=lambda passage: -passage.outstanding)
+    return tuple(_source(passage, documents[passage.document], total) for passage in most)
 
 
 def trace_back(
@@ -166,7 +170,12 @@ def _characters(span: DocumentSpan, first: int, last: int) -> tuple[int, int]:
 
 
 def _merge(
-    found: list[_Passage], span: DocumentSpan, weight: NDArray[np.float64], grown: tuple[int, int], text: str
+    found: list[_Passage],
+    span: DocumentSpan,
+    weight: NDArray[np.float64],
+    outstanding: NDArray[np.float64],
+    grown: tuple[int, int],
+    text: str,
 ) -> None:
     """Add a passage, or join it to those it touches."""
     start, end = grown
@@ -179,7 +188,8 @@ def _merge(
         found.remove(other)
         start, end = min(start, other.start), max(end, other.end)
     inside = (span.offsets[:, 0] < end) & (span.offsets[:, 1] > start)
-    found.append(_Passage(span.document, start, end, float(weight[inside].sum())))
+    held = float(weight[inside].sum()), float(outstanding[inside].sum())
+    found.append(_Passage(span.document, start, end, *held))
 
 
 def _grow(text: str, start: int, end: int) -> tuple[int, int]:
@@ -255,5 +265,5 @@ def _is_regional(character: str) -> bool:
 
 def _source(passage: _Passage, document: Document, total: float) -> Source:
     text = document.text[passage.start : passage.end]
-    score = min(1.0, passage.mass / total)
+    score = min(1.0, passage.outstanding / total)
     return Source(passage.document, document.title, passage.start, passage.end, score, text)

@@ -90,7 +90,7 @@ class Source:
         document: Index of the document in the request.
         title: Its title, if it has one.
         start, end: Character span, `text == document.text[start:end]`.
-        score: Share of the answer's attention to documents that fell on this passage (0..1).
+        score: Share of the answer's attention to documents by which this passage stands out from its surroundings (0..1).
         text: The passage.
     """
 

@@ -72,6 +72,20 @@ def test_several_documents_best_first():
     check(sources, documents)
 
 
+def test_recent_text_does_not_come_first_for_being_near():
+    """The end of a text lies in the window, where all of it is seen; a passage there holds more, the fact stands out more."""
+    last = "He closed the door behind him and went down to the river where the boats lay in the dark all night."
+    document = Document(PROSE + "The code is 4711. " + PROSE + last + " Nobody saw it." * 60)
+    prompt = prompt_of(document)
+    span = prompt.document_spans[0]
+    mass = mass_on(prompt, document, "The code is 4711.", weight=15.0) + mass_on(prompt, document, last, weight=2.5)
+    mass[span.end - 600 : span.end] += np.linspace(0, 2, 600)
+    sources = passages(mass, prompt, [document])
+    assert sources[0].text == "The code is 4711."
+    assert sources[1].text.startswith(last)
+    check(sources, [document])
+
+
 def test_neighbours_are_merged():
     document = Document(PROSE + "One fact is here. Another fact is there. " + PROSE)
     prompt = prompt_of(document)
