@@ -98,9 +98,12 @@ STEPS = (
     ),  # 210
     Step("infllm-aware", "books", f"{_EIGHT} --lengths 4k,16k --documents 6 --policy infllm --order both"),  # 130
     Step("first", "books", f"{_EIGHT} --lengths 512,4k,16k --documents 6,16k=3 --policy qllm --order first"),  # 100
-    Step("many-256k", "books-100", f"{_MANY} --lengths 256k --documents 1 --order last"),  # 200
+    Step("many-256k", "books-100", f"{_MANY} --lengths 256k --documents 1 --order last,reread"),  # 350
+    Step(
+        "256k-others", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy oracle,infllm,streaming --order last"
+    ),  # 300
     Step("plain-policies", "plain", f"{_SWEEP} --model reader-plain"),  # 300
-    Step("many-1M", "books-100", f"{_MANY} --lengths 1M --documents 1 --order last"),  # 500
+    Step("many-1M", "books-100", f"{_MANY} --lengths 1M --documents 1 --order last,reread"),  # 900
 )
 
 
