@@ -76,7 +76,8 @@ def attend(
         q: Rotated queries [B, heads, T, D].
         k: Rotated keys [B, kv_heads, T, D].
         v: Values [B, kv_heads, T, D].
-        bias: Added to the scores, [B or 1, 1, T, T]; None: a query sees itself and what is before it.
+        bias: Added to the scores, [B or 1, 1, T, T]; None: a query sees itself and what is before it, by
+            torch's fused attention.
         near: Where `q` and `k` give the scores, [B, 1, T, T]; elsewhere `far` does. All of them when omitted.
         far: Queries and keys shaped like `q` and `k`.
 
@@ -87,9 +88,7 @@ def attend(
     g = k.shape[1]
     dtype = v.dtype
     if bias is None:
-        if q.is_cuda:
-            return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, is_causal=True, enable_gqa=True)
-        bias = causal_bias(t, q.device)
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, is_causal=True, enable_gqa=True)
     packed = [(x.to(dtype) * d**-0.5).reshape(b, g, h // g * t, d) for x in ((q,) if far is None else (q, far[0]))]
     keys = [x.to(dtype).contiguous() for x in ((k,) if far is None else (k, far[1]))]
     far_q, far_k = (None, None) if far is None else (packed[1], keys[1])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.attention import FAR_AWAY, attend
+from recipes.attention import FAR_AWAY, attend, causal_bias
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
 @dataclass
 class Angles:
-    """Rotations cos/sin [B, 1, T, e/2] and bias [B, 1, T, T] of one batch, with a clamp; also far angle and mask then."""
+    """Rotations cos/sin [B, 1, T, e/2] and bias of one batch, as `attend` takes it; with a clamp also far angle and mask."""
 
     cos: Tensor
     sin: Tensor
@@ -191,7 +191,7 @@ class Reader(nn.Module):
         theta = positions[:, None, :, None].float() * freq
         cos, sin = theta.cos(), theta.sin()
         if n_local is None:
-            return Angles(cos, sin, None)
+            return Angles(cos, sin, None if cos.is_cuda else causal_bias(positions.shape[1], positions.device))
         distance = positions[:, None, :, None] - positions[:, None, None, :]
         near = distance < n_local
         visible = distance >= 0

@@ -96,11 +96,17 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
     Returns:
         Per way the root mean square of the difference over that of the logits, and the share of steps with the same best token:
         of steps launch by launch against the torch functions, whose rounding may choose other blocks; of the others against
-        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart).
+        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart). A way that fails says so.
     """
     config = MemoryConfig.for_model(model.config.max_position_embeddings)
     slots = min(1024, (CANDIDATES if config.every_key else 2) * config.topk)
     ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+
+    def attempt(**way: Any) -> torch.Tensor | str:
+        try:
+            return logits(**way)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
 
     def logits(*, device_blocks: int | None = None, graph: bool = False, kernels: str | None = None) -> torch.Tensor:
         with _kernels(kernels):
@@ -115,15 +121,21 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
                 steps = [inference.step(cache, [int(token)])[0].float().cpu() for token in ids[:STEPS]]
         return torch.stack(steps)
 
-    launches = logits()
+    launches = attempt()
     ways = {
-        "launches": (launches, logits(kernels="torch")),
-        "graph": (logits(graph=True), launches),
-        "offloaded": (logits(device_blocks=slots), launches),
-        "offloaded_graph": (logits(device_blocks=slots, graph=True), launches),
+        "launches": (launches, attempt(kernels="torch")),
+        "graph": (attempt(graph=True), launches),
+        "offloaded": (attempt(device_blocks=slots), launches),
+        "offloaded_graph": (attempt(device_blocks=slots, graph=True), launches),
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, (found, wanted) in ways.items():
+        if isinstance(found, str) or isinstance(wanted, str):
+            rows[name] = {
+                "failed": found if isinstance(found, str) else f"nothing to compare with: {wanted}",
+                "ok": False,
+            }
+            continue
         apart = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
         alike = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
         rows[name] = {

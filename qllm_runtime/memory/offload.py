@@ -130,11 +130,8 @@ class OffloadedStore(BlockStore):
     @override
     def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         pieces, scopes, k = ids.shape
-        together = self._device_blocks // k
         parts = []
-        for at in range(0, pieces, together):
-            rows = slice(at, at + together)
-            paged = self.in_place(ids[rows], None if valid is None else valid[rows])
+        for _, paged in self.in_turn(ids, valid):
             assert paged is not None
             table = paged.table.transpose(0, 1).reshape(scopes, -1)
             parts.append((take(paged.key, table), take(paged.value, table)))
