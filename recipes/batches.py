@@ -19,6 +19,12 @@ FAMILY_WEIGHTS = {
     "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.6, "code": 1.0, "relation": 3.0,
     "multi": 4.6, "two_hop": 4.0,
 }  # fmt: skip
+# Once the others are known: what is learnt late, because it takes two steps or a value that stands ahead of its key.
+LATE_WEIGHTS = {
+    "passkey": 0.3, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 4.0,
+    "multi": 3.0, "two_hop": 5.0,
+}  # fmt: skip
+LATE_VALUE_FIRST = 0.4
 BLOCK = 32
 N_INIT = 32
 FIRST_WEIGHT = 3.0
@@ -84,6 +90,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.prose = prose
         self.maker = FactMaker(Pools(self.rng, evaluation, words))
+        self.weights = FAMILY_WEIGHTS
         self.newlines = self.encode("\n\n")
 
     def encode(self, text: str) -> list[int]:
@@ -96,7 +103,7 @@ class Sampler:
         rng, maker = self.rng, self.maker
         budget = length * rng.uniform(0.12, 0.4)
         absent = 0 if simple else rng.choices((0, 1, 2), (0.4, 0.4, 0.2))[0]
-        families, weights = list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values())
+        families, weights = list(self.weights), list(self.weights.values())
         if simple:
             families, weights = families[:-2], weights[:-2]
         if rng.random() < 0.4:
@@ -220,6 +227,7 @@ class Sampler:
         drop_share: float = 0.0,
         easy: float = 0.0,
         repeat: float = 0.0,
+        late: bool = False,
     ) -> Batch:
         """``count`` samples padded to ``length``.
 
@@ -231,8 +239,11 @@ class Sampler:
             drop_share: Share of samples in which blocks of plain prose are invisible from afar.
             easy: Share of samples with canonical statements only and without the hard families.
             repeat: Share of samples that are pure repetition.
+            late: Draw more of what is learnt late.
         """
         rng = self.rng
+        self.weights = LATE_WEIGHTS if late else FAMILY_WEIGHTS
+        self.maker.value_first = LATE_VALUE_FIRST if late else 0.0
         ids = np.full((count, length), PAD, np.int64)
         positions = np.tile(np.arange(length), (count, 1))
         weights = np.zeros((count, length), np.float32)

@@ -21,6 +21,7 @@ class Plan:
         count: Sequences.
         easy: Share of easy samples.
         clamp_share: How often distances are clamped as the lookup does.
+        late: Whether to draw more of what is learnt late.
     """
 
     seed: str
@@ -28,6 +29,7 @@ class Plan:
     count: int
     easy: float
     clamp_share: float
+    late: bool
 
 
 class Feed(Dataset[tuple[Batch, int | None]]):
@@ -54,6 +56,7 @@ class Feed(Dataset[tuple[Batch, int | None]]):
             drop_share=0.5 if clamp else 0.0,
             easy=plan.easy,
             repeat=0.25 if length == 128 else 0.04,
+            late=plan.late,
         )
         return batch, n_local
 

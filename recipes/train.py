@@ -44,19 +44,21 @@ Stage = tuple[float, int, int, float]
 STAGES: dict[str, dict[str, tuple[Stage, ...]]] = {
     "cpu": {
         "base": ((0.06, 128, 32, 1.0), (0.16, 192, 24, 0.6), (0.75, 256, 24, 0.45), (1.0, 512, 12, 0.45)),
-        "trunk": ((0.35, 256, 24, 0.35), (1.0, 512, 12, 0.35)),
-        "plain": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
-        "reader": ((0.2, 256, 24, 0.35), (0.94, 512, 12, 0.35), (1.0, 1024, 6, 0.35)),
+        "trunk": ((0.35, 256, 24, 0.35), (0.5, 512, 12, 0.35), (1.0, 512, 12, 0.2)),
+        "plain": ((0.94, 512, 12, 0.25), (1.0, 1024, 6, 0.25)),
+        "reader": ((0.94, 512, 12, 0.25), (1.0, 1024, 6, 0.25)),
     },
     "cuda": {
         "base": ((0.04, 128, 256, 1.0), (0.12, 192, 192, 0.6), (0.6, 256, 192, 0.45), (1.0, 512, 96, 0.45)),
-        "trunk": ((0.3, 512, 96, 0.35), (0.7, 1024, 48, 0.35), (1.0, 2048, 24, 0.35)),
-        "plain": ((0.3, 1024, 48, 0.35), (0.85, 2048, 24, 0.35), (1.0, 4096, 12, 0.35)),
-        "reader": ((0.3, 1024, 48, 0.35), (0.85, 2048, 24, 0.35), (1.0, 4096, 12, 0.35)),
+        "trunk": ((0.3, 512, 96, 0.35), (0.7, 1024, 48, 0.2), (1.0, 2048, 24, 0.2)),
+        "plain": ((0.3, 1024, 48, 0.25), (0.85, 2048, 24, 0.25), (1.0, 4096, 12, 0.25)),
+        "reader": ((0.3, 1024, 48, 0.25), (0.85, 2048, 24, 0.25), (1.0, 4096, 12, 0.25)),
     },
 }
 # Context that the model is declared for.
 MAX_POSITIONS = {"cpu": 512, "cuda": 2048}
+# Share of a phase after which more is drawn of what is learnt late.
+LATE_FROM = {"base": 1.0, "trunk": 0.4, "plain": 0.0, "reader": 0.0}
 CLAMP_SHARE = {"base": 0.2, "trunk": 0.25, "plain": 0.4, "reader": 0.35}
 SAVE_EVERY_S = 120.0
 CHECK_EVERY_S = 60.0
@@ -192,7 +194,8 @@ class Run:
         progress = min(1.0, self.elapsed / self.seconds)
         stages = STAGES[self.device.type][self.phase]
         length, count, easy = next(stage[1:] for stage in stages if progress <= stage[0])
-        return Plan(f"{self.phase}-{SEED}-{step}", length, count, easy, CLAMP_SHARE[self.phase])
+        late = progress >= LATE_FROM[self.phase]
+        return Plan(f"{self.phase}-{SEED}-{step}", length, count, easy, CLAMP_SHARE[self.phase], late)
 
     def train_step(self, batch: Batch, n_local: int | None) -> tuple[float, float]:
         """One step; returns the answer loss and the lookup loss.

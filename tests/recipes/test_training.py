@@ -113,7 +113,7 @@ def test_batches_are_the_same_whoever_makes_them() -> None:
     made = []
     for processes in (0, 2):
         sampler = Sampler(3, tokenizer, story_prose(), ["pond", "gate", "hill"])
-        plans = Plans(7, lambda step: Plan(f"test-{step}", 256, 2, 0.3, 0.5))
+        plans = Plans(7, lambda step: Plan(f"test-{step}", 256, 2, 0.3, 0.5, late=step % 2 == 0))
         feed = batches(sampler, plans, processes)
         made.append([next(feed) for _ in range(5)])
     for (one, distance), (other, same_distance) in zip(*made, strict=True):
@@ -131,7 +131,7 @@ def test_a_plan_is_asked_for_when_its_batch_is_made() -> None:
     tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
     sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
     length = 128
-    feed = batches(sampler, Plans(0, lambda step: Plan(f"test-{step}", length, 1, 0.0, 0.0)), 0)
+    feed = batches(sampler, Plans(0, lambda step: Plan(f"test-{step}", length, 1, 0.0, 0.0, late=False)), 0)
     assert next(feed)[0].ids.shape == (1, 128)
     length = 192
     assert next(feed)[0].ids.shape == (1, 192)

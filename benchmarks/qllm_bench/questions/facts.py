@@ -175,16 +175,23 @@ class FactMaker:
 
     Attributes:
         canonical: State every fact in the first way of its relation and answer mostly in full sentences.
+        value_first: Share of the relations of no family of their own that are drawn from those whose statements may
+            name the value ahead of the subject.
     """
 
     def __init__(self, pools: Pools) -> None:
         self.pools = pools
         self.rng = pools.rng
         self.canonical = False
+        self.value_first = 0.0
 
     def relation(self, family: str) -> Relation:
         """A relation of a family."""
-        return SIMPLE[family] if family in SIMPLE else self.rng.choice(OTHERS)
+        if family in SIMPLE:
+            return SIMPLE[family]
+        if self.value_first and self.rng.random() < self.value_first:
+            return self.rng.choice([r for r in OTHERS if r.value_first])
+        return self.rng.choice(OTHERS)
 
     def simple(
         self, family: str, count: int, one_template: bool, absent: int = 0, short: bool | None = None

@@ -44,6 +44,11 @@ class Relation:
     plural: tuple[str, ...] = ()
     plural_answer: str = ""
 
+    @property
+    def value_first(self) -> bool:
+        """Whether a statement may name the value ahead of the subject."""
+        return any(s.lower().find("{v}") < s.lower().find("{s}") for s in self.statements)
+
 
 ATTRIBUTE = Relation(
     "attribute", "entity", "value",
