@@ -16,6 +16,20 @@ from torch import Tensor
 FAR_AWAY = -1e30
 
 
+#: So many queries of a sequence are taken at a time, and only the keys up to the last of them.
+ROWS = 128
+
+
+def _parts(t: int) -> list[slice]:
+    """Queries of each part, of a sequence of `t` tokens."""
+    return [slice(a, min(a + ROWS, t)) for a in range(0, t, ROWS)]
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    """Some queries of one sequence [g, r, T, D], those of a group below each other: [g, r * rows, D]."""
+    return x[:, :, rows].reshape(x.shape[0], -1, x.shape[-1])
+
+
 class _Attend(torch.autograd.Function):
     """Softmax attention whose scores come from one or, by a mask, from two pairs of queries and keys."""
 
@@ -23,42 +37,46 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, far_k: Tensor | None, bias: Tensor, near: Tensor | None
     ) -> Tensor:  # fmt: skip
-        b, g, m, _ = q.shape
-        t = k.shape[2]
-        out, probs = torch.empty_like(q), torch.empty(b, g, m, t, dtype=q.dtype, device=q.device)
+        b, g, r, t, d = q.shape
+        out = torch.empty_like(q)
+        probs: list[Tensor] = []
         for i in range(b):
-            scores = (q[i] @ k[i].transpose(-1, -2)).view(g, m // t, t, t)
-            if near is not None:
-                assert far_q is not None
-                assert far_k is not None
-                far = (far_q[i] @ far_k[i].transpose(-1, -2)).view(scores.shape)
-                scores = torch.where(near[i], scores, far)
-            scores = scores + bias[min(i, len(bias) - 1)]
-            torch.softmax(scores, -1, out=probs[i].view(scores.shape))
-            torch.matmul(probs[i], v[i], out=out[i])
-        ctx.save_for_backward(q, k, v, far_q, far_k, near, probs)
+            for rows in _parts(t):
+                seen = slice(0, rows.stop)
+                scores = (_rows(q[i], rows) @ k[i, :, seen].transpose(-1, -2)).view(g, r, -1, rows.stop)
+                if near is not None:
+                    assert far_q is not None
+                    assert far_k is not None
+                    far = (_rows(far_q[i], rows) @ far_k[i, :, seen].transpose(-1, -2)).view(scores.shape)
+                    scores = torch.where(near[i, :, rows, seen], scores, far)
+                scores = scores + bias[min(i, len(bias) - 1), :, rows, seen]
+                probs.append(torch.softmax(scores, -1).view(g, -1, rows.stop))
+                out[i, :, :, rows] = (probs[-1] @ v[i, :, seen]).view(g, r, -1, d)
+        ctx.save_for_backward(q, k, v, far_q, far_k, near, *probs)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, far_q, far_k, near, probs = ctx.saved_tensors
-        grad = grad.contiguous()
-        grads: list[Tensor | None] = [None if x is None else torch.empty_like(x) for x in (q, k, v, far_q, far_k)]
+        q, k, v, far_q, far_k, near, *probs = ctx.saved_tensors
+        g, r, t, d = q.shape[1:]
+        grads: list[Tensor | None] = [None if x is None else torch.zeros_like(x) for x in (q, k, v, far_q, far_k)]
         dq, dk, dv = cast(list[Tensor], grads[:3])
-        t = k.shape[2]
+        parts = _parts(t)
         for i in range(len(q)):
-            p = probs[i]
-            dv[i] = p.transpose(-1, -2) @ grad[i]
-            ds = torch.ops.aten._softmax_backward_data(grad[i] @ v[i].transpose(-1, -2), p, -1, p.dtype)
-            if near is not None:
-                far_dq, far_dk = cast(list[Tensor], grads[3:])
-                split = ds.view(ds.shape[0], -1, t, t)
-                far = split.masked_fill(near[i], 0.0).view(ds.shape)
-                ds = split.masked_fill(~near[i], 0.0).view(ds.shape)
-                far_dq[i] = far @ far_k[i]
-                far_dk[i] = far.transpose(-1, -2) @ far_q[i]
-            dq[i] = ds @ k[i]
-            dk[i] = ds.transpose(-1, -2) @ q[i]
+            for n, rows in enumerate(parts):
+                seen = slice(0, rows.stop)
+                p, dout = probs[i * len(parts) + n], _rows(grad[i], rows)
+                dv[i, :, seen] += p.transpose(-1, -2) @ dout
+                ds = torch.ops.aten._softmax_backward_data(dout @ v[i, :, seen].transpose(-1, -2), p, -1, p.dtype)
+                if near is not None:
+                    far_dq, far_dk = cast(list[Tensor], grads[3:])
+                    split, close = ds.view(g, r, -1, rows.stop), near[i, :, rows, seen]
+                    far = split.masked_fill(close, 0.0).view(ds.shape)
+                    ds = split.masked_fill(~close, 0.0).view(ds.shape)
+                    far_dq[i, :, :, rows] = (far @ far_k[i, :, seen]).view(g, r, -1, d)
+                    far_dk[i, :, seen] += far.transpose(-1, -2) @ _rows(far_q[i], rows)
+                dq[i, :, :, rows] = (ds @ k[i, :, seen]).view(g, r, -1, d)
+                dk[i, :, seen] += ds.transpose(-1, -2) @ _rows(q[i], rows)
         return (*grads, None, None)
 
 
@@ -89,7 +107,7 @@ def attend(
     dtype = v.dtype
     if bias is None:
         return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, is_causal=True, enable_gqa=True)
-    packed = [(x.to(dtype) * d**-0.5).reshape(b, g, h // g * t, d) for x in ((q,) if far is None else (q, far[0]))]
+    packed = [(x.to(dtype) * d**-0.5).reshape(b, g, h // g, t, d) for x in ((q,) if far is None else (q, far[0]))]
     keys = [x.to(dtype).contiguous() for x in ((k,) if far is None else (k, far[1]))]
     far_q, far_k = (None, None) if far is None else (packed[1], keys[1])
     out = _Attend.apply(packed[0], keys[0], v.contiguous(), far_q, far_k, bias.to(dtype), near)  # type: ignore[no-untyped-call]

@@ -27,7 +27,9 @@ def heads(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("clamped", [False, True])
-def test_attention_and_its_gradients(clamped: bool) -> None:
+@pytest.mark.parametrize("rows", [8, LENGTH])
+def test_attention_and_its_gradients(clamped: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.attention.ROWS", rows)
     torch.manual_seed(0)
     q, k, v, far_q, far_k = (heads(n) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS, KV_HEADS))
     bias = causal_bias(LENGTH, q.device)
