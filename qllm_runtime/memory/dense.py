@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Self
 
 import torch
@@ -16,10 +17,14 @@ from qllm_runtime.memory.places import DevicePlace, Place
 from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 
 _TILE = 512
+_ROOM = 1024  # tokens of questions and answers that fit behind what was expected
 
 
 class DenseMemory(SteadyMemory):
     """All tokens, or those of a sliding window, at their true distances.
+
+    Forks that see everything share their buffers: what was read stays in place, and the first to go on writes behind it. Who
+    would write where another one has written already takes a copy.
 
     Args:
         rotation: The layer's rotary embedding.
@@ -30,11 +35,12 @@ class DenseMemory(SteadyMemory):
     def __init__(self, rotation: Rotation, window: int | None = None, reserve: int = 0) -> None:
         self._rotation = rotation
         self._window = window
-        self._capacity = max(reserve, 256) if window is None else window + 4 * _TILE
+        self._capacity = reserve + _ROOM if window is None else window + 4 * _TILE
         self._base = 0  # absolute index of the buffers' first slot; a key is rotated at its slot
         self._key: torch.Tensor | None = None
         self._key_raw: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
+        self._sharers: weakref.WeakSet[DenseMemory] = weakref.WeakSet([self])  # of the buffers
         self._tables: Tables | None = None  # what single tokens are rotated by on Triton
         self._nowhere: torch.Tensor | None = None  # the row of un-rotated keys that are not kept
 
@@ -168,23 +174,33 @@ class DenseMemory(SteadyMemory):
             self._value = value.new_empty(value.shape[0], self._capacity, value.shape[2])
             self._key_raw = key.new_empty(key.shape[0], self._capacity if self._window else 0, key.shape[2])
             self._prepare_steps()
-        if used + n <= self._key.shape[1]:
-            return
-        if self._window is None:
-            grown = max(2 * self._key.shape[1], used + n)
-            for name in ("_key", "_value"):
-                old = getattr(self, name)
-                new = old.new_empty(old.shape[0], grown, old.shape[2])
-                new[:, :used] = old[:, :used]
-                setattr(self, name, new)
-            self._prepare_steps()
-            return
+        slots = self._key.shape[1]
+        if any(other.n_seen > self.n_seen for other in self._sharers):
+            self._move(self._key, self._value, max(slots, used + n))
+        elif used + n > slots and self._window is None:
+            self._move(self._key, self._value, max(2 * slots, used + n))
+        elif used + n > slots:
+            self._slide(self._key, self._value, used)
+
+    def _move(self, key: torch.Tensor, value: torch.Tensor, slots: int) -> None:
+        """Take what is seen into buffers of its own, of so many slots."""
+        used = self.n_seen
+        self._key, self._value = (old.new_empty(old.shape[0], slots, old.shape[2]) for old in (key, value))
+        for new, old in ((self._key, key), (self._value, value)):
+            new[:, :used] = old[:, :used]
+        self._sharers.discard(self)
+        self._sharers = weakref.WeakSet([self])
+        self._prepare_steps()
+
+    def _slide(self, key: torch.Tensor, value: torch.Tensor, used: int) -> None:
+        """Keep what the next query sees, at the start of the buffers."""
         assert self._key_raw is not None
+        assert self._window is not None
         keep = min(used, self._window - 1)
-        for buffer in (self._key_raw, self._value):
+        for buffer in (self._key_raw, value):
             buffer[:, :keep] = buffer[:, used - keep : used].clone()
         self._base = self.n_seen - keep
-        self._key[:, :keep] = self._rotation.rotate(self._key_raw[:, :keep], 0)
+        key[:, :keep] = self._rotation.rotate(self._key_raw[:, :keep], 0)
 
     def _prepare_steps(self) -> None:
         """Have what `step_at` needs for buffers that are new."""
@@ -200,10 +216,14 @@ class DenseMemory(SteadyMemory):
     @override
     def fork(self) -> Self:
         child = copy.copy(self)
-        for name in ("_key", "_key_raw", "_value"):
+        child.on_weights = child.numbers = None
+        if self._window is None and self._key is not None:
+            self._sharers.add(child)
+            return child
+        child._sharers = weakref.WeakSet([child])
+        for name in ("_key", "_key_raw", "_value"):  # a window moves within its buffers
             buffer = getattr(self, name)
             setattr(child, name, None if buffer is None else buffer.clone())
-        child.on_weights = child.numbers = None
         return child
 
     @override
