@@ -119,6 +119,11 @@ class MemoryConfig(BaseModel):
         "represents its block); all blocks lie in the host's memory and are fetched when looked up, results stay the same. "
         "None: all blocks stay on the device.",
     )
+    offload_dtype: Literal["auto", "fp8"] = Field(
+        default="auto",
+        description="How the host keeps blocks with device_blocks: 'auto' as the model computes them, 'fp8' as float8_e4m3fn "
+        "with a scale per block and head, which halves host memory and transfers and costs accuracy (benchmarks/LOG.md).",
+    )
     faithful: bool = Field(
         default=False, description="Reproduce the published research code number for number, quirks included."
     )
@@ -148,6 +153,10 @@ class MemoryConfig(BaseModel):
             raise ValueError(f"exec_block_size ({self.exec_block_size}) must not exceed n_local ({self.n_local})")
         if self.device_blocks is not None:
             self._check_offload(self.device_blocks)
+        elif self.offload_dtype != "auto":
+            raise ValueError(
+                "offload_dtype is how blocks are kept by the host; set device_blocks as well, or leave it out"
+            )
         if self.faithful and (self.selection, self.summary) != ("shared", "published"):
             raise ValueError("faithful=True implies selection='shared' and summary='published'")
         if self.faithful and self.policy == "full":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
@@ -86,6 +87,7 @@ def main(
             ("qllm", models.with_memory, lengths),
             ("sdpa", models.with_sdpa, SDPA_LENGTHS),
             ("offloaded", models.offloaded, OFFLOAD_LENGTHS),
+            ("offloaded_fp8", functools.partial(models.offloaded, offload_dtype="fp8"), OFFLOAD_LENGTHS),
         )
         agreement = models.agreement(model, 300 if tiny else AGREEMENT_LENGTH)
         report.setdefault("agreement", {})[name] = agreement

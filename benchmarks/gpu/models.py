@@ -83,10 +83,10 @@ def with_memory(model: PreTrainedModel, length: int, **settings: Any) -> dict[st
         return _measure(model, length, prefill) | row
 
 
-def offloaded(model: PreTrainedModel, length: int) -> dict[str, Any]:
+def offloaded(model: PreTrainedModel, length: int, **settings: Any) -> dict[str, Any]:
     """`with_memory` with blocks in the host's memory: of those wanted while decoding, the share found on the device."""
     held = 8 * MemoryConfig.for_model(model.config.max_position_embeddings).topk
-    return with_memory(model, length, device_blocks=min(held, 1024))
+    return with_memory(model, length, device_blocks=min(held, 1024), **settings)
 
 
 @torch.inference_mode()
@@ -96,7 +96,8 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
     Returns:
         Per way the root mean square of the difference over that of the logits, and the share of steps with the same best token:
         of steps launch by launch against the torch functions, whose rounding may choose other blocks; of the others against
-        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart). A way that fails says so.
+        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart, but for blocks kept as fp8). A way
+        that fails says so.
     """
     config = MemoryConfig.for_model(model.config.max_position_embeddings)
     slots = min(1024, (CANDIDATES if config.every_key else 2) * config.topk)
@@ -108,11 +109,11 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
-    def logits(*, device_blocks: int | None = None, graph: bool = False, kernels: str | None = None) -> torch.Tensor:
+    def logits(*, graph: bool = False, kernels: str | None = None, **settings: Any) -> torch.Tensor:
         with _kernels(kernels):
             inference = Inference(model)
             inference.captures = graph
-            held = config.replace(device_blocks=device_blocks)
+            held = config.replace(**settings)
             with inference.request():
                 cache = inference.cache(held, reserve=length + STEPS)
                 for memory in cache.memories():
@@ -127,6 +128,7 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
         "graph": (attempt(graph=True), launches),
         "offloaded": (attempt(device_blocks=slots), launches),
         "offloaded_graph": (attempt(device_blocks=slots, graph=True), launches),
+        "offloaded_fp8": (attempt(device_blocks=slots, offload_dtype="fp8"), launches),
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, (found, wanted) in ways.items():
@@ -141,7 +143,7 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
         rows[name] = {
             "apart": apart,
             "same_token": alike,
-            "ok": apart == apart and (name == "launches" or apart < 0.01),
+            "ok": apart == apart and (name in ("launches", "offloaded_fp8") or apart < 0.01),
         }
     return rows
 

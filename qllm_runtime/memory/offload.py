@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from typing_extensions import override
 
-from qllm_kernels.dispatch import admit_pages, backend, copy_pages
+from qllm_kernels.dispatch import admit_pages
 from qllm_kernels.residency import Residency
+from qllm_runtime.memory.slabs import QuantisedSlab, Slab, copying
 from qllm_runtime.memory.store import BlockStore, PagedKeys, Pages, summary_space, take
 
 
@@ -28,13 +29,14 @@ class OffloadedStore(BlockStore):
     Args:
         device_blocks: Slots, at least twice the blocks of a lookup and as many as it compares by every key.
         reserve: Blocks expected; sizes the first slab of host memory.
+        quantised: Keep them as fp8.
     """
 
-    def __init__(self, device_blocks: int, reserve: int = 0) -> None:
+    def __init__(self, device_blocks: int, reserve: int = 0, *, quantised: bool = False) -> None:
         super().__init__(reserve)
         self._device_blocks = device_blocks
-        # a slab per run: [capacity, kv_heads, 1, width], keys and values of a head's block in a row
-        self._slabs: tuple[torch.Tensor, ...] = ()
+        self._quantised = quantised
+        self._slabs: tuple[Slab, ...] = ()  # one per run
         self._slots: torch.Tensor | None = None  # [device_blocks, kv_heads, 1, width]
         self._state: Residency | None = None
         self._reader: torch.device | None = None  # of keys on the host, which are summaries
@@ -47,8 +49,7 @@ class OffloadedStore(BlockStore):
             self._add_slab(key, value, summaries, max(self._reserve, 2 * self._n, m, 8))
         assert self._own is not None
         new = slice(self._n, self._n + m)
-        leaving = torch.cat([x.transpose(0, 1).flatten(2) for x in (key, value)], 2)
-        _to_host(leaving[:, :, None], self._slabs[-1][new])
+        self._slabs[-1].write(self._n, key, value)
         self._awaits = True
         if summaries is None:
             self._reader = key.device
@@ -59,12 +60,11 @@ class OffloadedStore(BlockStore):
 
     def _add_slab(self, key: torch.Tensor, value: torch.Tensor, summaries: torch.Tensor | None, capacity: int) -> None:
         """What is on the host stays where it is: there may be more of it than can be held twice."""
-        shape = (capacity, key.shape[0], 1, key[0, 0].numel() + value[0, 0].numel())
-        slab = torch.empty(shape, dtype=key.dtype, device="cpu", pin_memory=key.is_cuda)
+        slab = (QuantisedSlab if self._quantised else Slab)(key, value, capacity)
         self._slabs = (*self._slabs, slab)
         self._inherited, self._n, self._reserve = self._runs, 0, 0
         space = None if summaries is None else summary_space(summaries, capacity)
-        self._own = Pages.of(*_split(slab, key.shape, value.shape), space)
+        self._own = Pages.of(*slab.split(slab.data), space)
 
     @override
     def summaries(self, n_blocks: int) -> list[torch.Tensor]:
@@ -72,12 +72,13 @@ class OffloadedStore(BlockStore):
         if self._reader is None:
             return parts
         self._see_host(self._reader)
-        return parts if backend(self._reader) == "triton" else [part.to(self._reader) for part in parts]
+        slabs = zip(self._slabs, parts, strict=False)  # as far as there are blocks to be seen
+        return [slab.keys(part.shape[2]).transpose(1, 2) for slab, part in slabs]
 
     def _see_host(self, device: torch.device) -> None:
         """Let what follows on the device see everything that was copied to the host."""
         if self._awaits and device.type == "cuda":
-            torch.cuda.current_stream(device).wait_stream(_copying(device))
+            torch.cuda.current_stream(device).wait_stream(copying(device))
         self._awaits = False
 
     @override
@@ -118,14 +119,13 @@ class OffloadedStore(BlockStore):
 
         def copy() -> None:
             for slab, listed in zip(self._slabs, theirs, strict=True):
-                copy_pages(slab.transpose(0, 1), slots.transpose(0, 1), *listed)
+                slab.fetch(slots, *listed)
 
         return table, copy
 
     def _paged(self, table: torch.Tensor) -> PagedKeys:
         assert self._slots is not None
-        like = self.pages[0]
-        return PagedKeys(*_split(self._slots, like.key.shape, like.value.shape), table)
+        return PagedKeys(*self._slabs[0].split(self._slots), table)
 
     @override
     def gather(self, ids: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,11 +145,10 @@ class OffloadedStore(BlockStore):
 
     def _tables(self, ids: torch.Tensor) -> tuple[torch.Tensor, Residency]:
         """Slots, and tables of what they hold that know every block."""
-        known = sum(slab.shape[0] for slab in self._slabs)
+        known = sum(map(len, self._slabs))
         if self._slots is None or self._state is None:
-            like = self._slabs[0]
             # what is not chosen reads slot 0, which is the first to be filled
-            self._slots = torch.empty(self._device_blocks, *like.shape[1:], dtype=like.dtype, device=ids.device)
+            self._slots = self._slabs[0].slots(self._device_blocks)
             self._state = Residency.empty(ids.shape[1], known, self._device_blocks, ids.device)
         more = known - self._state.slot_of.shape[1]
         if more:
@@ -159,7 +158,7 @@ class OffloadedStore(BlockStore):
 
     @override
     def fork(self) -> OffloadedStore:
-        child = OffloadedStore(self._device_blocks)
+        child = OffloadedStore(self._device_blocks, quantised=self._quantised)
         child._inherited = child._runs = self._runs
         child._slabs, child._awaits, child._reader = self._slabs, self._awaits, self._reader
         return child
@@ -171,22 +170,19 @@ class OffloadedStore(BlockStore):
         asked, fetched = self._state.tally.sum(0).tolist()
         return asked, fetched
 
+    @property
+    @override
+    def like(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._slabs[0].like
+
     @override
     def nbytes(self) -> int:
-        """Bytes on the device: summaries and slots."""
+        """Bytes on the device: summaries, slots and scales."""
         tables = () if self._state is None else tuple(vars(self._state).values())
         summaries = [pages.summaries for pages in self.pages] if self._reader is None else []
-        held = (*summaries, *tables, *(() if self._slots is None else (self._slots,)))
-        return sum(x.nbytes for x in held)
-
-
-def _split(joint: torch.Tensor, key: torch.Size, value: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [kv_heads, n, block_size, head_dim or value_dim] in pages [n, kv_heads, 1, width]."""
-    n, kv_heads = joint.shape[:2]
-    border = key[2] * key[3]
-    parts = (joint[:, :, 0, :border], key), (joint[:, :, 0, border:], value)
-    views = [part.view(n, kv_heads, *shape[2:]).transpose(0, 1) for part, shape in parts]
-    return views[0], views[1]
+        held: tuple[torch.Tensor, ...] = (*summaries, *tables, *(() if self._slots is None else (self._slots,)))
+        scales = sum(slab.device_bytes for slab in self._slabs)
+        return scales + sum(x.nbytes for x in held)
 
 
 def _moves_of(first: int, end: int, moves: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +219,7 @@ class _Fetches:
             copy()
             return
         current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(_copying(self._device))
+        self._stream.wait_stream(copying(self._device))
         self._stream.wait_event(self._ahead)
         with torch.cuda.stream(self._stream):
             copy()
@@ -232,24 +228,6 @@ class _Fetches:
 
 
 @functools.cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The stream that copies to the host beside what the device computes."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@functools.cache
 def _fetching(device: torch.device) -> torch.cuda.Stream | None:
     """The stream that fetches from the host beside what a GPU computes."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
-def _to_host(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy without making host or device wait."""
-    if not source.is_cuda:
-        target.copy_(source)
-        return
-    stream = _copying(source.device)
-    stream.wait_stream(torch.cuda.current_stream(source.device))
-    with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
-    source.record_stream(stream)

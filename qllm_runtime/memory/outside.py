@@ -47,7 +47,8 @@ class Outside:
         self._config = config
         self._rotation = rotation
         held = config.device_blocks
-        self.store = BlockStore(reserve) if held is None else OffloadedStore(held, reserve)
+        quantised = config.offload_dtype == "fp8"
+        self.store = BlockStore(reserve) if held is None else OffloadedStore(held, reserve, quantised=quantised)
         self.query = PinnedQuery()
         # scoring every key for every piece or token of a long text would cost more than the rest of its attention
         self._means = BlockDigest(mean_keys) if config.every_key else None
@@ -241,7 +242,7 @@ class Outside:
             some, given = ids[rows], None if valid is None else valid[rows]
             twice = None
             if len(self.query.positions):
-                twice = self._pinned(ids.device).hidden(some, None if border is None else border[rows])
+                twice = self._pinned().hidden(some, None if border is None else border[rows])
             n_chosen = None if given is None else given[:, 0].sum(-1, dtype=torch.int32)
             yield rows, self._seen(some, given, n_chosen, twice, paged)
 
@@ -251,7 +252,7 @@ class Outside:
             return (self._initial,)
         parts = self._parts()
         self._asked = self._asks(n_blocks, sum(part.shape[2] for part in parts))
-        return (self._pinned(parts[0].device), self._asked, *parts, *self.store.pages)
+        return (self._pinned(), self._asked, *parts, *self.store.pages)
 
     def take_in(self, new: Arrival, place: DevicePlace) -> tuple[torch.Tensor, torch.Tensor, FarKeys]:
         """Rotate and append a single token, and find what it sees; of its place nothing but what the tensors hold is looked at.
@@ -271,7 +272,7 @@ class Outside:
         counts, parts, terms = place.n_blocks, self._parts(), self._terms(self._asked)
         pinned = None
         if len(self.query.positions):
-            loose = self._pinned(counts.device)
+            loose = self._pinned()
             hidden = torch.empty(1, self._scopes, len(loose.block), dtype=torch.bool, device=counts.device)
             pinned = Pinned(loose.block, loose.position, place.oldest, hidden)
         if self._bounds is None:
@@ -305,7 +306,7 @@ class Outside:
     ) -> FarKeys:
         """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `Pinned.hidden`."""
         pieces, scopes, k = ids.shape
-        loose, asked = self._pinned(ids.device), len(self.query.positions)
+        loose, asked = self._pinned(), len(self.query.positions)
         pinned = [x.expand(-1, pieces, -1, -1) for x in (loose.key, loose.value)]
         if paged is not None:
             return FarKeys(pinned[0], pinned[1], twice, ids, paged, n_chosen)
@@ -354,17 +355,16 @@ class Outside:
         key, value = (x.view(x.shape[0], -1, x.shape[-1]) for x in self.store.gather(ids))
         positions = self.query.positions
         asked = self.query.end - len(positions) < oldest  # else all of the question is in the window
-        kept = self._pinned(ids.device, asked)
+        kept = self._pinned(asked)
         hidden = kept.hidden(ids, self._border([oldest], ids.device)) if asked and len(positions) else None
         return FarKeys(kept.key, kept.value, hidden, ids, blocks=(key, value))
 
-    def _pinned(self, device: torch.device, asked: bool = True) -> Loose:
+    def _pinned(self, asked: bool = True) -> Loose:
         """Initial tokens and, if `asked`, the question's; there is a block."""
         kept, config = self._loose, self._config
         if kept is None or kept.question is not self.query.tokens or kept.asked != asked:
-            like = tuple(x[:, 0, :0].to(device) for x in self.store.pages[0][:2])
             kept = self._loose = Loose.of(
-                self._initial, self.query, (like[0], like[1]), asked=asked, n_init=config.n_init, size=config.block_size
+                self._initial, self.query, self.store.like, asked=asked, n_init=config.n_init, size=config.block_size
             )
         return kept
 

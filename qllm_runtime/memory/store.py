@@ -72,6 +72,11 @@ class BlockStore:
         return self._runs[0].key.shape[0] if self._runs else 0
 
     @property
+    def like(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of no token [kv_heads, 0, head_dim or value_dim]; there is a block."""
+        return self._runs[0].key[:, 0, :0], self._runs[0].value[:, 0, :0]
+
+    @property
     def pages(self) -> tuple[Pages, ...]:
         """All blocks in order, a run per generation, the last with its room for more blocks; the same until that ends."""
         return self._runs if self._own is None else (*self._inherited, self._own)

@@ -15,7 +15,9 @@ def test_tiny(tmp_path):
     main(output=tmp_path / "gpu.json", device="cpu", tiny=True)
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert all(row["ok"] for found in report["operations"].values() for row in found["errors"].values())
-    assert all(row["apart"] < 1e-4 and row["ok"] for rows in report["agreement"].values() for row in rows.values())
+    for rows in report["agreement"].values():
+        assert 1e-4 < rows.pop("offloaded_fp8")["apart"] < 0.1
+        assert all(row["apart"] < 1e-4 and row["ok"] for row in rows.values())
     assert report["models"].keys() == report["operations"].keys()
     assert not any("failed" in row for rows in report["models"].values() for row in rows.values())
 

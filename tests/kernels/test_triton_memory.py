@@ -182,3 +182,31 @@ def test_offloaded_blocks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, A
     assert len(memory._outside.store) > 8
     assert len(copied) > len(admitted) > 0
     assert bool(turns) == (config.exec_block_size == 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device_blocks": 4, "summary": "mean"},
+        {"device_blocks": 8, "repr_topk": 4},  # the question is compared with keys that come back from fp8
+    ],
+    ids=str,
+)
+def test_blocks_offloaded_as_fp8(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    """The kernels keep and fetch what the torch functions do, also where pages lie in two slabs."""
+    config = MemoryConfig(**{**BASE, "n_local": 8, "topk": 2, "offload_dtype": "fp8", **settings})
+    trunk, *rest = cut(tokens(54), [36, 15, 1, 1, 1])
+
+    def run() -> list[torch.Tensor]:
+        memory = BlockMemory(config, Rope(DIM))
+        memory.set_query(33, 36)
+        outs = [feed(memory, trunk, PLAIN, 12)]
+        memory = memory.fork()
+        return [*outs, *(feed(memory, part, PLAIN, 12) for part in rest)]
+
+    kept, fetched = (served(monkeypatch, "pages", f"{name}_pages") for name in ("quantise", "dequantise"))
+    outs = run()
+    assert len(kept) > 4 and len(fetched) > len(kept)
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    dispatch.backend.cache_clear()
+    torch.testing.assert_close(outs, run(), atol=4e-5, rtol=2e-4)

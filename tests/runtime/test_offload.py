@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import tiny
@@ -18,7 +19,7 @@ from qllm_kernels.pages import copy_pages
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError
-from qllm_runtime.memory import offload
+from qllm_runtime.memory import offload, slabs
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.store import BlockStore
@@ -35,25 +36,36 @@ def choice(n: int, pieces: int, scopes: int, k: int, draw: random.Random) -> tup
     return torch.where(valid, ids, n - 1), valid
 
 
+def as_fp8(pages: torch.Tensor) -> torch.Tensor:
+    """Pages [kv_heads, m, block_size, dim] as they come back from float8_e4m3fn with a scale each."""
+    scale = pages.abs().amax((2, 3), keepdim=True) / 448
+    return (pages / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+@pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_store(seed: int) -> None:
+def test_store(seed: int, quantised: bool) -> None:
     """Any history of appending, forking and fetching; slots are few, slabs fill up."""
     draw = random.Random(seed)
-    scopes, topk, r = draw.choice([1, 2]), draw.choice([1, 2, 5]), draw.choice([1, 3])
+    scopes, topk, r = draw.choice([1, 2]), draw.choice([1, 2, 5]), draw.choice([1, 3, None])
     slots = draw.choice([2 * topk, 3 * topk + 1, 40])
-    pairs = [(BlockStore(), OffloadedStore(slots, reserve=draw.choice([0, 3, 60])))]
+    close = partial(torch.testing.assert_close, atol=1e-6 if quantised else 0, rtol=1e-6 if quantised else 0)
+    pairs = [(BlockStore(), OffloadedStore(slots, reserve=draw.choice([0, 3, 60]), quantised=quantised))]
     for turn in range(40):
         plain, offloaded = draw.choice(pairs)
         event = draw.choice(["append", "append", "fork", "look", "look", "look"])
         if event == "append" or not len(plain):
-            new = blocks(draw.choice([1, 1, 2, 7]), 100 * seed + turn, r)
-            plain.append(*new)
-            offloaded.append(*new)
+            key, value, summaries = blocks(draw.choice([1, 1, 2, 7]), 100 * seed + turn, r)
+            offloaded.append(key, value, summaries)
+            if quantised:  # what comes back, is read where it lies and compared with is this
+                key, value = as_fp8(key), as_fp8(value)
+            plain.append(key, value, summaries)
         elif event == "fork":
             pairs.append((plain.fork(), offloaded.fork()))
         n = len(plain)
         assert (len(offloaded), offloaded.kv_heads) == (n, plain.kv_heads)
-        assert torch.equal(torch.cat(offloaded.summaries(n), 2), torch.cat(plain.summaries(n), 2))
+        some = draw.randint(1, n)
+        close(torch.cat(offloaded.summaries(some), 2), torch.cat(plain.summaries(some), 2))
         k = min(topk, n)
         ids, valid = choice(n, draw.randint(1, 6), scopes, k, draw)
         wanted, found = plain.gather(ids, valid), offloaded.gather(ids, valid)
@@ -62,12 +74,12 @@ def test_store(seed: int) -> None:
         shown = torch.ones(ids.shape, dtype=torch.bool) if valid is None else valid
         shown = shown.repeat_interleave(plain.kv_heads // scopes, 1).transpose(0, 1)
         for index, (x, y) in enumerate(zip(found, wanted, strict=True)):
-            assert torch.equal(x[shown], y[shown])
+            close(x[shown], y[shown])
             assert x[~shown].isfinite().all()
             if paged is not None:
                 table = paged.table.repeat_interleave(plain.kv_heads // scopes, 1).transpose(0, 1)
                 heads = torch.arange(plain.kv_heads)[:, None, None]
-                assert torch.equal(paged[index][heads, table][shown], y[shown])
+                close(paged[index][heads, table][shown], y[shown])
 
 
 class Stream:
@@ -99,8 +111,7 @@ def test_fetches_beside_the_attention(monkeypatch: pytest.MonkeyPatch, seed: int
     """Pieces in turn: nothing is read before it was fetched, or replaced while it may be read; fetches run beside attention."""
     draw = random.Random(seed)
     main, fetching, copying = Stream(), Stream(), Stream()
-    streams = {"_fetching": fetching, "_copying": copying}
-    for name, stream in streams.items():
+    for name, stream in {"_fetching": fetching, "copying": copying}.items():
         monkeypatch.setattr(offload, name, lambda device, stream=stream: stream)
     monkeypatch.setattr(Stream, "current", main, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
@@ -129,7 +140,7 @@ def test_fetches_beside_the_attention(monkeypatch: pytest.MonkeyPatch, seed: int
                 filled[row, slot] = name
         copy_pages(source, target, moves, counts)
 
-    monkeypatch.setattr(offload, "copy_pages", copy)
+    monkeypatch.setattr(slabs, "copy_pages", copy)
     scopes, k, slots = draw.choice([1, 2]), draw.choice([1, 3]), draw.choice([6, 7, 13])
     plain, store = BlockStore(), OffloadedStore(slots)
     for turn in range(3):
@@ -206,11 +217,11 @@ def test_the_device_holds_as_much_for_any_length() -> None:
         store = memory._outside.store
         assert isinstance(store, OffloadedStore)
         (slab,) = store._slabs
-        pages = slab.shape[0]
+        pages = len(slab)
         assert pages == n // config.block_size
-        assert slab.nbytes == pages * 2 * (2 * config.block_size * DIM * 4)
+        assert slab.data.nbytes == pages * 2 * (2 * config.block_size * DIM * 4)
         held.append(memory.nbytes() - pages * (2 * DIM * 4 + 4))
-        assert store.nbytes() < 6 * slab[0].nbytes + pages * (2 * DIM * 4 + 4) + 100
+        assert store.nbytes() < 6 * slab.data[0].nbytes + pages * (2 * DIM * 4 + 4) + 100
     assert held[0] == held[1]
 
 
@@ -223,6 +234,8 @@ def test_the_device_holds_as_much_for_any_length() -> None:
         ({"device_blocks": 4, "faithful": True}, "needs policy"),
         ({"device_blocks": 4000}, "less than or equal to 1024"),
         ({"device_blocks": 0}, "greater than or equal to 1"),
+        ({"offload_dtype": "fp8"}, "set device_blocks as well"),
+        ({"device_blocks": 8, "offload_dtype": "int4"}, "Input should be 'auto' or 'fp8'"),
     ],
     ids=str,
 )
