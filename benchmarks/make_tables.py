@@ -70,39 +70,46 @@ STEPS = (
     Step("stories", ".", "needle --lengths 512,1k,4k"),  # 90
     Step("window", "books", f"{_EIGHT} --lengths 512 --documents 63 --policy full --order last,both"),  # 130
     Step("16k-once", "books", f"{_EIGHT} --lengths 512,4k,16k --documents 6,16k=25 {_EVERYONE}"),  # 350
-    Step("16k-aware", "books", f"{_EIGHT} {_NEAR} --policy qllm --order both"),  # 460
     Step("64k-once", "books", f"{_EIGHT} --lengths 64k --documents 8 {_EVERYONE}"),  # 280
     Step("16k-again", "books", f"{_EIGHT} {_NEAR} --policy qllm --order reread"),  # 200
-    Step("16k-aware-again", "books", f"{_EIGHT} {_NEAR} --policy qllm --order both-reread"),  # 700
-    Step("64k-aware-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order both-reread"),  # 600
-    Step("infllm-again", "books", f"{_EIGHT} {_NEAR} --policy infllm --order reread"),  # 200
-    Step("64k-aware", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order both"),  # 560
+    Step("64k-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order reread"),  # 120
     Step(
         "plain-window", "books-plain", f"{_PLAIN} --lengths 512 --documents 63 --policy full --order last,both"
     ),  # 130
     Step("plain-once", "books-plain", f"{_PLAIN} --lengths 4k,16k,64k --documents 6,16k=12,64k=8 {_EVERYONE}"),  # 450
-    Step("256k-aware", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order both"),  # 820
-    Step(
-        "256k-aware-again", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order both-reread"
-    ),  # 830
-    Step("64k-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order reread"),  # 120
-    Step("1M-aware", "books", f"{_EIGHT} --lengths 1M --documents 1 --policy qllm --order both"),  # 1110
     Step("256k-once", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order last,reread"),  # 190
-    Step("many", "books-100", f"{_MANY} --lengths 16k,64k --documents 2,64k=1 --order last,reread"),  # 290
+    Step(
+        "infllm-again",
+        "books",
+        f"{_EIGHT} --lengths 4k,16k,64k --documents 6,16k=25,64k=8 --policy infllm --order reread",
+    ),  # 280
     Step("1M-once", "books", f"{_EIGHT} --lengths 1M --documents 1 --policy qllm --order last,reread"),  # 250
+    Step("many", "books-100", f"{_MANY} --lengths 16k,64k --documents 2,64k=1 --order last,reread"),  # 290
     Step("rag", ".", "rag --lengths 4k,16k --documents 4"),  # 250
     Step("infinite", ".", "infinite --lengths 4k,16k --questions 4 --order last,reread"),  # 130
     Step("policies", ".", f"{_SWEEP},block_size,budget"),  # 590
+    Step("plain-policies", "plain", f"{_SWEEP} --model reader-plain"),  # 300
+    Step("16k-aware", "books", f"{_EIGHT} {_NEAR} --policy qllm --order both"),  # 460
     Step(
         "plain-aware", "books-plain", f"{_PLAIN} --lengths 4k,16k --documents 6 --policy qllm --order both,reread"
     ),  # 210
-    Step("infllm-aware", "books", f"{_EIGHT} --lengths 4k,16k --documents 6 --policy infllm --order both"),  # 130
     Step("first", "books", f"{_EIGHT} --lengths 512,4k,16k --documents 6,16k=3 --policy qllm --order first"),  # 100
-    Step("many-256k", "books-100", f"{_MANY} --lengths 256k --documents 1 --order last,reread"),  # 350
+    Step("infllm-aware", "books", f"{_EIGHT} --lengths 4k,16k --documents 6 --policy infllm --order both"),  # 130
+    Step("64k-aware", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order both"),  # 560
     Step(
         "256k-others", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy oracle,infllm,streaming --order last"
     ),  # 300
-    Step("plain-policies", "plain", f"{_SWEEP} --model reader-plain"),  # 300
+    Step("16k-aware-again", "books", f"{_EIGHT} {_NEAR} --policy qllm --order both-reread"),  # 700
+    Step("64k-aware-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order both-reread"),  # 600
+    Step("many-256k", "books-100", f"{_MANY} --lengths 256k --documents 1 --order last,reread"),  # 350
+    Step("256k-aware", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order both"),  # 820
+    Step(
+        "1M-others", "books", f"{_EIGHT} --lengths 1M --documents 1 --policy oracle,infllm,streaming --order last"
+    ),  # 350
+    Step(
+        "256k-aware-again", "books", f"{_EIGHT} --lengths 256k --documents 3 --policy qllm --order both-reread"
+    ),  # 830
+    Step("1M-aware", "books", f"{_EIGHT} --lengths 1M --documents 1 --policy qllm --order both"),  # 1110
     Step("many-1M", "books-100", f"{_MANY} --lengths 1M --documents 1 --order last,reread"),  # 900
 )
 
