@@ -28,6 +28,7 @@ LATE_VALUE_FIRST = 0.4
 BLOCK = 32
 N_INIT = 32
 FIRST_WEIGHT = 3.0
+REST_WEIGHT = 0.2  # of what an answer repeats from its question
 Span = tuple[int, int]
 # Spans of the question, of its answer and of the facts it needs.
 Ask = tuple[Span, Span, list[Span]]
@@ -206,16 +207,11 @@ class Sampler:
         encoding = self.tokenizer.encode(" " * shift + text, add_special_tokens=False)
         # The first two tokens decide between answering and declining.
         decide = 1.0 if values else 2.0
-        weights = [decide if i < 2 else 0.1 for i in range(len(encoding.ids))]
-        at = 0
-        for v in values or ("text",):
-            single = len(values) == 1 and not question.short
-            at = text.find(v, text.rfind(" is ") if single else at)
-            at = text.find(v) if at < 0 else at
-            a, b = token_span(encoding.offsets, (at + shift, at + shift + len(v)), 0)
+        weights = [decide if i < 2 else REST_WEIGHT for i in range(len(encoding.ids))]
+        for start, end in found_in(question, text, values) or [(text.find("text"), text.find("text") + 4)]:
+            a, b = token_span(encoding.offsets, (start + shift, end + shift), 0)
             for i in range(a, min(b + 1, len(weights))):
                 weights[i] = FIRST_WEIGHT if i == a and values else decide
-            at += len(v)
         return self.encode(question.text), [*encoding.ids, END], [*weights, 1.0 if question.short else 0.3]
 
     def batch(
@@ -284,6 +280,23 @@ class Sampler:
                     if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
                         keep[b, s : s + BLOCK] = False
         return Batch(ids, positions, weights, value, keep, asks, pinned, families)
+
+
+def found_in(question: Question, text: str, values: Sequence[str]) -> list[Span]:
+    """Where an answer names what had to be found: its values, and what stands between two hops."""
+    if len(values) == 1 and not question.short:
+        at = text.find(values[0], text.rfind(" is "))
+        starts = [text.find(values[0]) if at < 0 else at]
+    else:
+        starts, at = [], 0 if question.short or not values else text.find(" are ") + 5
+        for v in values:
+            starts.append(text.find(v, at))
+            at = starts[-1] + len(v)
+    spans = [(start, start + len(v)) for start, v in zip(starts, values, strict=True)]
+    if question.middle and not question.short:
+        start = text.rfind(question.middle, 0, text.find(". The "))
+        spans.insert(0, (start, start + len(question.middle)))
+    return spans
 
 
 def token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int], shift: int) -> tuple[int, int]:

@@ -90,6 +90,24 @@ def test_several_values_are_told_in_the_order_of_the_document() -> None:
     assert firsts == ["\u0120p", "4", "4"]
 
 
+def test_what_had_to_be_found_weighs_most() -> None:
+    """The end of a first hop and values, not what looks like them in the question's words."""
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
+
+    def heavy(question: Question) -> list[str]:
+        _, ids, weights = sampler.turn(question, (0.1, 0.2))
+        return [tokenizer.decode(ids[:i]) for i, weight in enumerate(weights) if weight == FIRST_WEIGHT]
+
+    chain = "The owner of the lamp is Bob. The home of Bob is Bobton."
+    assert heavy(Question("?", chain, ("Bobton",), "two_hop", False, (0, 1), "Bob")) == [
+        "The owner of the lamp is ", "The owner of the lamp is Bob. The home of Bob is ",
+    ]  # fmt: skip
+    assert heavy(Question("?", "Bobton", ("Bobton",), "two_hop", True, (0, 1), "Bob")) == [""]
+    several = Question("?", "The names of pond are pond, lake.", ("pond", "lake"), "multi", False, (0, 1))
+    assert heavy(several) == ["The names of pond are", "The names of pond are pond,"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_several_values_of_a_sample(seed: int) -> None:
     """Whatever a sample's text is, the values of an answer stand in it one behind the other."""

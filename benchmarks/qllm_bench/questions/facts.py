@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.relations import (
@@ -53,6 +53,7 @@ class Question:
         family: Family it is reported under.
         short: Whether only the value is asked for.
         needs: Indices of the statements it rests on.
+        middle: What is found on the way to the value; a restated answer names it. Empty with one hop.
     """
 
     text: str
@@ -61,6 +62,7 @@ class Question:
     family: str
     short: bool
     needs: tuple[int, ...]
+    middle: str = ""
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,8 @@ class FactMaker:
             answer = f"{fill(hop.link_answer, k=key, x=middle)} The {role} of {of} is {value}."
             word = "Who" if kind == "name" else "What"
             question = f"{word} is the {role} of {fill(hop.phrase, k=key)}?"
-            questions.append(ask(rng, question, answer, (value,), "two_hop", (n, n + 1), short))
+            asked = ask(rng, question, answer, (value,), "two_hop", (n, n + 1), short)
+            questions.append(replace(asked, middle=middle))
         return FactSet(tuple(statements), tuple(questions))
 
 
@@ -304,5 +307,5 @@ def merge(sets: list[FactSet]) -> FactSet:
         statements.extend(facts.statements)
         for q in facts.questions:
             needs = tuple(n + shift for n in q.needs)
-            questions.append(Question(q.text, q.answer, q.values, q.family, q.short, needs))
+            questions.append(replace(q, needs=needs))
     return FactSet(tuple(statements), tuple(questions))
