@@ -223,7 +223,7 @@ TWO_HOPS = (
     TwoHop("noun", "invented", ("The ship {x} carries the {k}.", "The {k} is aboard the ship {x}.", "The {x} is the ship that carries the {k}."),
            "the ship that carries the {k}", "The ship that carries the {k} is the {x}.", "the {x}",
            (("captain", "name"), ("home port", "place"), ("owner", "name"), ("number", "number"))),
-    TwoHop("name", "place", ("{K} lives in {x}.", "{K} was born in {x}.", "The town where {k} lives is {x}."),
+    TwoHop("name", "place", ("{K} lives in {x}.", "{K} has a house in {x}.", "The town where {k} lives is {x}."),
            "the town where {k} lives", "The town where {k} lives is {x}.", "{x}",
            (("mayor", "name"), ("founder", "name"), ("postcode", "number"), ("river", "invented"))),
     TwoHop("noun", "invented", ("The company {x} makes the {k}.", "The {k} is made by the company {x}.", "{X} is the company that makes the {k}."),
