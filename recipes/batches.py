@@ -208,7 +208,7 @@ class Sampler:
         # The first two tokens decide between answering and declining.
         decide = 1.0 if values else 2.0
         weights = [decide if i < 2 else REST_WEIGHT for i in range(len(encoding.ids))]
-        for start, end in found_in(question, text, values) or [(text.find("text"), text.find("text") + 4)]:
+        for start, end in found_in(question, text, values):
             a, b = token_span(encoding.offsets, (start + shift, end + shift), 0)
             for i in range(a, min(b + 1, len(weights))):
                 weights[i] = FIRST_WEIGHT if i == a and values else decide
@@ -283,16 +283,15 @@ class Sampler:
 
 
 def found_in(question: Question, text: str, values: Sequence[str]) -> list[Span]:
-    """Where an answer names what had to be found: its values, and what stands between two hops."""
-    if len(values) == 1 and not question.short:
-        at = text.find(values[0], text.rfind(" is "))
-        starts = [text.find(values[0]) if at < 0 else at]
-    else:
-        starts, at = [], 0 if question.short or not values else text.find(" are ") + 5
-        for v in values:
-            starts.append(text.find(v, at))
-            at = starts[-1] + len(v)
-    spans = [(start, start + len(v)) for start, v in zip(starts, values, strict=True)]
+    """Where an answer names what had to be found: its values, and what stands between two hops; or that it is absent."""
+    spans: list[Span] = []
+    at = 0 if question.short or len(values) < 2 else text.find(" are ") + 5
+    if len(values) == 1 and not question.short and text.find(values[0], text.rfind(" is ")) >= 0:
+        at = text.rfind(" is ")
+    for v in values or ("text",):
+        start = text.find(v, at)
+        at = start + len(v)
+        spans.append((start, at))
     if question.middle and not question.short:
         start = text.rfind(question.middle, 0, text.find(". The "))
         spans.insert(0, (start, start + len(question.middle)))

@@ -31,6 +31,7 @@ SIMPLE = {
     "job": JOB,
     "code": CODE,
 }
+VALUE_FIRST = tuple(relation for relation in OTHERS if relation.value_first)
 SHORT_SUFFIXES = (
     "Answer with the value only.", "Answer with the value only.", "Answer in one word.", "Give only the value.",
     "Reply with just the answer.", "Short answer only.", "Answer briefly.", "Just the value, please.",
@@ -192,7 +193,7 @@ class FactMaker:
         if family in SIMPLE:
             return SIMPLE[family]
         if self.value_first and self.rng.random() < self.value_first:
-            return self.rng.choice([r for r in OTHERS if r.value_first])
+            return self.rng.choice(VALUE_FIRST)
         return self.rng.choice(OTHERS)
 
     def simple(
