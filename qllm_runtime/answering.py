@@ -141,6 +141,8 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
             if piece.text or piece.logprobs:
                 yield Piece(piece.text, logprobs=piece.logprobs)
         weights = mass.cpu().numpy()
+        if request.on_answer is not None:
+            request.on_answer(prompt, cache)
     ended = time.perf_counter()
     written = len(request.sampler.ids)
     documents = request.documents

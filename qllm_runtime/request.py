@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Request:
     Attributes:
         reading: What the prompt begins with and was read already, and its memories; `settle` takes them from `memory`.
         excerpts: Passages of the documents to put behind all of them, ahead of the last question.
+        on_answer: Gets the prompt and the memories once the answer is written.
     """
 
     inference: Inference
@@ -47,6 +48,7 @@ class Request:
     on_lookup: LayerLookupHook | None = None
     reading: tuple[Prompt, MemoryCache] | None = None
     excerpts: tuple[Source, ...] = ()
+    on_answer: Callable[[Prompt, MemoryCache], None] | None = None
 
     @property
     def documents(self) -> tuple[Document, ...]:

@@ -2,7 +2,8 @@
 
 A looked-up block is seen at one far distance, next to blocks it never stood beside. Read again in the window, with the question
 behind it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
-it is not shown, its attention says what to read again. Everything else stays within reach of the lookups.
+it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`). Everything else
+stays within reach of the lookups.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from qllm_runtime import answering
+from qllm_runtime import answering, finding
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.inference import Cancelled
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, lay_out, settle
-from qllm_runtime.types import Piece, Sampling
+from qllm_runtime.seam import MemoryCache
+from qllm_runtime.sources import in_order
+from qllm_runtime.types import Piece, Sampling, Source
 
 #: Tokens of the draft; an answer begins with what it is about.
 DRAFT_TOKENS = 48
+#: Blocks the question names, in documents of so many tokens or more, and passages of the draft that are read beside them.
+NAMED_BLOCKS = 3
+WORTH_FINDING = 8192
+BESIDE_NAMED = 3
 
 
 def serve(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
@@ -41,6 +48,7 @@ def serve(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
 
 def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[Piece]:
     began = time.perf_counter()
+    config = request.config
     fresh = request.reading is None
     if fresh:
         request = replace(request, reading=answering.read_ahead(request, prompt, cancelled))
@@ -52,14 +60,22 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
         if told is not None and done == total:
             told(n, n)
 
+    layer = finding.layer_that_finds(request, cancelled) if prompt.read_end >= WORTH_FINDING else None
+    named: list[Source] = []
+
+    def look(prompt: Prompt, cache: MemoryCache) -> None:
+        if layer is not None:
+            named.extend(finding.named_by_question(layer, NAMED_BLOCKS, prompt, cache, config, request.documents))
+
     short = Sampling(max_tokens=DRAFT_TOKENS)  # whatever the answer's limit is: that only cuts the answer
-    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None)
+    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None, on_answer=look)
     *_, last = answering.run(draft_request, cancelled, prompt)
     draft = last.answer
     assert draft is not None
-    found = sorted(draft.sources, key=lambda source: (source.document, source.start))
+    attended = draft.sources[:BESIDE_NAMED] if named else draft.sources
+    found = in_order([*attended, *named], request.documents)
     drafted = time.perf_counter()
-    for piece in answering.run(replace(request, excerpts=tuple(found), progress=read_all), cancelled):
+    for piece in answering.run(replace(request, excerpts=found, progress=read_all), cancelled):
         if piece.answer is not None:
             final = piece.answer
             speed = prompt.read_end / max(read - began, 1e-9) if fresh else draft.timings.read_tokens_per_s

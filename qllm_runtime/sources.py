@@ -87,6 +87,33 @@ def passages(
     return tuple(_source(passage, documents[passage.document], total) for passage in most)
 
 
+def surroundings(start: int, end: int, prompt: Prompt, documents: Sequence[Document]) -> list[Source]:
+    """The sentences or lines around tokens [start, end) of a prompt, one passage for each document they belong to."""
+    found = []
+    for span in prompt.document_spans:
+        first, last = max(start, span.start) - span.start, min(end, span.end) - span.start
+        if first < last:
+            document = documents[span.document]
+            low, high = _grow(document.text, *_characters(span, first, last))
+            found.append(Source(span.document, document.title, low, high, 0.0, document.text[low:high]))
+    return found
+
+
+def in_order(found: Sequence[Source], documents: Sequence[Document]) -> tuple[Source, ...]:
+    """Passages as they stand in their documents, those that touch made one with the higher score."""
+    joined: list[Source] = []
+    for source in sorted(found, key=lambda source: (source.document, source.start)):
+        last = joined[-1] if joined else None
+        text = documents[source.document].text
+        if last is not None and last.document == source.document and not text[last.end : source.start].strip():
+            end = max(last.end, source.end)
+            score = max(last.score, source.score)
+            joined[-1] = replace(last, end=end, score=score, text=text[last.start : end])
+        else:
+            joined.append(source)
+    return tuple(joined)
+
+
 def trace_back(
     mass: NDArray[np.floating], prompt: Prompt, excerpts: Sequence[Source]
 ) -> tuple[NDArray[np.floating], Prompt]:

@@ -126,6 +126,10 @@ class LayerMemory(ABC):
         """One more token was taken in, by a step that ran on `numbers`."""
         raise NotImplementedError
 
+    def question_scores(self) -> torch.Tensor | None:
+        """What the question alone says of every block that left the window (eq. 5), [blocks]; None where nothing asks them."""
+        return None
+
     @abstractmethod
     def fork(self) -> Self:
         """An independent continuation that shares what has been read."""

@@ -72,6 +72,10 @@ class BlockMemory(SteadyMemory):
             self._outside.query.announce(start, end)
 
     @override
+    def question_scores(self) -> torch.Tensor | None:
+        return self._outside.question_scores(self._n_blocks)
+
+    @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
         self._scoring = scoring

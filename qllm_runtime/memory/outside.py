@@ -203,6 +203,11 @@ class Outside:
         guide = self._guiding(self._scopes)
         return None if guide is None else guide.scores(self.store.summaries(n_blocks), room)
 
+    def question_scores(self, n_blocks: int) -> torch.Tensor | None:
+        """See `LayerMemory.question_scores`; groups of heads that choose together count alike."""
+        scores = self._asks(n_blocks, n_blocks) if n_blocks else None
+        return None if scores is None else scores[:, :n_blocks].sum(0)
+
     @property
     def _scopes(self) -> int:
         return self.store.kv_heads if self._config.selection == "per_kv_head" else 1
