@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,13 @@ FAMILY_WEIGHTS = {
 }  # fmt: skip
 # Once the others are known: what is learnt late, because it takes two steps or a value that stands ahead of its key.
 LATE_WEIGHTS = {
-    "passkey": 0.3, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 4.0,
-    "multi": 3.0, "two_hop": 5.0,
+    "passkey": 0.3, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 3.5,
+    "multi": 4.5, "two_hop": 5.0,
 }  # fmt: skip
 LATE_VALUE_FIRST = 0.4
+LATE_PRACTICE = 0.5
+TEMPTING = 0.5  # share of samples whose prose has words of the facts in it ...
+MOST_TEMPTING = 0.15  # ... and the largest share of its words that are
 BLOCK = 32
 N_INIT = 32
 FIRST_WEIGHT = 3.0
@@ -112,9 +116,9 @@ class Sampler:
             count = max(2, min(12, int(budget / 16)))
             if family == "multi" and rng.random() < 0.6:
                 # Leaving out what was told already is learnt late; here every question asks for it.
-                return merge([maker.multi(rng.choice((2, 2, 3, 3, 4)), 0) for _ in range(max(2, count // 3))])
+                return merge([maker.multi(rng.randint(2, 5), 0) for _ in range(max(2, count // 3))])
             if family == "multi":
-                return maker.multi(rng.randint(2, 4), max(1, count - 3))
+                return maker.multi(rng.randint(2, 5), max(1, count - 3))
             if family == "two_hop":
                 return maker.two_hop(max(2, count // 2))
             return maker.simple(family, count, True, absent)
@@ -124,7 +128,7 @@ class Sampler:
             if family == "passkey" and any(q.family == family for s in sets for q in s.questions):
                 continue
             if family == "multi":
-                facts = maker.multi(rng.randint(2, 3), rng.randint(0, 2))
+                facts = maker.multi(rng.randint(2, 4), rng.randint(0, 2))
             elif family == "two_hop":
                 facts = maker.two_hop(rng.randint(1, 2))
             else:
@@ -156,6 +160,9 @@ class Sampler:
         prose = rng.choice(self.prose)
         chars = int((length - used) * 3.3)
         sentences = prose.sentences(rng, chars) if chars > 20 else []
+        if not simple and rng.random() < TEMPTING:
+            said = " ".join([*facts.statements, *(q.text for q in questions)])
+            sentences = tempt(rng, sentences, said, rng.uniform(0.0, MOST_TEMPTING))
         state = rng.getstate()
         while True:
             rng.setstate(state)
@@ -240,6 +247,7 @@ class Sampler:
         rng = self.rng
         self.weights = LATE_WEIGHTS if late else FAMILY_WEIGHTS
         self.maker.value_first = LATE_VALUE_FIRST if late else 0.0
+        self.maker.practice = LATE_PRACTICE if late else 0.0
         ids = np.full((count, length), PAD, np.int64)
         positions = np.tile(np.arange(length), (count, 1))
         weights = np.zeros((count, length), np.float32)
@@ -280,6 +288,29 @@ class Sampler:
                     if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
                         keep[b, s : s + BLOCK] = False
         return Batch(ids, positions, weights, value, keep, asks, pinned, families)
+
+
+def tempt(rng: random.Random, sentences: Sequence[str], said: str, share: float) -> list[str]:
+    """Exchange words of prose for words that facts and questions are made of.
+
+    In a whole book names and things that are asked for also stand where nothing is said about them.
+
+    Args:
+        rng: Source of the choices.
+        sentences: The prose.
+        said: The facts and questions.
+        share: How many of the words of three letters or more are exchanged.
+    """
+    parts = {
+        True: re.findall(r"\b[A-Z][a-z]{3,}(?: [A-Z][a-z]{3,})*", said),
+        False: re.findall(r"\b[a-z]{4,}(?: [a-z]{4,})?", said),
+    }
+
+    def exchange(match: re.Match[str]) -> str:
+        options = parts[match[0][0].isupper()]
+        return rng.choice(options) if options and rng.random() < share else match[0]
+
+    return [re.sub(r"[A-Za-z]{3,}", exchange, sentence) for sentence in sentences]
 
 
 def found_in(question: Question, text: str, values: Sequence[str]) -> list[Span]:

@@ -38,7 +38,7 @@ from recipes.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 20240607
 SHARES = {"base": 0.32, "trunk": 0.35, "plain": 0.14, "reader": 0.19}
-STORIES = 3
+STORIES = 6
 # By device and phase: (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
 Stage = tuple[float, int, int, float]
 STAGES: dict[str, dict[str, tuple[Stage, ...]]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from qllm_bench.questions.data import Prose, is_exact, make_case, weave
-from qllm_bench.questions.facts import FAMILIES, FactMaker
+from qllm_bench.questions.facts import FAMILIES, FactMaker, fill
 from qllm_bench.questions.pools import Pools, is_eval
 from qllm_runtime.samples import sample_document, story
 
@@ -47,6 +48,30 @@ def test_facts_of_one_document_are_unambiguous() -> None:
     for seed in range(60):
         facts = FactMaker(Pools(random.Random(seed), True)).simple("attribute", 8, one_template=seed % 2 == 0)
         assert len(set(facts.statements)) == 8
+
+
+def test_articles_agree_with_what_is_filled_in() -> None:
+    assert fill("{S} works as a {v}.", s="ann", v="engineer") == "Ann works as an engineer."
+    assert fill("{S} works as a {v}.", s="otto", v="baker") == "Otto works as a baker."
+
+
+def test_hops_asked_for_one_by_one() -> None:
+    maker = FactMaker(Pools(random.Random(3), False))
+    assert {q.family for q in maker.two_hop(3).questions} == {"two_hop"}
+    maker.practice = 1.0
+    shared = 0
+    for _ in range(30):
+        facts = maker.two_hop(3)
+        assert [q.family for q in facts.questions] == ["two_hop", "relation", "attribute"] * (len(facts.questions) // 3)
+        for whole, first, second in zip(*(facts.questions[n::3] for n in range(3)), strict=True):
+            assert first.values == (whole.middle,)
+            assert second.values == whole.values
+            assert (*first.needs, *second.needs) == whole.needs
+            assert whole.middle.lower() in facts.statements[first.needs[0]].lower()
+            assert whole.values[0] in facts.statements[second.needs[0]]
+        words = [q.middle.split() for q in facts.questions if q.middle]
+        shared += any(set(a) & set(b) for a, b in itertools.pairwise(words))
+    assert shared > 3
 
 
 def test_weave_reports_where_statements_are() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer
 
 from qllm_bench.questions.facts import Question
 from recipes.attention import attend, causal_bias
-from recipes.batches import FIRST_WEIGHT, Sampler
+from recipes.batches import FIRST_WEIGHT, Sampler, tempt
 from recipes.evaluate import MODELS, story_prose
 from recipes.feed import Plan, Plans, batches
 from recipes.init import GROWN, grow, initialise
@@ -126,6 +128,20 @@ def test_several_values_of_a_sample(seed: int) -> None:
             assert all(value.lower() in statement.lower() for value, statement in zip(told, stated, strict=True))
             found += 1
     assert found > 5
+
+
+def test_prose_with_words_of_the_facts_in_it() -> None:
+    sentences = ["The harbour was quiet, and Emma slept. ", "It rained.\n\n", "42 boats left Dover."]
+    said = "The code of the ancient piano is 7311. Rosalind Dunby works as a porter."
+    assert tempt(random.Random(1), sentences, said, 0.0) == sentences
+    assert tempt(random.Random(1), sentences, "7311", 1.0) == sentences
+    all_exchanged = tempt(random.Random(1), sentences, said, 1.0)
+    words = set("code ancient piano works porter Rosalind Dunby".split())  # noqa: SIM905
+    assert {w for s in all_exchanged for w in s.replace(",", "").replace(".", "").split() if len(w) > 3} <= words
+    assert all_exchanged[2].startswith("42 ")
+    assert all_exchanged[1].endswith(".\n\n")
+    some = "".join(tempt(random.Random(1), sentences * 50, said, 0.1))
+    assert 0.05 < 1 - some.count("harbour") / 50 < 0.2
 
 
 def test_batches_are_the_same_whoever_makes_them() -> None:

@@ -75,8 +75,11 @@ class FactSet:
 
 
 def fill(template: str, **parts: str) -> str:
-    """Fill a template; ``{S}`` is ``{s}`` with a capital first letter."""
+    """Fill a template; ``{S}`` is ``{s}`` with a capital first letter, and "a" agrees with what follows it."""
     caps = {k.upper(): v[:1].upper() + v[1:] for k, v in parts.items()}
+    for k, v in parts.items():
+        if v[:1] in "aeiou":
+            template = template.replace(f" a {{{k}}}", f" an {{{k}}}")
     return template.format(**parts, **caps)
 
 
@@ -180,6 +183,8 @@ class FactMaker:
         canonical: State every fact in the first way of its relation and answer mostly in full sentences.
         value_first: Share of the relations of no family of their own that are drawn from those whose statements may
             name the value ahead of the subject.
+        practice: Share of the chains of two hops whose hops are asked for one by one as well, and whose things may share
+            a word with those of another chain.
     """
 
     def __init__(self, pools: Pools) -> None:
@@ -187,6 +192,7 @@ class FactMaker:
         self.rng = pools.rng
         self.canonical = False
         self.value_first = 0.0
+        self.practice = 0.0
 
     def relation(self, family: str) -> Relation:
         """A relation of a family."""
@@ -282,8 +288,12 @@ class FactMaker:
         statements: list[str] = []
         questions: list[Question] = []
         seen: set[str] = set()
+        middle = ""
         for _ in range(chains):
-            key, middle, value = draw(pools, hop.key), draw(pools, hop.middle), draw(pools, kind)
+            practice = self.practice > 0 and rng.random() < self.practice
+            key = draw(pools, hop.key)
+            middle = related(pools, hop.middle, middle) if practice else draw(pools, hop.middle)
+            value = draw(pools, kind)
             if key in seen or middle in seen:
                 continue
             seen |= {key, middle}
@@ -296,6 +306,12 @@ class FactMaker:
             question = f"{word} is the {role} of {fill(hop.phrase, k=key)}?"
             asked = ask(rng, question, answer, (value,), "two_hop", (n, n + 1), short)
             questions.append(replace(asked, middle=middle))
+            if practice:
+                first, second = fill(hop.link_answer, k=key, x=middle), f"The {role} of {of} is {value}."
+                question = f"What is {fill(hop.phrase, k=key)}?"
+                questions.append(ask(rng, question, first, (middle,), "relation", (n,), short))
+                question = f"{word} is the {role} of {of}?"
+                questions.append(ask(rng, question, second, (value,), "attribute", (n + 1,), short))
         return FactSet(tuple(statements), tuple(questions))
 
 
