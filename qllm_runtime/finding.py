@@ -25,8 +25,8 @@ from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import surroundings
 from qllm_runtime.types import Document, Sampling, Source, Turn
 
-STORY_CHARS = 9_000
-STORY_FACTS = 16
+STORY_CHARS = 6_000
+STORY_FACTS = 12
 STORY_WINDOW = 256  # tokens; the rest of the story is looked up
 #: A layer finds when the mean over questions of 1 / rank of the right block is at least this.
 LEAST = 0.3

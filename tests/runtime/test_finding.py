@@ -92,7 +92,7 @@ def test_a_model_is_asked_once(reader: QLLM, document: Document, asked: list[np.
     (ranks,) = asked
     assert ranks.shape == (reader.model.config.num_hidden_layers,)
     assert ranks.max() > 0.8  # one layer finds, and which is beyond doubt
-    assert np.sort(ranks)[-2] < 0.6
+    assert np.sort(ranks)[-2] < ranks.max() - 0.25
 
 
 def test_a_model_that_finds_nothing_goes_by_attention(
