@@ -70,8 +70,8 @@ def lr_factor(phase: str, progress: float, step: int) -> float:
     if phase == "base":
         return warm * (1.0 - 0.6 * max(0.0, (progress - 0.4) / 0.6))
     if phase == "trunk":
-        return warm * (0.8 - 0.4 * progress)
-    return max(0.005, 0.4 * (1.0 - progress))
+        return warm * (1.2 - 0.9 * progress)
+    return max(0.005, 0.3 * (1.0 - progress))
 
 
 def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenizer:
