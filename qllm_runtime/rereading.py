@@ -2,14 +2,16 @@
 
 A looked-up block is seen at one far distance, next to blocks it never stood beside. Read again in the window, with the question
 behind it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
-it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`). Everything else
-stays within reach of the lookups.
+it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`).
+
+Where the passages leave at least half of the window free, everything else stays within reach of the lookups. In a smaller window
+they would push each other out and had to be looked up among everything that resembles them; there they are read by themselves.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from qllm_runtime import answering, finding
@@ -19,7 +21,7 @@ from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, lay_out, settle
 from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import in_order
-from qllm_runtime.types import Piece, Sampling, Source
+from qllm_runtime.types import Answer, Document, Piece, Sampling, Source
 
 #: Tokens of the draft; an answer begins with what it is about.
 DRAFT_TOKENS = 48
@@ -75,12 +77,43 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     attended = draft.sources[:BESIDE_NAMED] if named else draft.sources
     found = in_order([*attended, *named], request.documents)
     drafted = time.perf_counter()
-    for piece in answering.run(replace(request, excerpts=found, progress=read_all), cancelled):
+    last_request = replace(request, excerpts=found, progress=read_all)
+    last_prompt = lay_out(last_request)
+    again = last_prompt.document_spans[len(prompt.document_spans) :]
+    alone = _can_be_alone(request) and 2 * sum(span.end - span.start for span in again) > config.n_local
+    if alone:
+        last_request = _alone(last_request)
+        last_prompt = lay_out(last_request)
+    for piece in answering.run(last_request, cancelled, last_prompt):
         if piece.answer is not None:
-            final = piece.answer
+            final = _moved_back(piece.answer, found) if alone else piece.answer
             speed = prompt.read_end / max(read - began, 1e-9) if fresh else draft.timings.read_tokens_per_s
             timings = replace(final.timings, read_s=final.timings.read_s + drafted - began, read_tokens_per_s=speed)
-            cached = 0 if fresh else final.usage.cache_read_tokens
+            cached = 0 if fresh else draft.usage.cache_read_tokens
             usage = replace(final.usage, prompt_tokens=n, cache_read_tokens=cached)
             piece = replace(piece, answer=replace(final, timings=timings, usage=usage))
         yield piece
+
+
+def _can_be_alone(request: Request) -> bool:
+    """Whether the conversation is one without its documents: they stand in user turns that say something as well."""
+    return all(turn.role == "user" and turn.text for turn in request.turns if turn.documents)
+
+
+def _alone(request: Request) -> Request:
+    """The request with its passages in place of all documents."""
+    turns = [replace(turn, content=tuple(x for x in turn.content if isinstance(x, str))) for turn in request.turns]
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    passages = tuple(Document(source.text, source.title) for source in request.excerpts)
+    turns[last] = replace(turns[last], content=(*passages, *turns[last].content))
+    return replace(request, turns=tuple(turns), memory=None, reading=None, excerpts=())
+
+
+def _moved_back(answer: Answer, found: Sequence[Source]) -> Answer:
+    """The answer with its sources where they stand in the documents that the passages come from."""
+    sources = []
+    for source in answer.sources:
+        home = found[source.document]
+        start, end = home.start + source.start, home.start + source.end
+        sources.append(replace(source, document=home.document, start=start, end=end))
+    return replace(answer, sources=tuple(sources), reread=True)
