@@ -4,8 +4,9 @@ A looked-up block is seen at one far distance, next to blocks it never stood bes
 behind it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
 it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`).
 
-Where the passages leave at least half of the window free, everything else stays within reach of the lookups. In a smaller window
-they would push each other out and had to be looked up among everything that resembles them; there they are read by themselves.
+Where the passages leave at least half of the window free, everything else stays within reach of the lookups. In a smaller
+window they would push each other out and had to be looked up among everything that resembles them; there they are read by
+themselves.
 """
 
 from __future__ import annotations

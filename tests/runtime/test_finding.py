@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qllm_runtime import answering, finding, rereading
+from qllm_runtime import finding, rereading
 from qllm_runtime.engine import QLLM
 from qllm_runtime.prompt import build_prompt
-from qllm_runtime.request import Request
 from qllm_runtime.samples import story
 from qllm_runtime.sources import in_order, surroundings
-from qllm_runtime.types import Document, Piece, Source, Turn
+from qllm_runtime.types import Document, Source, Turn
 
 FACTS = [f"One of the special magic numbers for walrus-lamp is: {number}." for number in (4127, 902833, 51604)]
 QUESTION = "What are all the special magic numbers for walrus-lamp mentioned in the provided text?"
@@ -39,14 +38,13 @@ def document() -> Document:
 def excerpts(monkeypatch: pytest.MonkeyPatch) -> list[list[Source]]:
     """Passages that were read again, of each answer."""
     seen: list[list[Source]] = []
-    run = answering.run
 
-    def watch(request: Request, *args: Any) -> Iterator[Piece]:
-        if request.excerpts:
-            seen.append(list(request.excerpts))
-        return run(request, *args)
+    def watch(*args: Any) -> tuple[Source, ...]:
+        found = in_order(*args)
+        seen.append(list(found))
+        return found
 
-    monkeypatch.setattr(answering, "run", watch)
+    monkeypatch.setattr(rereading, "in_order", watch)
     return seen
 
 

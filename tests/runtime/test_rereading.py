@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from qllm_runtime import answering, rereading
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.engine import QLLM
 from qllm_runtime.prompt import build_prompt
+from qllm_runtime.request import Request
 from qllm_runtime.samples import story
 from qllm_runtime.sources import trace_back
-from qllm_runtime.types import Document, Source, Turn
+from qllm_runtime.types import Document, Piece, Source, Turn
 
 FACT = "The code of the polite fence is 437396."
 QUESTION = "What is the code of the polite fence?"
@@ -69,11 +73,69 @@ def test_memory_and_stream_give_the_same(reader: QLLM, documents: list[Document]
     ]
 
 
-def test_the_whole_text_stays_within_reach(reader: QLLM, memory: DocumentMemory) -> None:
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What drafts and answers were written for."""
+    seen: list[Request] = []
+    run = answering.run
+
+    def watch(request: Request, *args: Any) -> Iterator[Piece]:
+        seen.append(request)
+        return run(request, *args)
+
+    monkeypatch.setattr(answering, "run", watch)
+    return seen
+
+
+def test_passages_that_fill_the_window_are_read_by_themselves(
+    reader: QLLM,
+    documents: list[Document],
+    memory: DocumentMemory,
+    requests: list[Request],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rereading, "WORTH_FINDING", 0)  # more passages
+    history = [Turn("user", ("Who is there?",)), Turn("assistant", ("The text does not say.",))]
+    answer = reader.ask(QUESTION, memory, history=history, max_tokens=40)
+    draft, last = requests[-2:]
+    assert draft.reading is not None
+    assert last.reading is None
+    assert "437396" in answer.text
+    assert answer.reread
+    assert answer.usage.cache_read_tokens == memory.n_tokens
+    assert [turn.role for turn in last.turns] == ["user", "assistant", "user"]
+    assert last.turns[0].content == history[0].content
+    passages = {document.text for document in last.documents}
+    assert any(FACT in passage for passage in passages)
+    for source in answer.sources:
+        assert source.text == documents[source.document].text[source.start : source.end]
+        assert source.title == documents[source.document].title
+        assert any(source.text in passage for passage in passages)
+
+
+def test_elsewhere_the_whole_text_stays_within_reach(
+    reader: QLLM, documents: list[Document], requests: list[Request]
+) -> None:
+    wide = QLLM(reader.model, reader.tokenizer, memory=reader.memory.replace(n_local=512))
     lookups: list[int] = []
-    reader.ask(QUESTION, memory, max_tokens=4, on_lookup=lambda layer, record: lookups.append(record.n_blocks))
-    blocks = memory.n_tokens // reader.memory.block_size
-    assert min(lookups) > blocks - (reader.memory.n_local + reader.memory.n_init) // reader.memory.block_size - 8
+    answer = wide.ask(QUESTION, documents, max_tokens=4, on_lookup=lambda _, record: lookups.append(record.n_blocks))
+    draft, last = requests
+    assert last.reading is draft.reading is not None
+    assert last.excerpts
+    assert last.documents == tuple(documents)
+    blocks = (answer.usage.prompt_tokens - wide.memory.n_local - wide.memory.n_init) // wide.memory.block_size
+    assert lookups[-1] >= blocks - 1
+
+
+def test_documents_of_tools_are_never_left_out() -> None:
+    asks, document = Turn("user", (QUESTION,)), Document(FACT)
+    for turns, alone in (
+        ([Turn("user", (document, QUESTION))], True),
+        ([asks, Turn("assistant", ("",)), Turn("tool", (document,))], False),
+        ([Turn("user", (document,)), Turn("assistant", ("Yes?",)), asks], False),
+        ([Turn("user", (document, "Read.")), Turn("assistant", ("Yes?",)), asks], True),
+    ):
+        assert rereading._can_be_alone(cast(Request, SimpleNamespace(turns=turns))) is alone
 
 
 def test_a_conversation_reads_passages_for_its_last_question(reader: QLLM, memory: DocumentMemory) -> None:
