@@ -102,12 +102,12 @@ def _can_be_alone(request: Request) -> bool:
 
 
 def _alone(request: Request) -> Request:
-    """The request with its passages in place of all documents."""
+    """The request with its passages in place of all documents; lookups are reported of documents only."""
     turns = [replace(turn, content=tuple(x for x in turn.content if isinstance(x, str))) for turn in request.turns]
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
     passages = tuple(Document(source.text, source.title) for source in request.excerpts)
     turns[last] = replace(turns[last], content=(*passages, *turns[last].content))
-    return replace(request, turns=tuple(turns), memory=None, reading=None, excerpts=())
+    return replace(request, turns=tuple(turns), memory=None, reading=None, excerpts=(), on_lookup=None)
 
 
 def _moved_back(answer: Answer, found: Sequence[Source]) -> Answer:

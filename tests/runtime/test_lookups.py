@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from qllm_runtime import rereading
 from qllm_runtime.engine import QLLM
 from qllm_runtime.memory.record import Lookup
 from qllm_runtime.prompt import build_prompt
@@ -62,7 +63,16 @@ def test_streams_conversations_and_memories_report_too(llm: QLLM) -> None:
         assert len(found) == n  # the hook belongs to its request
 
 
-def test_a_draft_and_the_passages_read_again_report_too(llm: QLLM) -> None:
+def test_passages_by_themselves_report_nothing(llm: QLLM) -> None:
+    found: list[Record] = []
+    answer = llm.ask(QUESTION, BOOK, max_tokens=3, on_lookup=lambda *record: found.append(record))
+    assert answer.reread
+    starts = [record.start for layer, record in found if layer == 0]
+    assert starts == sorted(set(starts))  # one reading: that of the documents and the draft
+
+
+def test_a_draft_and_the_passages_read_again_report_too(llm: QLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rereading, "_can_be_alone", lambda request: False)
     found: list[Record] = []
     with llm.read(BOOK) as memory:
         answer = llm.ask(QUESTION, memory, max_tokens=3, on_lookup=lambda *record: found.append(record))
