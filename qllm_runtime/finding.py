@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from qllm_runtime import answering
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.decoding import Sampler
 from qllm_runtime.inference import Cancelled, Inference
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, lay_out
@@ -61,9 +60,9 @@ def named_by_question(
 
 
 def layer_that_finds(request: Request, cancelled: Cancelled) -> int | None:
-    """The layer of the request's model whose lookups for a question find facts, or None; a model is asked only once."""
+    """The layer whose lookups for the request's question find facts, or None; a model is asked only once."""
     given = request.config
-    if given.policy != "qllm" or not given.query_weight:
+    if not request.query or given.policy != "qllm" or not given.query_weight:
         return None
     config = given.replace(n_local=STORY_WINDOW, exec_block_size=min(given.exec_block_size, STORY_WINDOW))
     known = _known.setdefault(request.inference, {})
@@ -77,18 +76,22 @@ def layer_that_finds(request: Request, cancelled: Cancelled) -> int | None:
 def _reciprocal_ranks(request: Request, cancelled: Cancelled) -> NDArray[np.float64]:
     """[layers] mean over questions of 1 / rank of the block in which a fact of the story stands."""
     story, facts = sample_document(n_facts=STORY_FACTS, min_chars=STORY_CHARS)
-    short = Sampling(max_tokens=1)
     request = replace(
-        request, query_source="message", memory=None, mode="read_once", tools=None, sampling=short, progress=None,
-        on_lookup=None, reading=None,
-    )  # fmt: skip
+        request,
+        mode="read_once",
+        tools=None,
+        sampling=Sampling(max_tokens=1),
+        progress=None,
+        on_lookup=None,
+        reading=None,
+    )
     asked = []
     for question, statement in facts:
         at = story.find(statement)
         if at < 0:  # asked for in other words than it is stated in
             continue
         turns = (Turn("user", (Document(story), question)),)
-        request = replace(request, turns=turns, query=question, sampler=Sampler(short))
+        request = replace(request, turns=turns, query=question)
         prompt = lay_out(request)
         if request.reading is None:
             request = replace(request, reading=answering.read_ahead(request, prompt, cancelled))

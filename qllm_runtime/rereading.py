@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from qllm_runtime import answering, finding
 from qllm_runtime.decoding import Sampler
@@ -66,25 +67,25 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     layer = finding.layer_that_finds(request, cancelled) if prompt.read_end >= WORTH_FINDING else None
     named: list[Source] = []
 
-    def look(prompt: Prompt, cache: MemoryCache) -> None:
-        if layer is not None:
-            named.extend(finding.named_by_question(layer, NAMED_BLOCKS, prompt, cache, config, request.documents))
+    def look(layer: int, prompt: Prompt, cache: MemoryCache) -> None:
+        named.extend(finding.named_by_question(layer, NAMED_BLOCKS, prompt, cache, config, request.documents))
 
+    on_answer = None if layer is None else partial(look, layer)
     short = Sampling(max_tokens=DRAFT_TOKENS)  # whatever the answer's limit is: that only cuts the answer
-    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None, on_answer=look)
+    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None, on_answer=on_answer)
     *_, last = answering.run(draft_request, cancelled, prompt)
     draft = last.answer
     assert draft is not None
     attended = draft.sources[:BESIDE_NAMED] if named else draft.sources
     found = in_order([*attended, *named], request.documents)
     drafted = time.perf_counter()
-    last_request = replace(request, excerpts=found, progress=read_all)
-    last_prompt = lay_out(last_request)
-    again = last_prompt.document_spans[len(prompt.document_spans) :]
-    alone = _can_be_alone(request) and 2 * sum(span.end - span.start for span in again) > config.n_local
-    if alone:
-        last_request = _alone(last_request)
-        last_prompt = lay_out(last_request)
+    last_request, last_prompt, alone = replace(request, excerpts=found, progress=read_all), None, False
+    if found and _can_be_alone(request):
+        by_themselves = _alone(last_request)
+        passages = lay_out(by_themselves)
+        alone = 2 * sum(span.end - span.start for span in passages.document_spans) > config.n_local
+        if alone:
+            last_request, last_prompt = by_themselves, passages
     for piece in answering.run(last_request, cancelled, last_prompt):
         if piece.answer is not None:
             final = _moved_back(piece.answer, found) if alone else piece.answer

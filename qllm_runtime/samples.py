@@ -82,7 +82,8 @@ def _town(rng: random.Random) -> str:
     return rng.choice(_START) + rng.choice(_END)
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """The indefinite article ahead of a word."""
     return "an" if word[0] in "aeiou" or word == "honest" else "a"
 
 
@@ -99,7 +100,7 @@ def _sentence(rng: random.Random, names: list[str], towns: list[str]) -> str:
             pools = {"when": _WHEN, "a": _ADJ, "o": _NOUN, "p": _PERSON, "v": _VERB, "b": _ABSTRACT}
             word = rng.choice(pools[slot])
         if before.endswith((" a ", "A ")):
-            before = before.removesuffix(" ") + _article(word)[1:] + " "
+            before = before.removesuffix(" ") + article(word)[1:] + " "
         out = before + word + after
     return out[0].upper() + out[1:]
 
@@ -139,7 +140,7 @@ def _fact(rng: random.Random, kind: int) -> tuple[str, str, str, str]:
         )
     if kind == 1:
         job = rng.choice(_PERSON)
-        said = f"{who} works as {_article(job)} {job}."
+        said = f"{who} works as {article(job)} {job}."
         return said, f"What is the job of {who}?", said, who
     if kind == 2:
         return f"{who} lives in {town}.", f"Where does {who} live?", f"{who} lives in {town}.", who

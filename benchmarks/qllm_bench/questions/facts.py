@@ -19,6 +19,7 @@ from qllm_bench.questions.relations import (
     TWO_HOPS,
     Relation,
 )
+from qllm_runtime.samples import article
 
 ABSENT = "The text does not say."
 FAMILIES = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation", "multi", "two_hop", "absent")
@@ -78,8 +79,8 @@ def fill(template: str, **parts: str) -> str:
     """Fill a template; ``{S}`` is ``{s}`` with a capital first letter, and "a" agrees with what follows it."""
     caps = {k.upper(): v[:1].upper() + v[1:] for k, v in parts.items()}
     for k, v in parts.items():
-        if v[:1] in "aeiou":
-            template = template.replace(f" a {{{k}}}", f" an {{{k}}}")
+        if v:
+            template = template.replace(f" a {{{k}}}", f" {article(v)} {{{k}}}")
     return template.format(**parts, **caps)
 
 
