@@ -104,9 +104,8 @@ def _reciprocal_ranks_of(
     request: Request, prompt: Prompt, place: tuple[int, int], cancelled: Cancelled
 ) -> NDArray[np.float64]:
     """[layers] 1 / rank of the best block that holds some of the characters `place`; 0 where none left the window."""
-    config, span = request.config, prompt.document_spans[0]
-    inside = np.flatnonzero((span.offsets[:, 0] < place[1]) & (span.offsets[:, 1] > place[0])) + span.start
-    right = sorted({int(token - config.n_init) // config.block_size for token in inside if token >= config.n_init})
+    config, tokens = request.config, prompt.document_spans[0].tokens(*place)
+    right = sorted({(token - config.n_init) // config.block_size for token in tokens if token >= config.n_init})
     found = []
     with request.inference.request(cancelled):
         cache, known = answering.begin(request, prompt, len(prompt.ids))

@@ -33,6 +33,11 @@ class DocumentSpan:
     end: int
     offsets: NDArray[np.int64]
 
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens of the prompt that hold some of the characters [start, end) of the document."""
+        inside = np.flatnonzero((self.offsets[:, 0] < end) & (self.offsets[:, 1] > start))
+        return [int(n) + self.start for n in inside]
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from qllm_runtime.config import MemoryConfig
@@ -18,12 +17,7 @@ from qllm_runtime.prompt import Prompt
 
 def needed_tokens(prompt: Prompt, spans: Sequence[tuple[int, int]]) -> list[int]:
     """Tokens of the prompt that hold characters of the spans of its (first) document."""
-    document = prompt.document_spans[0]
-    first, last = document.offsets[:, 0], document.offsets[:, 1]
-    hits = np.zeros(len(first), dtype=bool)
-    for start, end in spans:
-        hits |= (first < end) & (last > start)
-    return [int(n) + document.start for n in np.flatnonzero(hits)]
+    return sorted({token for span in spans for token in prompt.document_spans[0].tokens(*span)})
 
 
 @contextmanager
