@@ -46,19 +46,27 @@ class CudaGraph:
     def __init__(self, device: torch.device, step: Callable[[], torch.Tensor], before: Recording | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
         pool = before._graph.pool() if isinstance(before, CudaGraph) else None
-        with (
-            _capturing,
-            torch.cuda.device(device),
-            torch.cuda.stream(torch.cuda.current_stream(device)),  # a capture that fails would leave its own current
-            torch.cuda.graph(self._graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
-        ):
-            self.logits = step()
+        try:
+            with (
+                _capturing,
+                torch.cuda.device(device),
+                torch.cuda.stream(
+                    torch.cuda.current_stream(device)
+                ),  # a capture that fails would leave its own current
+                torch.cuda.graph(self._graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
+            ):
+                self.logits = step()
+        except Exception:
+            _failed.add(device)
+            raise
 
     def replay(self) -> None:
         """Run it again."""
         self._graph.replay()
 
 
+#: Devices on which a capture failed: torch's allocator may believe until the process ends that one is under way.
+_failed: set[torch.device] = set()
 _capturing = threading.Lock()  # one capture at a time is all that CUDA allows a process
 
 
@@ -71,8 +79,13 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def recorder(model: PreTrainedModel) -> Recorder | None:
     """What records steps of `model`, or None where steps run launch by launch."""
     device = model.device
-    alone = device.type == "cuda" and all(parameter.device == device for parameter in model.parameters())
-    return functools.partial(CudaGraph, device) if alone else None
+    if (
+        device.type != "cuda"
+        or device in _failed
+        or any(parameter.device != device for parameter in model.parameters())
+    ):
+        return None
+    return functools.partial(CudaGraph, device)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
-from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
+from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, on_device, stand_in_mask
 
 Cancelled = Callable[[], bool]
 
@@ -26,11 +26,6 @@ Cancelled = Callable[[], bool]
 def never() -> bool:
     """The request is never cancelled."""
     return False
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the one that kernels are launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # by the model's id, which is its own as long as its entry lives: the entry's value holds the model
@@ -87,7 +82,7 @@ class Inference:
         try:
             if training:
                 self.model.eval()
-            with torch.inference_mode(), installed(self.model), _current(self.model.device):
+            with torch.inference_mode(), installed(self.model), on_device(self.model.device):
                 yield
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +73,21 @@ class ModelFacts:
         return self.rotations[kind]
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that kernels are launched on; a model may have its layers on several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 #: Makes the memory of (layer index, row of the batch).
 MemoryFactory = Callable[[int, int], LayerMemory]
+
+
+@dataclass
+class _Rows:
+    """What the layers of a cache share; they do not know the cache, which is freed when its last user lets go of it."""
+
+    factory: MemoryFactory
+    lengths: list[int] | None = None
 
 
 class MemoryLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -82,9 +95,9 @@ class MemoryLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, cache: MemoryCache, layer_idx: int) -> None:
+    def __init__(self, shared: _Rows, layer_idx: int) -> None:
         super().__init__()
-        self._cache, self._layer_idx = cache, layer_idx
+        self._shared, self._layer_idx = shared, layer_idx
         self.rows: list[LayerMemory] = []
 
     @override
@@ -99,7 +112,7 @@ class MemoryLayer(CacheLayerMixin):  # type: ignore[misc]
     def prepare(self, rows: int) -> None:
         """Make the memories of the first `rows` rows."""
         while len(self.rows) < rows:
-            self.rows.append(self._cache.factory(self._layer_idx, len(self.rows)))
+            self.rows.append(self._shared.factory(self._layer_idx, len(self.rows)))
 
     def attend(self, query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Hand one call's tokens to the rows' memories.
@@ -115,16 +128,17 @@ class MemoryLayer(CacheLayerMixin):  # type: ignore[misc]
         key = self._key
         del self._key
         batch, heads, n, _ = query.shape
-        lengths = self._cache.lengths or [n] * batch
+        lengths = self._shared.lengths or [n] * batch
         self.prepare(batch)
-        if batch == 1 and lengths[0] == n:
-            return self.rows[0].append(query[0], key[0], value[0], scoring)[None]
-        out = query.new_zeros(batch, n, heads, value.shape[-1])
-        for row, length in enumerate(lengths):
-            if length:
-                out[row, :length] = self.rows[row].append(
-                    query[row, :, :length], key[row, :, :length], value[row, :, :length], scoring
-                )
+        with on_device(query.device):
+            if batch == 1 and lengths[0] == n:
+                return self.rows[0].append(query[0], key[0], value[0], scoring)[None]
+            out = query.new_zeros(batch, n, heads, value.shape[-1])
+            for row, length in enumerate(lengths):
+                if length:
+                    out[row, :length] = self.rows[row].append(
+                        query[row, :, :length], key[row, :, :length], value[row, :, :length], scoring
+                    )
         return out
 
     @override
@@ -143,15 +157,23 @@ class MemoryLayer(CacheLayerMixin):  # type: ignore[misc]
 class MemoryCache(Cache):  # type: ignore[misc]
     """The `past_key_values` of a model whose attention is served by memories.
 
-    Attributes:
+    Args:
+        n_layers: Layers of the model.
         factory: Makes the memory of (layer, row) when its first tokens arrive.
-        lengths: Valid tokens of each row in the next call (rows are padded on the right), or None when all are.
     """
 
     def __init__(self, n_layers: int, factory: MemoryFactory) -> None:
-        self.factory = factory
-        self.lengths: list[int] | None = None
-        super().__init__(layers=[MemoryLayer(self, index) for index in range(n_layers)])
+        self._shared = _Rows(factory)
+        super().__init__(layers=[MemoryLayer(self._shared, index) for index in range(n_layers)])
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Valid tokens of each row in the next call (rows are padded on the right), or None when all are."""
+        return self._shared.lengths
+
+    @lengths.setter
+    def lengths(self, lengths: list[int] | None) -> None:
+        self._shared.lengths = lengths
 
     def prepare(self, rows: int) -> None:
         """Make the memories of `rows` sequences ahead of the first call."""
@@ -168,7 +190,7 @@ class MemoryCache(Cache):  # type: ignore[misc]
 
     def fork(self) -> MemoryCache:
         """A cache that continues from here and shares what has been read."""
-        child = MemoryCache(len(self.layers), self.factory)
+        child = MemoryCache(len(self.layers), self._shared.factory)
         for mine, theirs in zip(self.layers, child.layers, strict=True):
             theirs.rows = [row.fork() for row in mine.rows]
         return child

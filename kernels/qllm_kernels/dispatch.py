@@ -92,6 +92,8 @@ def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) 
     gpu = _kernels("select", lookup.device)
     if gpu is not None and _serves("block_scores", gpu.cannot_serve(lookup, summaries)):
         serve = gpu.block_scores
+    else:
+        summaries = summaries.to(lookup.device)  # kernels read pinned memory of the host too
     return serve(lookup, summaries, scopes=scopes)
 
 
@@ -111,6 +113,8 @@ def choose_blocks(
     gpu = _kernels("select", lookup.device)
     if gpu is not None and all(_serves("choose_blocks", gpu.cannot_serve(lookup, part)) for part in parts):
         serve = gpu.choose_blocks
+    else:
+        parts = [part.to(lookup.device) for part in parts]
     return serve(lookup, parts, counts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds)
 
 

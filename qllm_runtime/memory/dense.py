@@ -139,12 +139,14 @@ class DenseMemory(SteadyMemory):
         rows = torch.arange(start, start + n, device=query.device)[:, None]
 
         def part(lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if hi - 1 <= start and (self._window is None or start + n - 1 - lo < self._window):
+                return self._attend(packed, lo, hi, scoring, None)
             cols = torch.arange(lo, hi, device=query.device)
             seen = cols <= rows
             if self._window is not None:
                 seen &= rows - cols < self._window
             bias = torch.zeros(n, hi - lo, device=query.device, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
-            return self._attend(packed, lo, hi, scoring, None if bool(seen.all()) else bias.repeat(group, 1))
+            return self._attend(packed, lo, hi, scoring, bias.repeat(group, 1))
 
         if self._window is None and inner > 0:
             out, lse = merge(self._attend(packed, 0, inner, scoring, None), part(inner, start + n))

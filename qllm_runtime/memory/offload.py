@@ -71,11 +71,12 @@ class OffloadedStore(BlockStore):
         parts = super().summaries(n_blocks)
         if self._reader is None:
             return parts
-        self._see_host(self._reader)
+        self.settle(self._reader)
         slabs = zip(self._slabs, parts, strict=False)  # as far as there are blocks to be seen
         return [slab.keys(part.shape[2]).transpose(1, 2) for slab, part in slabs]
 
-    def _see_host(self, device: torch.device) -> None:
+    @override
+    def settle(self, device: torch.device) -> None:
         """Let what follows on the device see everything that was copied to the host."""
         if self._awaits and device.type == "cuda":
             torch.cuda.current_stream(device).wait_stream(copying(device))
@@ -86,7 +87,7 @@ class OffloadedStore(BlockStore):
         if ids.shape[0] * ids.shape[2] > self._device_blocks:
             return None
         table, copy = self._admit(ids, valid)
-        self._see_host(ids.device)
+        self.settle(ids.device)
         copy()
         return self._paged(table)
 

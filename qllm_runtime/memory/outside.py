@@ -255,6 +255,7 @@ class Outside:
         """Bring up to date what `take_in` reads for so many eligible blocks, and return it."""
         if not self._config.uses_blocks or not n_blocks:
             return (self._initial,)
+        self.store.settle(self.store.like[0].device)
         parts = self._parts()
         self._asked = self._asks(n_blocks, sum(part.shape[2] for part in parts))
         return (self._pinned(), self._asked, *parts, *self.store.pages)

@@ -51,5 +51,6 @@ def board(places: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
 
     Kernels are compiled anew for addresses of another alignment, so each number has 16 bytes of its own.
     """
-    numbers = torch.tensor(places, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return numbers[..., None].expand(-1, -1, 2).to(device, non_blocking=True)[..., :1]
+    pairs = [[(number, 0) for number in place] for place in places]
+    numbers = torch.tensor(pairs, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)[..., :1]

@@ -117,6 +117,9 @@ class BlockStore:
                 target.copy_(source)
         self._own = grown
 
+    def settle(self, device: torch.device) -> None:
+        """Have what was appended in place for what `device` does next; ahead of a step that is recorded or run again."""
+
     def summaries(self, n_blocks: int) -> list[torch.Tensor]:
         """Summaries of the first blocks in order, a tensor [summary_heads, r, n, head_dim] per generation."""
         parts = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from emulated_graph import EmulatedGraph, NotRecordableError
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from qllm_kernels import dispatch
@@ -19,6 +21,7 @@ from qllm_runtime.inference import Inference
 from qllm_runtime.memory import dense
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
+from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.window import Window
 from qllm_runtime.seam import MemoryCache
 
@@ -54,6 +57,31 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[EmulatedGraph]]:
     class Graph(EmulatedGraph):
         launched: ClassVar[list[str]] = []
 
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            everything_on_the_host()
+
+        def replay(self) -> None:
+            everything_on_the_host()
+            super().replay()
+
+    stores: weakref.WeakSet[OffloadedStore] = weakref.WeakSet()
+    append, settle = OffloadedStore.append, OffloadedStore.settle
+
+    def everything_on_the_host() -> None:
+        """No graph can wait for copies that were started outside of it."""
+        assert not any(store._awaits for store in stores)
+
+    def noted(store: OffloadedStore, *args: Any) -> None:
+        stores.add(store)
+        append(store, *args)
+
+    def settled(store: OffloadedStore, device: torch.device) -> None:
+        assert not (store._awaits and _get_current_dispatch_mode() is not None)
+        settle(store, device)
+
+    monkeypatch.setattr(OffloadedStore, "append", noted)
+    monkeypatch.setattr(OffloadedStore, "settle", settled)
     monkeypatch.setattr(captured, "recorder", lambda model: Graph)
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     dispatch.backend.cache_clear()
@@ -134,6 +162,7 @@ def compare(actual: Result, expected: Result) -> None:
         ({"topk": 1}, (5, 9)),
         ({**FEW, "selection": "per_kv_head"}, (5, 9)),
         ({**FEW, "policy": "infllm", "device_blocks": 4}, None),
+        ({"device_blocks": 8}, None),
         ({"device_blocks": 8}, (5, 9)),
         ({"device_blocks": 8, "offload_dtype": "fp8"}, (5, 9)),
         ({"summary": "published"}, (20, 24)),
@@ -142,7 +171,8 @@ def compare(actual: Result, expected: Result) -> None:
         ({"policy": "lm-infinite"}, None),
     ],
     ids=[
-        "every key", "candidates", "per kv head", "offloaded", "offloaded, every key", "offloaded, fp8", "published", "mean",
+        "every key", "candidates", "per kv head", "offloaded", "offloaded, no question",
+        "offloaded, every key", "offloaded, fp8", "published", "mean",
         "streaming", "lm-infinite",
     ],
 )  # fmt: skip

@@ -148,3 +148,19 @@ def test_half_precision() -> None:
     expected = choice.choose_blocks(lookup.half().float(), [parts[0].float()], [70, 70], 4, **kind)[2]
     torch.testing.assert_close(scores, expected, atol=2e-2, rtol=1e-2)
     assert torch.equal(ids, scores.topk(4).indices.sort().values)
+
+
+def test_what_a_choice_writes_lies_where_its_queries_do() -> None:
+    """Summaries may lie in pinned memory of the host; a GPU writes to its own."""
+    part = torch.empty(2, 4, 60, 16, device="meta")
+    made = gpu.Choice(CPU, 1, 4, [part], 3, scopes=1, question=torch.zeros(1, 60), weight=1.0)
+    assert {x.device.type for x in (made.scores, made._moments, made.ids, made.valid)} == {"cpu"}
+
+
+def test_a_growing_text_compiles_nothing_anew() -> None:
+    def sizes(n: int) -> dict[str, object]:
+        part = torch.zeros(2, 4, n, 16)
+        made = gpu.Choice(part.device, 1, 4, [part], 3, scopes=1, question=torch.zeros(1, n), weight=1.0)
+        return next(iter(made.launches(torch.tensor([n]))))[2]
+
+    assert sizes(40) == sizes(400) == sizes(40_000)

@@ -29,6 +29,7 @@ from qllm_runtime.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from qllm_runtime.seam import MemoryCache
 from qllm_runtime.types import Answer, Document, Piece, Sampling, Turn
 
 BOOK = "The cat sat there.\r\nNaïve 👩‍🚀 said: the fox\ufeff ran.\n\n" * 6
@@ -330,6 +331,35 @@ def test_many_questions_cost_no_memory(llm: QLLM) -> None:
     for _ in range(5):
         llm.ask(QUESTION, memory, max_tokens=3)
     assert living() <= before + 2
+
+
+def test_caches_are_freed_at_once(llm: QLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values do not wait for the garbage collector, which a GPU that runs out of memory does not call."""
+    caches: weakref.WeakSet[MemoryCache] = weakref.WeakSet()
+    made = MemoryCache.__init__
+
+    def noted(cache: MemoryCache, *args: Any) -> None:
+        made(cache, *args)
+        caches.add(cache)
+
+    monkeypatch.setattr(MemoryCache, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        llm.ask(QUESTION, BOOK, max_tokens=3)
+        list(llm.stream(QUESTION, BOOK, max_tokens=3))
+        stream = llm.stream(QUESTION, BOOK, max_tokens=3)
+        next(stream)
+        stream.close()
+        assert free(llm)
+        assert not caches
+        memory = llm.read(BOOK)
+        llm.ask(QUESTION, memory, max_tokens=3)
+        assert len(caches) == 1
+        memory.close()
+        assert not caches
+    finally:
+        gc.enable()
 
 
 def test_reading_on(llm: QLLM) -> None:

@@ -108,7 +108,9 @@ def append_and_choose(
     """See :func:`qllm_kernels.dispatch.append_and_choose`; of one part."""
     heads, kv_heads = new.query.shape[0], new.key.shape[0]
     near, far_query, tensors, strides, constants = arguments(new, far)
-    choice = Choice(1, heads, parts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds)
+    choice = Choice(
+        new.query.device, 1, heads, parts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds
+    )
     n_append = triton.cdiv(heads + kv_heads, scopes)
     ((run, given, sizes),) = choice.launches(counts)
     lookup = torch.empty(run.splits, heads, near.shape[2], dtype=near.dtype, device=near.device)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from qllm_kernels.gpu.shapes import power_of_2
 
+PARTIALS = 256  # moments of runs that are read at once, at least: compiled once for texts of most lengths
 TILE = 1024  # scores of a row that are read at a time
 PINNED_TILE = {"BL": 64, "BI": 32}  # of `hide_twice`: keys and ids
 
@@ -215,6 +216,6 @@ def choose_best(
     choose[(pieces * scopes,)](
         scores, scores if moments is None else moments, scores if question is None else question, n_eligible, ids, valid,
         scopes, n_blocks, n_partials, k, float(weight), 0 if question is None else question.stride(0),
-        GUIDED=question is not None, BS=power_of_2(n_partials), BN=TILE, num_warps=8,
+        GUIDED=question is not None, BS=1 if question is None else max(PARTIALS, power_of_2(n_partials)), BN=TILE, num_warps=8,
     )  # fmt: skip
     return ids, valid

@@ -222,6 +222,7 @@ class Choice:
     """The launches of a choice, and what they write.
 
     Args:
+        device: Where the lookup vectors lie, and what is written; parts may lie in pinned memory of the host.
         pieces, heads: Of the lookup vectors.
         parts, scopes, question, weight, bounds: As :func:`qllm_kernels.choice.choose_blocks` takes them.
         k: Blocks wanted; 0: scores alone.
@@ -231,10 +232,9 @@ class Choice:
     """
 
     def __init__(
-        self, pieces: int, heads: int, parts: Sequence[torch.Tensor], k: int, *, scopes: int,
+        self, device: torch.device, pieces: int, heads: int, parts: Sequence[torch.Tensor], k: int, *, scopes: int,
         question: torch.Tensor | None = None, weight: float = 0.0, bounds: bool = False,
     ) -> None:  # fmt: skip
-        device = parts[0].device
         self._runs: list[Run] = []
         first = self._n_partials = 0
         for part in parts:
@@ -268,7 +268,9 @@ class Choice:
         tensors = (self.scores, self._moments, question, tickets(self.scores.device), self.ids, self.valid)
         flags = {"COUNTED": n_eligible is not None, "GUIDED": self._question is not None, "CHOOSES": self.chooses}
         n_all = self.scores.shape[2]
-        sizes = {"BS": power_of_2(self._n_partials) if self.chooses else 1, "BC": choose.TILE if self.chooses else 1}
+        # of one part there are _SPLITS at most: compiled once, however the text grows
+        guided = self.chooses and self._question is not None
+        sizes = {"BS": _SPLITS if guided else 1, "BC": choose.TILE if self.chooses else 1}
         for run in self._runs:
             numbers = (
                 self._pieces, run.part.shape[2], run.first, n_all, self._k, self._weight, run.i_partial, self._n_partials,
@@ -294,7 +296,7 @@ class Choice:
 
 def block_scores(lookup: torch.Tensor, summaries: torch.Tensor, *, scopes: int) -> torch.Tensor:
     """See :func:`qllm_kernels.select.block_scores`."""
-    choice = Choice(lookup.shape[0], lookup.shape[1], [summaries], 0, scopes=scopes)
+    choice = Choice(lookup.device, lookup.shape[0], lookup.shape[1], [summaries], 0, scopes=scopes)
     choice.score(_rows(lookup, summaries), None)
     return choice.scores
 
@@ -315,8 +317,9 @@ def choose_blocks(
     Among equal scores the lower id wins.
     """
     choice = Choice(
-        lookup.shape[0], lookup.shape[1], parts, topk, scopes=scopes, question=question, weight=weight, bounds=bounds
-    )
+        lookup.device, lookup.shape[0], lookup.shape[1], parts, topk,
+        scopes=scopes, question=question, weight=weight, bounds=bounds,
+    )  # fmt: skip
     n_eligible = counts if isinstance(counts, torch.Tensor) else to_device(counts, lookup.device)
     choice.score(_rows(lookup, parts[0]), n_eligible)
     ids, valid = choice.best(n_eligible)
