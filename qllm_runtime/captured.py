@@ -126,6 +126,11 @@ class CapturedSteps:
         self._met: tuple[object, ...] = ()  # what the step before read
         self._board: torch.Tensor | None = None
 
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a recording to run."""
+        return self._recording is not None
+
     def step(self, cache: MemoryCache, token: int) -> torch.Tensor | None:
         """Logits [1, vocab] that follow `token`, or None where the step must run on the host's numbers (nothing was done)."""
         if not self._possible:

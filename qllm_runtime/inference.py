@@ -174,6 +174,11 @@ class Inference:
         ).logits
         return logits[:, -1]
 
+    def records(self, cache: MemoryCache) -> bool:
+        """Whether steps of this sequence are run from a recording now."""
+        steps = self._steps.get(cache)
+        return steps is not None and steps.recorded
+
     def _captured_step(self, cache: MemoryCache, token: int) -> torch.Tensor | None:
         steps = self._steps.get(cache)
         if steps is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.memory_operations import EVERY_KEY_BLOCKS, MemoryOperations
-from benchmarks.gpu.operations import COPIES, as_double, relative_error, verdict
+from benchmarks.gpu.operations import COPIES, Rows, as_double, relative_error, verdict
 from benchmarks.gpu.timing import seconds
 from qllm_kernels import choice, dispatch, refine, rotary
 from qllm_kernels.choice import Pinned
@@ -40,18 +40,27 @@ class ChoiceOperations(MemoryOperations):
 
     # -------------------------------------------------------------- correctness
 
-    def errors(self) -> dict[str, dict[str, Any]]:
-        rows = {}
-        for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", 4, False)):
-            given, kind = self._guided(pieces, bounds=bounds)
-            found = dispatch.choose_blocks(*given, **kind)
-            plain = choice.choose_blocks(*given, **kind)
-            lookup, (summaries,), counts, topk = given
-            double = kind | {"question": as_double(kind["question"])}
-            exact = choice.choose_blocks(
-                as_double(lookup.to(self.dtype)), [as_double(summaries)], counts.cpu(), topk, **double
-            )
-            rows[f"choice beside a question, {name}"] = self._chosen(found, plain, exact)
+    def errors(self) -> Rows:
+        rows: Rows = {
+            f"choice beside a question, {name}": partial(self._guided_error, pieces, bounds=bounds)
+            for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", 4, False))
+        }
+        rows["choice among candidates"] = self._candidates_error
+        rows["append and choice, decode"] = self._append_and_choice_error
+        return rows
+
+    def _guided_error(self, pieces: int, *, bounds: bool) -> dict[str, Any]:
+        given, kind = self._guided(pieces, bounds=bounds)
+        found = dispatch.choose_blocks(*given, **kind)
+        plain = choice.choose_blocks(*given, **kind)
+        lookup, (summaries,), counts, topk = given
+        double = kind | {"question": as_double(kind["question"])}
+        exact = choice.choose_blocks(
+            as_double(lookup.to(self.dtype)), [as_double(summaries)], counts.cpu(), topk, **double
+        )
+        return self._chosen(found, plain, exact)
+
+    def _candidates_error(self) -> dict[str, Any]:
         given, kind = self._candidates()
         found, plain = dispatch.refine_pages(*given, **kind), refine.refine_pages(*given, **kind)
         lookup, page_key, table, candidates, counts, topk = given
@@ -65,9 +74,7 @@ class ChoiceOperations(MemoryOperations):
             topk,
             **double,
         )
-        rows["choice among candidates"] = self._chosen(found, plain, exact, candidates)
-        rows["append and choice, decode"] = self._append_and_choice_error()
-        return rows
+        return self._chosen(found, plain, exact, candidates)
 
     def _append_and_choice_error(self) -> dict[str, Any]:
         """Both rotations, and whether the ids are those that the choice alone finds by the same far query."""
@@ -103,21 +110,26 @@ class ChoiceOperations(MemoryOperations):
 
     # -------------------------------------------------------------- speed
 
-    def speeds(self) -> dict[str, dict[str, float]]:
-        rows = {}
-        for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", self.shape.pieces, False)):
-            given = [self._guided(pieces, bounds=bounds) for _ in range(COPIES)]
-            calls = [partial(dispatch.choose_blocks, *each[0], **each[1]) for each in given]
-            rows[f"choice beside a question, {name}"] = self._bandwidth(calls, given[0][0][1][0].nbytes)
-            del given, calls
+    def speeds(self) -> Rows:
+        rows: Rows = {
+            f"choice beside a question, {name}": partial(self._guided_speed, pieces, bounds=bounds)
+            for name, pieces, bounds in (("bounds, decode", 1, True), ("means, prefill", self.shape.pieces, False))
+        }
+        rows["choice among candidates"] = self._candidates_speed
+        if self.device.type == "cuda":
+            rows["layer of a step"] = self._step_speeds
+        return rows
+
+    def _guided_speed(self, pieces: int, *, bounds: bool) -> dict[str, float]:
+        given = [self._guided(pieces, bounds=bounds) for _ in range(COPIES)]
+        calls = [partial(dispatch.choose_blocks, *each[0], **each[1]) for each in given]
+        return self._bandwidth(calls, given[0][0][1][0].nbytes)
+
+    def _candidates_speed(self) -> dict[str, float]:
         given = [self._candidates() for _ in range(COPIES)]
         s = self.shape
         read = given[0][0][2].numel() * s.kv_heads * s.block * s.dim * self.dtype.itemsize
-        calls = [partial(dispatch.refine_pages, *each[0], **each[1]) for each in given]
-        rows["choice among candidates"] = self._bandwidth(calls, read)
-        if self.device.type == "cuda":
-            rows["layer of a step"] = self._step_speeds()
-        return rows
+        return self._bandwidth([partial(dispatch.refine_pages, *each[0], **each[1]) for each in given], read)
 
     def _step_speeds(self) -> dict[str, float]:
         """One layer of a step, from projections to attention, in three launches: one by one, and as a graph."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.operations import Operations, as_double, relative_error, verdict
+from benchmarks.gpu.operations import Operations, Rows, as_double, relative_error, verdict
 from benchmarks.gpu.timing import seconds
 from qllm_kernels import dispatch, mass, pages, published, residency, rotary, select
 from qllm_kernels.attention import FarSegment
@@ -79,38 +79,49 @@ class MemoryOperations(Operations):
 
     # -------------------------------------------------------------- correctness
 
-    def errors(self) -> dict[str, dict[str, Any]]:
-        s = self.shape
-        rows = {}
-        for name, pieces, length in (("decode", 1, 1), ("prefill", 2, s.piece)):
-            call = self._mass(pieces, length)
-            found, plain, exact = call(), call(mass.attention_mass), call(mass.attention_mass, double=True)
-            error, plain_error = (
-                max(relative_error(getattr(x, part), y) for part, y in vars(exact).items() if y is not None)
-                for x in (found, plain)
-            )
-            rows[f"mass, {name}"] = verdict(error, plain_error, True)
+    def errors(self) -> Rows:
+        return {
+            "mass, decode": partial(self._mass_error, 1, 1),
+            "mass, prefill": partial(self._mass_error, 2, self.shape.piece),
+            "question's tokens by every key": self._every_key_error,
+            "rotate and append": self._append_error,
+            "published summaries": self._published_error,
+            "prefix sums": self._prefix_error,
+            "page copies": self._copies_error,
+            "table of pages": self._table_error,
+        }
+
+    def _mass_error(self, pieces: int, length: int) -> dict[str, Any]:
+        call = self._mass(pieces, length)
+        found, plain, exact = call(), call(mass.attention_mass), call(mass.attention_mass, double=True)
+        error, plain_error = (
+            max(relative_error(getattr(x, part), y) for part, y in vars(exact).items() if y is not None)
+            for x in (found, plain)
+        )
+        return verdict(error, plain_error, True)
+
+    def _every_key_error(self) -> dict[str, Any]:
         lookup, every = self._every_key(4)
         exact_scores = select.block_scores(as_double(lookup.to(self.dtype)), as_double(every), scopes=1)
         error, plain_error = (
             relative_error(serve(lookup, every, scopes=1), exact_scores)
             for serve in (dispatch.block_scores, select.block_scores)
         )
-        rows["question's tokens by every key"] = verdict(error, plain_error, True)
-        rows["rotate and append"] = self._append_error()
+        return verdict(error, plain_error, True)
+
+    def _published_error(self) -> dict[str, Any]:
         given, sizes = self._published()
         exact_means = published.published_means(*(as_double(x) for x in given), **sizes)
         means = dispatch.published_means(*given, **sizes)
         # where two keys receive nearly the same, the rounded ones may choose the other
         alike = (means.double().cpu() - exact_means).abs().amax(-1) < 0.05 * exact_means.abs().max()
-        rows["published summaries"] = {"alike": alike.double().mean().item(), "ok": bool(alike.double().mean() > 0.98)}
-        query = self._random(s.kv_heads, s.n_local + s.piece, s.dim)
+        return {"alike": alike.double().mean().item(), "ok": bool(alike.double().mean() > 0.98)}
+
+    def _prefix_error(self) -> dict[str, Any]:
+        query = self._random(self.shape.kv_heads, self.shape.n_local + self.shape.piece, self.shape.dim)
         sums = as_double(query).cumsum(1)
         error = relative_error(dispatch.query_prefix(query)[:, 1:], sums)
-        rows["prefix sums"] = verdict(error, relative_error(query.float().cumsum(1), sums), True)
-        rows["page copies"] = self._copies_error()
-        rows["table of pages"] = self._table_error()
-        return rows
+        return verdict(error, relative_error(query.float().cumsum(1), sums), True)
 
     def _append_error(self) -> dict[str, Any]:
         new = self._arrival(self.shape.piece)
@@ -163,50 +174,75 @@ class MemoryOperations(Operations):
 
     # -------------------------------------------------------------- speed
 
-    def speeds(self) -> dict[str, dict[str, float]]:
+    def speeds(self) -> Rows:
         s = self.shape
-        size = self.dtype.itemsize
-        rows = {}
-        step_mass, piece_mass = self._mass(1, 1), self._mass(s.pieces, s.piece)
-        keys = s.n_local + 1 + s.n_init + s.topk * s.block
-        rows["mass, decode"] = self._bandwidth([step_mass], s.kv_heads * keys * s.dim * size)
-        spent = seconds(piece_mass, self.device, repeats=5)
-        work = 2 * s.heads * s.pieces * s.piece * (s.n_init + s.topk * s.block) * s.dim
-        rows["mass outside the window, prefill"] = {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
-        lookup, every = self._every_key(TOKENS)
-        rows["question's tokens by every key"] = self._bandwidth(
-            [lambda: dispatch.block_scores(lookup, every, scopes=1)], every.nbytes
-        )
-        for name, n in (("decode", 1), ("prefill", s.pieces * s.piece)):
-            new = self._arrival(n)
-            moved = (2 * s.heads + 6 * s.kv_heads) * n * s.dim * size
-            rows[f"rotate and append, {name}"] = self._bandwidth([partial(dispatch.rotate_append, new)], moved)
-        arguments, sizes = self._published()
-        rows["published summaries of a piece"] = {
-            "us": seconds(lambda: dispatch.published_means(*arguments, **sizes), self.device) * 1e6
+        return {
+            "mass, decode": self._step_mass_speed,
+            "mass outside the window, prefill": self._piece_mass_speed,
+            "question's tokens by every key": self._every_key_speed,
+            "rotate and append, decode": partial(self._append_speed, 1),
+            "rotate and append, prefill": partial(self._append_speed, s.pieces * s.piece),
+            "published summaries of a piece": self._published_speed,
+            "prefix sums": self._prefix_speed,
+            "pages from the host": self._fetch_speed,
+            "pages to the host": self._evict_speed,
+            "fp8 pages from the host": self._fp8_speed,
+            "table of pages": self._table_speed,
         }
-        query = self._random(s.kv_heads, s.n_local + s.pieces * s.piece, s.dim)
-        rows["prefix sums"] = self._bandwidth(
-            [lambda: dispatch.query_prefix(query)], query.nbytes * 2 + query.numel() * 4
-        )
-        return rows | self._paging_speeds()
 
-    def _paging_speeds(self) -> dict[str, dict[str, float]]:
+    def _step_mass_speed(self) -> dict[str, float]:
+        s = self.shape
+        keys = s.n_local + 1 + s.n_init + s.topk * s.block
+        return self._bandwidth([self._mass(1, 1)], s.kv_heads * keys * s.dim * self.dtype.itemsize)
+
+    def _piece_mass_speed(self) -> dict[str, float]:
+        s = self.shape
+        spent = seconds(self._mass(s.pieces, s.piece), self.device, repeats=5)
+        work = 2 * s.heads * s.pieces * s.piece * (s.n_init + s.topk * s.block) * s.dim
+        return {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
+
+    def _every_key_speed(self) -> dict[str, float]:
+        lookup, every = self._every_key(TOKENS)
+        return self._bandwidth([lambda: dispatch.block_scores(lookup, every, scopes=1)], every.nbytes)
+
+    def _append_speed(self, n: int) -> dict[str, float]:
+        s = self.shape
+        moved = (2 * s.heads + 6 * s.kv_heads) * n * s.dim * self.dtype.itemsize
+        return self._bandwidth([partial(dispatch.rotate_append, self._arrival(n))], moved)
+
+    def _published_speed(self) -> dict[str, float]:
+        arguments, sizes = self._published()
+        return {"us": seconds(lambda: dispatch.published_means(*arguments, **sizes), self.device) * 1e6}
+
+    def _prefix_speed(self) -> dict[str, float]:
+        s = self.shape
+        query = self._random(s.kv_heads, s.n_local + s.pieces * s.piece, s.dim)
+        return self._bandwidth([lambda: dispatch.query_prefix(query)], query.nbytes * 2 + query.numel() * 4)
+
+    def _fetch_speed(self) -> dict[str, float]:
         slab, hot, moves, counts = self._slab()
-        moved = hot.nbytes // hot.shape[1] * moves.shape[1]
-        rows = {
-            "pages from the host": self._bandwidth([lambda: dispatch.copy_pages(slab, hot, moves, counts)], moved),
-            "pages to the host": self._bandwidth(
-                [lambda: dispatch.copy_pages(hot, slab, moves.flip(-1), counts)], moved
-            ),
-        }
-        fp8, scales = slab.to(torch.float8_e4m3fn), torch.ones(slab.shape[:2])
+        return self._bandwidth([lambda: dispatch.copy_pages(slab, hot, moves, counts)], self._moved(hot, moves))
+
+    def _evict_speed(self) -> dict[str, float]:
+        slab, hot, moves, counts = self._slab()
+        back = moves.flip(-1)
+        return self._bandwidth([lambda: dispatch.copy_pages(hot, slab, back, counts)], self._moved(hot, moves))
+
+    def _fp8_speed(self) -> dict[str, float]:
+        slab, hot, moves, counts = self._slab()
+        fp8, scales = slab.to(torch.float8_e4m3fn), torch.ones(slab.shape[:2], device=self.device)
         if self.device.type == "cuda":
-            fp8, scales = fp8.pin_memory(), scales.pin_memory()
-        rows["fp8 pages from the host"] = self._bandwidth(
-            [lambda: dispatch.dequantise_pages(fp8, scales, hot, moves, counts)], moved // self.dtype.itemsize
-        )
+            fp8 = fp8.pin_memory()
+        moved = self._moved(hot, moves) // self.dtype.itemsize
+        return self._bandwidth([lambda: dispatch.dequantise_pages(fp8, scales, hot, moves, counts)], moved)
+
+    def _table_speed(self) -> dict[str, float]:
+        slab, hot, moves, _ = self._slab()
         state = Residency.empty(1, slab.shape[1], hot.shape[1], self.device)
         ids = moves[None, :, :, 0].contiguous()
-        rows["table of pages"] = {"us": seconds(lambda: dispatch.admit_pages(state, ids, None), self.device) * 1e6}
-        return rows
+        return {"us": seconds(lambda: dispatch.admit_pages(state, ids, None), self.device) * 1e6}
+
+    @staticmethod
+    def _moved(hot: torch.Tensor, moves: torch.Tensor) -> int:
+        """Bytes of the pages that are moved."""
+        return hot.nbytes // hot.shape[1] * moves.shape[1]

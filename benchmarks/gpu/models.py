@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -90,14 +91,14 @@ def offloaded(model: PreTrainedModel, length: int, **settings: Any) -> dict[str,
 
 
 @torch.inference_mode()
-def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
+def agreement(model: PreTrainedModel, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Logits of steps behind a text and a question, by each way of computing them.
 
-    Returns:
-        Per way the root mean square of the difference over that of the logits, and the share of steps with the same best token:
-        of steps launch by launch against the torch functions, whose rounding may choose other blocks; of the others against
-        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart, but for blocks kept as fp8). A way
-        that fails says so.
+    Yields:
+        Each way and the root mean square of the difference over that of the logits, and the share of steps with the same
+        best token: of steps launch by launch against the torch functions, whose rounding may choose other blocks; of the
+        others against steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart, but for blocks kept
+        as fp8; and steps that were to be recorded were). A way that fails says so.
     """
     config = MemoryConfig.for_model(model.config.max_position_embeddings)
     slots = min(1024, (CANDIDATES if config.every_key else 2) * config.topk)
@@ -120,32 +121,35 @@ def agreement(model: PreTrainedModel, length: int) -> dict[str, dict[str, Any]]:
                     memory.set_query(length - QUESTION, length)
                 inference.read(cache, [ids], held)
                 steps = [inference.step(cache, [int(token)])[0].float().cpu() for token in ids[:STEPS]]
+                if graph and model.device.type == "cuda" and not inference.records(cache):
+                    raise RuntimeError("steps ran launch by launch, without a CUDA graph")
         return torch.stack(steps)
 
     launches = attempt()
-    ways = {
-        "launches": (launches, attempt(kernels="torch")),
-        "graph": (attempt(graph=True), launches),
-        "offloaded": (attempt(device_blocks=slots), launches),
-        "offloaded_graph": (attempt(device_blocks=slots, graph=True), launches),
-        "offloaded_fp8": (attempt(device_blocks=slots, offload_dtype="fp8"), launches),
-    }
-    rows: dict[str, dict[str, Any]] = {}
-    for name, (found, wanted) in ways.items():
+    for name, way, wanted in (
+        ("launches", {"kernels": "torch"}, launches),
+        ("offloaded", {"device_blocks": slots}, launches),
+        ("offloaded_fp8", {"device_blocks": slots, "offload_dtype": "fp8"}, launches),
+        ("graph", {"graph": True}, launches),
+        ("offloaded_graph", {"device_blocks": slots, "graph": True}, launches),
+    ):
+        found = attempt(**way)
+        _free(model.device)
         if isinstance(found, str) or isinstance(wanted, str):
-            rows[name] = {
-                "failed": found if isinstance(found, str) else f"nothing to compare with: {wanted}",
-                "ok": False,
-            }
+            reason = found if isinstance(found, str) else f"nothing to compare with: {wanted}"
+            yield name, {"failed": reason, "ok": False}
             continue
         apart = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
         alike = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
-        rows[name] = {
-            "apart": apart,
-            "same_token": alike,
-            "ok": apart == apart and (name in ("launches", "offloaded_fp8") or apart < 0.01),
-        }
-    return rows
+        sound = apart == apart and (name in ("launches", "offloaded_fp8") or apart < 0.01)
+        yield name, {"apart": apart, "same_token": alike, "ok": sound}
+
+
+def _free(device: torch.device) -> None:
+    """Give back what nobody uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -193,8 +197,8 @@ def with_sdpa(model: PreTrainedModel, length: int) -> dict[str, Any]:
 
 def _measure(model: PreTrainedModel, length: int, prefill: Callable[[], Steps]) -> dict[str, Any]:
     device = model.device
+    _free(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         synchronize(device)

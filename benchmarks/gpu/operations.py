@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from benchmarks.gpu.timing import in_turn, seconds
 from qllm_kernels import attention, dispatch, select
 from qllm_kernels.attention import FarSegment
 
+#: What measures each row of a table; one that fails leaves the others.
+Rows = dict[str, Callable[[], dict[str, Any]]]
 Segments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, FarSegment]
 
 COPIES = 4  # of the data a bandwidth-bound call reads, more than a cache holds
@@ -99,14 +102,15 @@ class Operations:
 
     # -------------------------------------------------------------- correctness
 
-    def errors(self) -> dict[str, dict[str, Any]]:
+    def errors(self) -> Rows:
         """Of every operation: error of what serves, error of the torch function in the same dtype, and whether that is fine."""
-        rows = {}
+        rows: Rows = {}
         for name, pieces in (("selection, decode", 1), ("selection, prefill", self.shape.pieces)):
-            rows[name] = self._selection_error(pieces)
+            rows[name] = partial(self._selection_error, pieces)
         for name, pieces, length in (("attention, decode", 1, 1), ("attention, prefill", 2, self.shape.piece)):
             for paged in (False, True):
-                rows[f"{name}, {'pages' if paged else 'gathered'}"] = self._attention_error(pieces, length, paged=paged)
+                kind = "pages" if paged else "gathered"
+                rows[f"{name}, {kind}"] = partial(self._attention_error, pieces, length, paged=paged)
         return rows
 
     def _selection_error(self, pieces: int) -> dict[str, Any]:
@@ -133,28 +137,36 @@ class Operations:
 
     # -------------------------------------------------------------- speed
 
-    def speeds(self) -> dict[str, dict[str, float]]:
+    def speeds(self) -> Rows:
         """Of every operation: microseconds, and GB/s or TFLOP/s of what it must read or multiply."""
-        s = self.shape
-        rows = {}
-        for name, pieces in (("selection, decode", 1), ("selection, prefill", s.pieces)):
-            data = [self._lookup(pieces) for _ in range(COPIES)]
-            calls = [self._selection(lookup, summaries, pieces) for lookup, summaries in data]
-            rows[name] = self._bandwidth(calls, data[0][1].nbytes)
-            del data, calls
+        rows: Rows = {}
+        for name, pieces in (("selection, decode", 1), ("selection, prefill", self.shape.pieces)):
+            rows[name] = partial(self._selection_speed, pieces)
         for paged in (False, True):
             kind = "pages" if paged else "gathered"
-            given = [self._segments(1, 1, paged=paged) for _ in range(COPIES)]
-            keys = s.n_local + 1 + s.n_init + s.topk * s.block
-            read = 2 * s.kv_heads * keys * s.dim * self.dtype.itemsize
-            rows[f"attention, decode, {kind}"] = self._bandwidth([self._attention(*each) for each in given], read)
-            inputs, sizes = self._segments(s.pieces, s.piece, paged=paged)
-            # a query sees the window before its piece and half the piece on average
-            seen = s.n_local + (s.piece + 1) / 2 + s.n_init + s.topk * s.block
-            work = 4 * s.heads * s.pieces * s.piece * seen * s.dim
-            spent = seconds(self._attention(inputs, sizes), self.device, repeats=5)
-            rows[f"attention, prefill, {kind}"] = {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
+            rows[f"attention, decode, {kind}"] = partial(self._decode_speed, paged=paged)
+            rows[f"attention, prefill, {kind}"] = partial(self._prefill_speed, paged=paged)
         return rows
+
+    def _selection_speed(self, pieces: int) -> dict[str, float]:
+        data = [self._lookup(pieces) for _ in range(COPIES)]
+        return self._bandwidth([self._selection(*each, pieces) for each in data], data[0][1].nbytes)
+
+    def _decode_speed(self, *, paged: bool) -> dict[str, float]:
+        s = self.shape
+        given = [self._segments(1, 1, paged=paged) for _ in range(COPIES)]
+        keys = s.n_local + 1 + s.n_init + s.topk * s.block
+        read = 2 * s.kv_heads * keys * s.dim * self.dtype.itemsize
+        return self._bandwidth([self._attention(*each) for each in given], read)
+
+    def _prefill_speed(self, *, paged: bool) -> dict[str, float]:
+        s = self.shape
+        inputs, sizes = self._segments(s.pieces, s.piece, paged=paged)
+        # a query sees the window before its piece and half the piece on average
+        seen = s.n_local + (s.piece + 1) / 2 + s.n_init + s.topk * s.block
+        work = 4 * s.heads * s.pieces * s.piece * seen * s.dim
+        spent = seconds(self._attention(inputs, sizes), self.device, repeats=5)
+        return {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
 
     def _bandwidth(self, calls: list[Callable[[], object]], read: int) -> dict[str, float]:
         spent = seconds(in_turn(calls), self.device)

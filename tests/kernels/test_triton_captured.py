@@ -185,6 +185,7 @@ def test_replayed_steps(inference, graphs, settings, question):
     compare(actual, expected)
     assert graphs.recorded <= 3  # pages that had no room left; nothing else is a reason
     assert graphs.replayed >= STEPS - 4
+    assert inference.records(actual[2])
 
 
 @pytest.mark.parametrize(
