@@ -32,6 +32,9 @@ from qllm_runtime.types import (
     Usage,
 )
 
+#: Tokens of an answer that memories are sized for ahead; beyond that they grow.
+ROOM = 4096
+
 
 def check_prefix(before: Prompt, prompt: Prompt) -> int:
     """Number of tokens of `prompt` that were read already: those of `before`.
@@ -88,7 +91,8 @@ def resume(
 
 def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
     """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already."""
-    cache, known = resume(request.inference, request.config, prompt, request.reading, request.sampling.max_tokens)
+    room = min(request.sampling.max_tokens, ROOM)
+    cache, known = resume(request.inference, request.config, prompt, request.reading, room)
     announce(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
     if request.on_lookup is not None:
         for layer, layer_memory in enumerate(cache.memories()):
@@ -125,7 +129,7 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
         border = known if config.faithful else max(known, prompt.read_end)
         for lo, hi in ((known, border), (border, n - 1)):
             feed(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
-        mass = _record(cache, inference, n + request.sampling.max_tokens)
+        mass = _record(cache, inference, n)
         logits = inference.step(cache, [int(prompt.ids[-1])])
         if request.progress is not None:
             request.progress(n, n)
@@ -179,11 +183,12 @@ def announce(cache: MemoryCache, row: int, spans: Sequence[tuple[int, int]], con
 
 
 def _record(cache: MemoryCache, inference: Inference, length: int) -> torch.Tensor:
-    """[length] attention mass per token, filled while single tokens are fed."""
-    mass = torch.zeros(length, device=inference.model.device)
+    """[length + 1] attention mass per token of the prompt, then of all that follow, filled while single tokens are fed."""
+    mass = torch.zeros(length + 1, device=inference.model.device)
 
     def add(weights: torch.Tensor, positions: torch.Tensor) -> None:
-        mass.index_add_(0, positions.reshape(-1).to(mass.device), weights.reshape(-1).to(mass))
+        places = positions.reshape(-1).to(mass.device).clamp(max=length)
+        mass.index_add_(0, places, weights.reshape(-1).to(mass))
 
     for index, memory in enumerate(cache.memories()):
         if inference.facts.layers[index].sliding_window is None:
@@ -267,7 +272,8 @@ def generate(
             progress(done, total)
 
     with inference.request(cancelled):
-        cache = inference.cache(config, rows=len(rows), reserve=max(len(row) for row in rows) + sampling.max_tokens)
+        room = min(sampling.max_tokens, ROOM)
+        cache = inference.cache(config, rows=len(rows), reserve=max(len(row) for row in rows) + room)
         for number, span in enumerate(spans):
             announce(cache, number, [] if span is None else [span], config)
         if any(len(row) > 1 for row in rows):

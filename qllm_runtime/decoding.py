@@ -27,8 +27,9 @@ def check_sampling(sampling: Sampling) -> None:
     Raises:
         InvalidConfigError: Names the setting, its value and the range.
     """
+    most = 2**31 - 1
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
-        ("max_tokens", lambda x: _whole(x) and x >= 1, "a whole number of at least 1"),
+        ("max_tokens", lambda x: _whole(x) and 1 <= x <= most, f"a whole number from 1 to {most}"),
         ("temperature", lambda x: 0 <= x < float("inf"), "at least 0 (0 is greedy)"),
         ("top_p", lambda x: x is None or 0 < x <= 1, "above 0 and at most 1"),
         ("top_k", lambda x: x is None or (_whole(x) and x >= 1), "a whole number of at least 1"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qllm_runtime.errors import DocumentError, InvalidRequestError
-from qllm_runtime.types import Document, Mode, Turn
+from qllm_runtime.types import Document, Mode, Turn, is_blank
 
 SEPARATOR = "\n\n"
 
@@ -143,7 +143,7 @@ def _check(turns: Sequence[Turn]) -> None:
                 name = f"Document {number}" + (f" ({part.title})" if part.title else "")
                 if turn.role not in ("user", "tool"):
                     raise InvalidRequestError(f"{name} stands in a {turn.role} turn; put it in a user turn.")
-                if not part.text.strip("\ufeff").strip():
+                if is_blank(part.text):
                     raise DocumentError(f"{name} is empty.")
                 _check_unicode(name, part.text, DocumentError)
                 _check_unicode(f"The title of {name}", part.title or "", DocumentError)

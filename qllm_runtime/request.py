@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.document_memory import DocumentMemory
-from qllm_runtime.errors import ContextOverflowError, InvalidRequestError
+from qllm_runtime.errors import ContextOverflowError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import Prompt, build_prompt
@@ -57,7 +57,13 @@ class Request:
 
 
 def settle(request: Request) -> Request:
-    """The request with all its turns, the question, the mode and what was read before."""
+    """The request with all its turns, the question, the mode and what was read before.
+
+    Raises:
+        InvalidConfigError: An unknown mode.
+    """
+    if request.mode not in (None, *get_args(Mode)):
+        raise InvalidConfigError(f"mode={request.mode!r} is unknown; known are: {', '.join(get_args(Mode))}.")
     query, source = _query(request)
     memory = request.memory
     mode = request.mode or ("query_aware" if request.config.faithful else DEFAULT_MODE)  # as the published code reads

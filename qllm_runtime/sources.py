@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qllm_runtime.prompt import DocumentSpan, Prompt
-from qllm_runtime.types import Document, Source
+from qllm_runtime.types import Document, Source, is_blank
 
 WINDOW = 32  # tokens looked at together when searching for peaks
 REACH = 320  # characters a passage may grow on each side to end where a sentence or line does
@@ -78,8 +78,11 @@ def passages(
             continue
         span = prompt.document_spans[which]
         first, last = _core(weights[which][start:end])
-        grown = _grow(documents[span.document].text, *_characters(span, start + first, start + last))
-        _merge(found, span, weights[which], outstanding[which], grown, documents[span.document].text)
+        text = documents[span.document].text
+        grown = _grow(text, *_characters(span, start + first, start + last))
+        if is_blank(text[slice(*grown)]):
+            continue
+        _merge(found, span, weights[which], outstanding[which], grown, text)
         if len(found) > limit:
             break
     most = sorted(found, key=lambda passage: -passage.mass)[:limit]
@@ -88,13 +91,15 @@ def passages(
 
 
 def surroundings(start: int, end: int, prompt: Prompt, documents: Sequence[Document]) -> list[Source]:
-    """The sentences or lines around tokens [start, end) of a prompt, one passage for each document they belong to."""
+    """The sentences or lines around tokens [start, end) of a prompt, a passage of each document that is not blank there."""
     found = []
     for span in prompt.document_spans:
         first, last = max(start, span.start) - span.start, min(end, span.end) - span.start
         if first < last:
             document = documents[span.document]
             low, high = _grow(document.text, *_characters(span, first, last))
+            if is_blank(document.text[low:high]):
+                continue
             found.append(Source(span.document, document.title, low, high, 0.0, document.text[low:high]))
     return found
 

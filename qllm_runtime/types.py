@@ -32,6 +32,11 @@ class Document:
         return f"Document(title={self.title!r}, characters={len(self.text)})"
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text holds nothing but white space and byte order marks."""
+    return not text.replace("\ufeff", "").strip()
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message of a conversation.

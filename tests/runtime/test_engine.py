@@ -180,6 +180,19 @@ def test_modes(llm: QLLM) -> None:
         for ask in (llm.ask, llm.stream):
             with pytest.raises(InvalidRequestError, match="read before; leave mode out"):
                 ask(QUESTION, memory, mode="query_aware")
+        for ask in (llm.ask, lambda *a, **k: list(llm.stream(*a, **k))):
+            with pytest.raises(InvalidConfigError, match="'query-aware' is unknown; known are: query_aware, read_once"):
+                ask(QUESTION, BOOK, mode="query-aware")
+
+
+def test_an_upper_bound_takes_no_memory(llm: QLLM) -> None:
+    for most in (10**8, 2**31 - 1):
+        pieces = llm.stream(QUESTION, BOOK, max_tokens=most)
+        assert next(pieces).text is not None
+        pieces.close()
+        assert free(llm)
+    with pytest.raises(InvalidConfigError, match="max_tokens"):
+        llm.ask(QUESTION, BOOK, max_tokens=10**24)
 
 
 # ---------------------------------------------------------------------- stopping

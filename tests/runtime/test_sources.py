@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qllm_runtime.prompt import DocumentSpan, Prompt
-from qllm_runtime.sources import passages
+from qllm_runtime.sources import passages, surroundings
 from qllm_runtime.types import Document
 
 PROSE = "The rain fell in torrents over the town. Nobody was abroad, and the lamps burned low in the square.\r\n" * 60
@@ -54,6 +54,18 @@ def test_the_sentence_around_the_peak():
     assert (sources[0].document, sources[0].title) == (0, "a.txt")
     assert sources[0].score > 0.4
     check(sources, [document])
+
+
+def test_white_space_is_no_passage():
+    blank = " " * 3000
+    document = Document(PROSE + "\n" + blank + "\ufeff\n" + blank + "\n" + PROSE)
+    prompt = prompt_of(document, width=2)
+    first = document.text.index(blank)
+    mass = np.zeros(len(prompt.ids))
+    inside = list(prompt.document_spans[0].tokens(first, first + 6000))
+    mass[inside] = 1.0
+    assert all(source.text.strip() for source in passages(mass, prompt, [document]))
+    assert surroundings(inside[100], inside[120], prompt, [document]) == []
 
 
 def test_several_documents_best_first():
