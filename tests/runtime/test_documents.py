@@ -130,6 +130,42 @@ class TestHtml:
     def test_words_are_neither_joined_nor_split(self):
         assert html_to_text("a<b>b</b>c <i> d</i> e<p>f</p>g<script/>h") == "abc d e\n\nf\n\ngh"
 
+    def test_formulas_are_text(self) -> None:
+        formula = (
+            "<math><semantics><mi>E</mi><mo>=</mo><mi>m</mi><mspace/><annotation>E = m</annotation></semantics></math>"
+        )
+        assert html_to_text(f"<p>Here {formula} holds.") == "Here E=m holds."
+
+    @pytest.mark.parametrize(
+        ("page", "text"),
+        [
+            ("<p>Intro.<p hidden>no<p>The key is 42.<p>More.", "Intro.\n\nThe key is 42.\n\nMore."),
+            ("<p hidden>no<div>seen</div>", "seen"),
+            ("<div><p hidden>no</div>seen", "seen"),
+            ("<section><div hidden>no</section>seen", "seen"),
+            ("<p>a<span hidden>no</b></i></p>b", "a\n\nb"),
+            ("<ul><li style='display:none'>no<li>seen</ul><p>after</p>", "seen\n\nafter"),
+            ("<ul><li hidden>no<ul><li>no</ul>no<li>seen</ul>", "seen"),
+            ("<dl><dt hidden>no<dd>b<dt>c</dl>", "b\nc"),
+            ("<table><tr hidden><td>no<tr><td>seen</table><p>after", "seen\n\nafter"),
+            ("<table><thead hidden><tr><th>no<tbody><tr><td hidden>no<td>b<td>c</table>", "b\tc"),
+            ("<table><tr><td hidden>no<table><tr><td>no</table>no<td>seen</table>", "seen"),
+            ("<table><caption hidden>no<tr><td>seen</table>", "seen"),
+            ("<select><optgroup><option>no<option>no<optgroup><option>no</select>seen", "seen"),
+            ("<ruby>k<rp hidden>(<rt>r<rp hidden>)</ruby>t", "krt"),
+            ("<div hidden><p>no<p>no<ul><li>no</ul>no<br/></div>seen", "seen"),
+            ("<div hidden><div>no</div>no</div>seen", "seen"),
+            ("<b hidden><p>no</b>seen", "seen"),
+            ("<b><div hidden>no</b>no</div>seen", "seen"),
+            ("<p><svg><path d='m0'><g/><title>no</title></svg>seen", "seen"),
+            ("<h1 hidden>no</h2>seen", "seen"),
+            ("<p hidden>no</body></html>no", ""),
+            ("<div><pre>a\n b</div>c\n  d", "a\n b\nc d"),
+        ],
+    )
+    def test_a_hidden_element_hides_itself_only(self, page: str, text: str) -> None:
+        assert html_to_text(page) == text
+
     def test_files(self, file):
         page = b"<p>Gr\xfc\xdfe</p>"
         declared = b'<meta charset="iso-8859-1">' + page
