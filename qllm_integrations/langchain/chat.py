@@ -154,7 +154,7 @@ class QLLMChat(ChatRequests):
         copy in another process loads the model by its name.
         """
         llm = cls(**{"model": engine.name, "memory": engine.memory, **settings})
-        llm._state.adopt(engine, lambda: llm._engine_key(llm.model))
+        llm.shared.adopt(engine, lambda: llm._engine_key(llm.model))
         return llm
 
     # --- requests ---
@@ -275,7 +275,7 @@ class QLLMChat(ChatRequests):
         engine, whole = self._engine(self.model), to_documents(documents)
         told = progress_of(len(whole), reporter=reporter, bar=shown, own=progress)
         memory = engine.read(whole, system=system, progress=told, cancel=cancel)
-        return self._state.add(DocumentHandle(engine, self._engine_key(self.model), memory))
+        return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
 
     def with_memory(self, handle: DocumentHandle) -> Self:
         """This chat model with every request asked of the documents behind `handle`.
@@ -367,7 +367,7 @@ class QLLMChat(ChatRequests):
 
         Weights are shared by all chat models of the process and are freed when the last one lets go.
         """
-        self._state.close()
+        self.shared.close()
 
     def __enter__(self) -> Self:
         return self

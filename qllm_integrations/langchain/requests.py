@@ -108,7 +108,7 @@ class ChatRequests(ChatSettings):
         for name in sorted(options.keys() - CALL_OPTIONS):
             warn_unknown("A call takes no argument", name, CALL_OPTIONS)
         options = {name: value for name, value in options.items() if value is not None}
-        self._state.check_open()
+        self.shared.check_open()
         response_format = options.get("response_format")
         if response_format and response_format.get("type") == "text":
             response_format = None
@@ -162,13 +162,13 @@ class ChatRequests(ChatSettings):
                 memory = call.engine.read(documents, system=system, progress=call.progress, cancel=call.cancel)
                 return DocumentHandle(call.engine, key, memory)
 
-            handle, call.creates_memory = self._state.cached(key, documents, system, read)
+            handle, call.creates_memory = self.shared.cached(key, documents, system, read)
             call.engine, call.memory, call.progress = handle.engine, handle.memory, None
             call.request = call.request.without_documents()
 
     def _engine_key(self, model: str) -> str:
         memory = self.memory.model_dump_json() if self.memory else None
-        return repr((model, self.revision, self.device, self.dtype, self.trust_remote_code, memory, self._state.token))
+        return repr((model, self.revision, self.device, self.dtype, self.trust_remote_code, memory, self.shared.token))
 
     def _engine(self, model: str) -> QLLM:
         def load() -> QLLM:
@@ -184,4 +184,4 @@ class ChatRequests(ChatSettings):
                 trust_remote_code=self.trust_remote_code,
             )
 
-        return self._state.engine(self._engine_key(model), load)
+        return self.shared.engine(self._engine_key(model), load)

@@ -12,7 +12,7 @@ from typing import Any, Self, get_type_hints
 from langchain_core.language_models import LangSmithParams, ModelProfile
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.utils import secret_from_env
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from qllm_integrations.langchain.state import State
 from qllm_runtime.config import MemoryConfig
@@ -107,7 +107,8 @@ class ChatSettings(BaseChatModel):
     show_progress: bool = False
     """Show a bar in tokens on stderr while documents are read."""
 
-    _state: State = PrivateAttr(default_factory=State)
+    shared: State = Field(default_factory=State, exclude=True, repr=False)
+    """Engines and memories, shared by copies. Not a setting; a field because `configurable_fields` rebuilds from those."""
 
     def __init__(self, **kwargs: Any) -> None:
         try:
@@ -190,8 +191,8 @@ class ChatSettings(BaseChatModel):
             "template_kwargs": self.template_kwargs,
             "version": package_version(),
         }
-        if self._state.token:  # an engine the caller made: its name says too little
-            params["engine"] = self._state.token
+        if self.shared.token:  # an engine the caller made: its name says too little
+            params["engine"] = self.shared.token
         return params
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:

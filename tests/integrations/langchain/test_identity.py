@@ -186,3 +186,16 @@ def test_configurable_fields(tiny_path: str) -> None:
 
     llm = QLLMChat(model=tiny_path).configurable_fields(max_tokens=ConfigurableField(id="n"))
     assert llm.with_config(configurable={"n": 3}).invoke("hi").text == REPLY[:3]
+
+
+def test_configurable_fields_keep_the_engine_and_its_memories() -> None:
+    from langchain_core.runnables import ConfigurableField
+
+    engine = FakeEngine()
+    llm = QLLMChat.from_engine(engine)
+    handle = llm.add_documents("Call me Ishmael.")
+    for chat in (llm, llm.with_memory(handle)):
+        short = chat.configurable_fields(max_tokens=ConfigurableField(id="n")).with_config(configurable={"n": 3})
+        assert short.invoke("hi").text == REPLY[:3]
+    assert [call["memory"] for call in engine.calls] == [None, handle.memory]
+    assert "State" not in repr(llm) + dumps(llm) + llm._get_llm_string()
