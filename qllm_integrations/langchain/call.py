@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,8 @@ class Call:
         tools: Tools the model is shown, or None.
         processors: Grammar of the answer, if it has one.
         timeout: Seconds until the request is given up.
+        cancel: Set to give the request up.
+        attach: Finds or reads the document memory that the call is asked of; reading counts towards `timeout`.
     """
 
     engine: QLLM
@@ -58,10 +60,12 @@ class Call:
     processors: Sequence[LogitsProcessor] = ()
     timeout: float | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
+    attach: Callable[[Call], None] = lambda _: None
 
     def answer(self) -> AIMessage:
         """The whole answer as a message."""
         with self._time_limit():
+            self.attach(self)
             answer = self.engine.chat(**self._arguments())
         message = outputs.to_message(answer, self._names(), **self._fields(answer))
         return message if message.content else _uncited(message)
@@ -75,6 +79,7 @@ class Call:
         n_calls, spoken, answer = 0, False, None
         unsent: list[TokenLogprob] = []
         with self._time_limit():
+            self.attach(self)
             pieces = self.engine.chat_stream(**self._arguments())
             try:
                 for piece in pieces:
@@ -149,13 +154,19 @@ class Call:
         if self.timeout is None:
             yield
             return
-        timer = threading.Timer(self.timeout, self.cancel.set)
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self.cancel.set()
+
+        timer = threading.Timer(self.timeout, expire)
         timer.daemon = True
         timer.start()
         try:
             yield
         except CancelledError:
-            if timer.is_alive():
+            if not expired.is_set():
                 raise
             raise TimeoutError(
                 f"There was no whole answer within timeout={self.timeout} seconds; raise timeout."

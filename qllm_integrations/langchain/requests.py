@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import LanguageModelInput
@@ -104,7 +105,7 @@ class ChatRequests(ChatSettings):
         reporter: Reporter | None = None,
         cancel: threading.Event | None = None,
     ) -> Call:
-        """Everything of a request but the answer. Blocks while a model loads or documents are read for the cache."""
+        """Everything of a request but the answer. Blocks while a model loads."""
         for name in sorted(options.keys() - CALL_OPTIONS):
             warn_unknown("A call takes no argument", name, CALL_OPTIONS)
         options = {name: value for name, value in options.items() if value is not None}
@@ -139,12 +140,12 @@ class ChatRequests(ChatSettings):
             ),
             timeout=options.get("timeout", self.timeout),
             cancel=cancel or threading.Event(),
+            attach=partial(self._attach_memory, mode=options.get("mode")),
         )
         call.processors, show_tools = grammar(
             call.engine, tools, options.get("tool_choice"), options.get("parallel_tool_calls", False), response_format
         )
         call.tools = tools if show_tools else None
-        self._attach_memory(call, options.get("mode"))
         return call
 
     def _attach_memory(self, call: Call, mode: Mode | None) -> None:

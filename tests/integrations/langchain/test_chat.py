@@ -271,6 +271,10 @@ def test_timeout() -> None:
     with pytest.raises(TimeoutError):
         list(llm.stream("hi"))
     assert QLLMChat.from_engine(FakeEngine(), timeout=60).invoke("hi").text == REPLY
+    kept = {**MESSAGES[0].content[0], "cache_control": {"type": "ephemeral"}}
+    for run in (llm.invoke, lambda messages: list(llm.stream(messages))):
+        with pytest.raises(TimeoutError):
+            run([HumanMessage([kept, *MESSAGES[0].content[1:]])])
 
 
 def test_closing() -> None:
