@@ -17,6 +17,7 @@ from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, check_sampling
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
+from qllm_runtime.grammar import GrammarProcessor
 from qllm_runtime.inference import Cancelled, Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
@@ -322,6 +323,10 @@ class QLLM:
                 "mode out, or pass the documents themselves."
             )
         cancel = rest.pop("cancel", None)
+        processors = rest.pop("logits_processors", ())
+        sampler = Sampler(sampling, processors)
+        if any(isinstance(processor, GrammarProcessor) for processor in processors):
+            sampling = replace(sampling, stop=())  # a stop string can be part of what the grammar demands
         request = Request(
             inference=self._inference,
             tokenizer=self._need_tokenizer(),
@@ -331,7 +336,7 @@ class QLLM:
             query_source=query_source,
             memory=memory,
             sampling=sampling,
-            sampler=Sampler(sampling, rest.pop("logits_processors", ())),
+            sampler=sampler,
             **rest,
         )
         return request, never if cancel is None else cancel.is_set

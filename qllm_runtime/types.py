@@ -72,7 +72,8 @@ class Sampling:
         top_p, top_k, min_p: The usual truncations (None: off).
         repetition_penalty: Applied to tokens of the answer only, never to the document's.
         seed: Makes sampling reproducible.
-        stop: Strings that end the answer; never part of it.
+        stop: Strings that end the answer; never part of it. Without effect on an answer that a grammar holds to a schema or a
+            tool call: the grammar says where it ends.
         logprobs: Number of alternatives to report per token (None: no log-probabilities at all, 0: the chosen token only).
     """
 

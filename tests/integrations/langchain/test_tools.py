@@ -95,6 +95,17 @@ def test_forced_calls(tiny: QLLMChat, choice: Any, names: set[str]) -> None:
         {"weather": weather, "clock": clock}[call["name"]].invoke(call)
 
 
+def test_stop_strings_leave_forced_answers_whole(tiny: QLLMChat) -> None:
+    stop = ["\n", '"', "}"]
+    for ai in both(tiny.bind_tools([clock], tool_choice="any").bind(stop=stop)):
+        assert [call["name"] for call in ai.tool_calls] == ["clock"]
+        assert ai.invalid_tool_calls == []
+    stopped = tiny.model_copy(update={"stop": stop})
+    for method in METHODS:
+        assert stopped.with_structured_output(Ship, method=method).invoke("hi").name == REPLY
+    assert tiny.invoke("hi", stop=["m"]).text == REPLY[: REPLY.index("m")]
+
+
 @pytest.mark.parametrize("choice", [None, "auto", "none", False, {"type": "auto"}])
 def test_unforced_answers_are_free(tiny: QLLMChat, choice: Any) -> None:
     for ai in both(tiny.bind_tools([weather], tool_choice=choice)):
