@@ -1,14 +1,18 @@
-"""Constrained decoding: answers that follow a JSON schema, and tool calls that are forced.
+r"""Constrained decoding: answers that follow a JSON schema, and tool calls that are forced.
 
 A `GrammarProcessor` masks every token the grammar does not allow; llguidance does the parsing (extra `grammar`, part of
 `langchain` and `llama-index`). JSON is written in one form only, the one of `json.dumps`: `{"a": 1, "b": [2, 3]}`. The
 end token is allowed exactly when the grammar accepts. An answer that `max_tokens` cuts off is not valid JSON; the
 request then ends with `finish_reason="length"` and the caller must say so.
+
+What a grammar cannot say is left to whoever validates the answer: formats it does not know, `uniqueItems`, `contains`,
+`not`, `if`, dependencies, that exactly one schema of `oneOf` fits, and the assertions (`\b`, `(?=...)`) of a pattern.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,7 +26,19 @@ from qllm_runtime.toolcalls import HERMES, CallFormat
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_FORM = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": True,
+    "coerce_one_of": True,
+}
+_VALUES = ("enum", "const", "default", "examples")  # keywords that hold values, not schemas
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name
+# escapes, character classes and assertions of a regular expression, and every other character
+_REGEX_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<?[=!]|.", re.DOTALL)
+# where a problem stands in the grammar's own text, which the caller has never seen
+_PLACE = re.compile(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?|\n +\d+ \| .*", re.DOTALL)
 # What ends the innermost JSON value, in order of preference.
 _CLOSERS = ('"', "]", "}", ",")
 
@@ -51,7 +67,7 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
         problem = LLMatcher.validate_grammar(grammar, tokenizer)
         if problem:
             raise InvalidRequestError(
-                f"{what} cannot be compiled into a grammar: {' '.join(problem.split())}. Simplify it."
+                f"{what} cannot be compiled into a grammar: {' '.join(_PLACE.sub('', problem).split())}. Simplify it."
             )
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._eos = torch.tensor(tokenizer.eos_tokens)
@@ -186,22 +202,67 @@ def _wrap(tokenizer: Any, n_vocab: int, eos: tuple[int, ...]) -> LLTokenizer:
 
 
 def _json(schema: Mapping[str, Any], open_objects: bool) -> str:
-    closed = schema if open_objects else _close(schema)
-    return json.dumps({**closed, "x-guidance": _JSON_FORM})
+    return json.dumps({**_adapt(schema, schema, open_objects), "x-guidance": _JSON_FORM})
 
 
-def _close(node: Any) -> Any:
-    """Forbid unnamed properties in every object schema that names some and says nothing about the others."""
+def _adapt(node: Any, root: Mapping[str, Any], open_objects: bool) -> Any:
+    """A schema as the grammar takes it: patterns without assertions, the names of `propertyNames` as properties.
+
+    Unless `open_objects`, unnamed properties are forbidden in every object schema that names some and says nothing about
+    the others.
+    """
     if isinstance(node, list):
-        return [_close(item) for item in node]
+        return [_adapt(item, root, open_objects) for item in node]
     if not isinstance(node, Mapping):
         return node
-    closed = {
-        key: value if key in ("enum", "const", "default", "examples") else _close(value) for key, value in node.items()
-    }
-    if isinstance(node.get("properties"), Mapping) and node.get("type", "object") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed
+    adapted: dict[str, Any] = {}
+    for key, value in node.items():
+        if key in _VALUES:
+            adapted[key] = value
+        elif key in _NAMED and isinstance(value, Mapping):
+            adapted[key] = {
+                _without_assertions(name) if key == "patternProperties" else name: _adapt(schema, root, open_objects)
+                for name, schema in value.items()
+            }
+        elif key == "pattern" and isinstance(value, str):
+            adapted[key] = _without_assertions(value)
+        else:
+            adapted[key] = _adapt(value, root, open_objects)
+    names = _listed(node.get("propertyNames"), root)
+    if names and not node.keys() & {"properties", "patternProperties", "minProperties", "maxProperties"}:
+        adapted["properties"] = dict.fromkeys(names, adapted.get("additionalProperties", True))
+        adapted["additionalProperties"] = False
+    elif isinstance(node.get("properties"), Mapping) and node.get("type", "object") == "object" and not open_objects:
+        adapted.setdefault("additionalProperties", False)
+    return adapted
+
+
+def _listed(schema: Any, root: Mapping[str, Any]) -> list[str]:
+    """The strings that a schema lists; none where it lists no strings, or not only strings."""
+    if isinstance(schema, Mapping) and str(schema.get("$ref")).startswith("#/"):
+        parts = schema["$ref"][2:].split("/")
+        schema = root
+        for part in parts:
+            schema = schema.get(part) if isinstance(schema, Mapping) else None
+    if not isinstance(schema, Mapping):
+        return []
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
+
+
+def _without_assertions(pattern: str) -> str:
+    """A regular expression without look-around and word boundaries: it matches all that `pattern` does, and more."""
+    kept: list[str] = []
+    depth = 0  # of parentheses within an assertion
+    for piece in _REGEX_PIECE.findall(pattern):
+        if depth:
+            depth += piece.startswith("(") - (piece == ")")
+        elif piece.startswith("(?"):
+            depth = 1
+            kept.append("(?:)")
+        else:
+            kept.append("(?:)" if piece in (r"\b", r"\B") else piece)
+    return pattern if depth else "".join(kept)
 
 
 def _literal(text: str) -> str:

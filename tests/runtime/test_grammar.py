@@ -135,15 +135,71 @@ def test_objects_are_closed_unless_asked_otherwise(tokenizer: PreTrainedTokenize
     [
         ({"type": "strin"}, "strin"),
         ({"$ref": "#/nowhere"}, "nowhere"),
-        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-        ({"title": "Odd", "type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "'Odd'.*uniqueItems"),
+        ({"title": "Odd", "type": "string", "pattern": r"(a)\1"}, "'Odd'.*backreferences"),
+        ({"type": "string", "pattern": "(?=a"}, "grammar"),
     ],
 )
 def test_schemas_that_cannot_be_compiled(
     tokenizer: PreTrainedTokenizerFast, schema: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(InvalidRequestError, match=words):
+    with pytest.raises(InvalidRequestError, match=words) as raised:
         json_schema_processor(tokenizer, schema, n_vocab=WIDTH)
+    assert not any(word in str(raised.value) for word in ("%json", "start:", "x-guidance", "at 1("))
+    tool = {"type": "function", "function": {"name": "odd", "parameters": schema}}
+    with pytest.raises(InvalidRequestError, match=words.removeprefix("'Odd'")) as raised:
+        tool_call_processor(tokenizer, [tool], n_vocab=WIDTH)
+    assert "%json" not in str(raised.value)
+
+
+def accepts(processor: GrammarProcessor, tokenizer: PreTrainedTokenizerFast, value: Any) -> bool:
+    """Whether an answer may be this value and end there."""
+    ids = tokenizer.encode(json.dumps(value), add_special_tokens=False)
+    for n in range(len(ids) + 1):
+        masked = processor(torch.tensor([ids[:n]], dtype=torch.long), torch.zeros(1, WIDTH))[0]
+        if not masked[ids[n] if n < len(ids) else END].isfinite():
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("schema", "taken", "refused"),
+    [
+        ({"type": "string", "format": "password"}, ["secret"], [1]),
+        ({"type": "string", "format": "path"}, ["/a/b"], [1]),
+        ({"type": "string", "format": "date"}, ["1851-10-18"], ["soon"]),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, [[1, 2]], [["a"]]),
+        ({"type": "array", "items": {"type": "integer"}, "contains": {"const": 3}}, [[3]], [["a"]]),
+        ({"type": "string", "not": {"const": "a"}}, ["b"], [1]),
+        ({"type": "integer", "if": {"minimum": 3}, "then": {"multipleOf": 2}}, [1, 4], ["a"]),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, [1, 1.5], ["a"]),
+        ({"type": "string", "pattern": r"^\bfoo\b$"}, ["foo"], ["food"]),
+        ({"type": "string", "pattern": r"^(?=.*(a|\))b)(?<![)(])[\])(]x$"}, ["(x"], ["x", "ax"]),
+        ({"type": "object", "patternProperties": {r"^a\b": {"type": "integer"}}}, [{"a": 1}], [{"a": "b"}]),
+        (
+            {
+                "$defs": {"Rig": {"enum": ["brig", "sloop"]}},
+                "type": "object",
+                "propertyNames": {"$ref": "#/$defs/Rig"},
+                "additionalProperties": {"type": "integer"},
+            },
+            [{"brig": 1, "sloop": 2}, {"sloop": 3}, {}],
+            [{"ship": 1}, {"brig": "a"}],
+        ),
+        ({"type": "object", "propertyNames": {"const": "a"}}, [{"a": "b"}], [{"b": "b"}]),
+        ({"type": "object", "propertyNames": {"minLength": 3}}, [{"abc": 1}], [[]]),
+        (
+            {"type": "object", "properties": {"pattern": {"type": "integer"}, "propertyNames": {"type": "integer"}}},
+            [{"pattern": 1, "propertyNames": 2}],
+            [{"additionalProperties": 1}],
+        ),
+    ],
+)
+def test_what_a_grammar_cannot_say_is_left_to_validation(
+    tokenizer: PreTrainedTokenizerFast, schema: dict[str, Any], taken: list[Any], refused: list[Any]
+) -> None:
+    for value in (*taken, *refused):
+        processor = json_schema_processor(tokenizer, schema, n_vocab=WIDTH)
+        assert accepts(processor, tokenizer, value) == (value in taken), value
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -14,7 +15,7 @@ from ishmael import REPLY
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
@@ -218,7 +219,7 @@ def test_impossible_tools_and_choices_are_refused_by_name(tiny: QLLMChat) -> Non
         tiny.bind_tools([clock, other]).invoke("hi")
     odd = {
         "name": "odd",
-        "parameters": {"type": "object", "properties": {"x": {"type": "string", "pattern": "(?=a)b"}}},
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "pattern": r"(a)\1"}}},
     }
     with pytest.raises(InvalidRequestError, match="cannot be compiled"):
         tiny.bind_tools([odd], tool_choice="any").invoke("hi")
@@ -303,6 +304,25 @@ def test_nested_enums_and_references(tiny: QLLMChat) -> None:
         at_sea: bool
 
     assert isinstance(tiny.with_structured_output(Fleet, method="json_schema").bind(max_tokens=400).invoke("hi"), Fleet)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_types_that_a_grammar_knows_nothing_of(tiny: QLLMChat, method: Any) -> None:
+    class Rig(Enum):
+        brig = "brig"
+        sloop = "sloop"
+
+    class Log(BaseModel):
+        path: Path
+        secret: SecretStr
+        data: bytes
+        ports: set[bool]
+        guns: dict[Rig, bool]
+        mark: Annotated[str, Field(pattern=r"\bIshmael\b")]
+
+    log = tiny.with_structured_output(Log, method=method).bind(max_tokens=400).invoke("hi")
+    assert log.path == Path(REPLY)
+    assert log.secret.get_secret_value() == REPLY
 
 
 @pytest.mark.parametrize("method", METHODS)
