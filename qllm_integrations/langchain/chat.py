@@ -283,7 +283,7 @@ class QLLMChat(ChatRequests):
         The result is a chat model like any other (`bind_tools`, `with_structured_output`, ...); it carries the id of
         the memory, never the text.
         """
-        find_handle(handle.id, self._engine_key(self.model))
+        self.shared.borrow(find_handle(handle.id, self._engine_key(self.model)))
         return self.model_copy(update={"file_id": handle.id})
 
     # --- tools and structured output ---

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document as LangChainDocument
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qllm_runtime.engine import QLLM
 
 _PAGE_BREAK = "\n\n"
-_handles: dict[str, DocumentHandle] = {}
+_handles: WeakValueDictionary[str, DocumentHandle] = WeakValueDictionary()
 _closed: set[str] = set()
 _lock = threading.Lock()
 
@@ -29,8 +30,9 @@ _lock = threading.Lock()
 class DocumentHandle:
     """Names documents that a model has read; made by `QLLMChat.add_documents`.
 
-    The memory lives in this process until `close()` (of the handle or of the chat model) and holds the keys and values
-    of every token, so close what you no longer ask. Usable as a context manager. It shows neither text nor titles in
+    The memory lives in this process until `close()` (of the handle or of the chat model), or until both the handle and
+    the chat model are gone, and holds the keys and values of every token, so close what you no longer ask; a block or
+    an id alone does not keep it. Usable as a context manager. It shows neither text nor titles in
     `repr` and refuses to be pickled.
 
     Attributes:
@@ -111,7 +113,7 @@ def find_handle(memory_id: str, engine_key: str) -> DocumentHandle:
     if handle is None:
         raise InvalidRequestError(
             f"There is no document memory {memory_id!r} in this process; file_id takes the id of a handle that "
-            "add_documents() returned."
+            "add_documents() returned, for as long as the handle or the chat model that read it is there."
         )
     if handle.engine_key != engine_key:
         raise InvalidRequestError(

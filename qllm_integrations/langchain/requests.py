@@ -14,7 +14,7 @@ from langchain_core.runnables import RunnableConfig
 
 from qllm_integrations.langchain import tools as tool_forms
 from qllm_integrations.langchain.call import Call, grammar, guided
-from qllm_integrations.langchain.memory import DocumentHandle, find_handle
+from qllm_integrations.langchain.memory import find_handle
 from qllm_integrations.langchain.messages import schema_instruction, translate
 from qllm_integrations.langchain.progress import (
     Reporter,
@@ -28,6 +28,7 @@ from qllm_integrations.langchain.structured import response_schema
 from qllm_runtime.types import Mode
 
 if TYPE_CHECKING:
+    from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM
 
 
@@ -159,12 +160,11 @@ class ChatRequests(ChatSettings):
             call.mode = None
             documents, system = call.request.documents, call.request.system
 
-            def read() -> DocumentHandle:
-                memory = call.engine.read(documents, system=system, progress=call.progress, cancel=call.cancel)
-                return DocumentHandle(call.engine, key, memory)
+            def read() -> DocumentMemory:
+                return call.engine.read(documents, system=system, progress=call.progress, cancel=call.cancel)
 
-            handle, call.creates_memory = self.shared.cached(key, documents, system, read)
-            call.engine, call.memory, call.progress = handle.engine, handle.memory, None
+            call.memory, call.creates_memory = self.shared.kept(key, documents, system, read, call.cancel)
+            call.progress = None
             call.request = call.request.without_documents()
 
     def _engine_key(self, model: str) -> str:

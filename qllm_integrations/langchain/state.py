@@ -9,15 +9,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qllm_integrations.langchain.memory import DocumentHandle
-from qllm_runtime.errors import ClosedError
+from qllm_runtime.errors import CancelledError, ClosedError
 from qllm_runtime.types import Document
 
 if TYPE_CHECKING:
+    from qllm_integrations.langchain.memory import DocumentHandle
+    from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM
 
 #: Memories kept for documents marked with `cache_control`, per chat model.
-MAX_CACHED = 4
+MAX_KEPT = 4
 
 
 class State:
@@ -28,7 +29,9 @@ class State:
         self._engines: dict[str, QLLM] = {}
         self._adopted: set[str] = set()
         self._handles: list[DocumentHandle] = []
-        self._cached: OrderedDict[str, DocumentHandle] = OrderedDict()
+        self._borrowed: list[DocumentHandle] = []
+        self._kept: OrderedDict[str, DocumentMemory] = OrderedDict()
+        self._reading: dict[str, threading.Event] = {}
         self.closed = False
         self.token: str | None = None
 
@@ -58,35 +61,67 @@ class State:
             self._handles.append(handle)
         return handle
 
-    def cached(
-        self, engine_key: str, documents: Sequence[Document], system: str | None, read: Callable[[], DocumentHandle]
-    ) -> tuple[DocumentHandle, bool]:
-        """The memory kept for these documents, and whether it was made just now."""
-        digest = hashlib.sha256(repr((engine_key, system)).encode())
-        for document in documents:
-            digest.update(repr((document.title, len(document.text))).encode())
-            digest.update(document.text.encode("utf-8", "surrogatepass"))
-        key = digest.hexdigest()
+    def borrow(self, handle: DocumentHandle) -> None:
+        """Keep another chat model's handle alive, and leave closing it to its owner."""
         with self._lock:
-            handle = self._cached.get(key)
-            if handle is not None and not handle.closed:
-                self._cached.move_to_end(key)
-                return handle, False
-        handle = read()
-        with self._lock:
-            self._cached[key] = handle
-            while len(self._cached) > MAX_CACHED:
-                self._cached.popitem(last=False)[1].close()
-        return handle, True
+            self._borrowed = [other for other in self._borrowed if not other.closed]
+            if not any(handle is other for other in (*self._handles, *self._borrowed)):
+                self._borrowed.append(handle)
+
+    def kept(
+        self,
+        engine_key: str,
+        documents: Sequence[Document],
+        system: str | None,
+        read: Callable[[], DocumentMemory],
+        cancel: threading.Event,
+    ) -> tuple[DocumentMemory, bool]:
+        """The memory kept for these documents, and whether it was read just now.
+
+        Requests that ask for the same documents at once wait for one reading. If it fails, each of them reads.
+
+        Raises:
+            CancelledError: `cancel` was set while another request was reading.
+            ClosedError: The chat model was closed.
+        """
+        key = _digest(engine_key, documents, system)
+        while True:
+            with self._lock:
+                self.check_open()
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+                    return self._kept[key], False
+                under_way = self._reading.get(key)
+                if under_way is None:
+                    done = self._reading[key] = threading.Event()
+                    break
+            while not under_way.wait(0.05):
+                if cancel.is_set():
+                    raise CancelledError("Cancelled while another request read the documents.")
+        try:
+            memory = read()
+            with self._lock:
+                if self.closed:
+                    memory.close()
+                self.check_open()
+                self._kept[key] = memory
+                while len(self._kept) > MAX_KEPT:
+                    self._kept.popitem(last=False)  # not closed: a request under way may be asking it
+            return memory, True
+        finally:
+            with self._lock:
+                del self._reading[key]
+            done.set()
 
     def close(self) -> None:
         """Close every handle and every engine that was loaded here."""
         with self._lock:
             self.closed = True
-            for handle in (*self._handles, *self._cached.values()):
-                handle.close()
+            for held in (*self._handles, *self._kept.values()):
+                held.close()
             self._handles.clear()
-            self._cached.clear()
+            self._borrowed.clear()
+            self._kept.clear()
             for key, engine in self._engines.items():
                 if key not in self._adopted:
                     engine.close()
@@ -100,3 +135,11 @@ class State:
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         return State, ()
+
+
+def _digest(engine_key: str, documents: Sequence[Document], system: str | None) -> str:
+    digest = hashlib.sha256(repr((engine_key, system)).encode())
+    for document in documents:
+        digest.update(repr((document.title, len(document.text))).encode())
+        digest.update(document.text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
+import weakref
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine_lc import FakeEngine
+from fake_engine_lc import FakeEngine, FakeMemory
 from ishmael import REPLY
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from langchain_core.documents.base import Blob
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.runnables import ConfigurableField
 from pdf_by_hand import pdf_bytes
 
 from qllm_integrations.langchain import QLLM_STUFF_PROMPT, DocumentQA, QLLMChat
@@ -174,6 +179,94 @@ def test_cache_control_keeps_a_few_readings_only() -> None:
         llm.invoke(marked(f"Book {i}."))
     assert details(llm.invoke(marked("Book 5.")))["cache_read"] > 0
     assert details(llm.invoke(marked("Book 0.")))["cache_creation"] > 0
+
+
+def read_memories(engine: FakeEngine) -> list[weakref.ref[FakeMemory]]:
+    """The memories that `engine` reads from now on."""
+    memories: list[weakref.ref[FakeMemory]] = []
+    read = engine.read
+
+    def record(*args: Any, **options: Any) -> FakeMemory:
+        memory = read(*args, **options)
+        memories.append(weakref.ref(memory))
+        return memory
+
+    engine.read = record
+    return memories
+
+
+def alive(memories: list[weakref.ref[FakeMemory]]) -> int:
+    gc.collect()
+    return sum(memory() is not None for memory in memories)
+
+
+def test_requests_at_once_read_a_document_once_and_closing_frees_it() -> None:
+    engine = FakeEngine(step=0.02)
+    memories, llm = read_memories(engine), QLLMChat.from_engine(engine)
+    answers = llm.batch([marked(BOOK)] * 3)
+    warm = llm.configurable_fields(temperature=ConfigurableField(id="t")).with_config(configurable={"t": 0.5})
+    answers.append(warm.invoke(marked(BOOK)))
+    assert len(memories) == 1
+    assert sorted(details(ai)["cache_creation"] > 0 for ai in answers) == [False] * 3 + [True]
+    engine.calls.clear()
+    llm.close()
+    assert alive(memories) == 0
+
+
+def test_a_reading_that_fails_or_is_given_up_fails_nobody_else() -> None:
+    engine = FakeEngine(n_chunks=20, step=0.02)
+    llm = QLLMChat.from_engine(engine)
+
+    def hurry() -> None:
+        with pytest.raises(TimeoutError):
+            llm.invoke(marked(BOOK), timeout=0.1)
+
+    hurried = threading.Thread(target=hurry)
+    hurried.start()
+    time.sleep(0.05)
+    assert details(llm.invoke(marked(BOOK)))["cache_creation"] > 0
+    hurried.join()
+    patient = threading.Thread(target=llm.invoke, args=[marked(OTHER)])
+    patient.start()
+    time.sleep(0.05)
+    with pytest.raises(TimeoutError):
+        llm.invoke(marked(OTHER), timeout=0.1)
+    patient.join()
+
+
+def test_closing_during_a_reading_keeps_nothing() -> None:
+    engine = FakeEngine(n_chunks=20, step=0.02)
+    memories, llm = read_memories(engine), QLLMChat.from_engine(engine)
+
+    def ask() -> None:
+        with pytest.raises(ClosedError):
+            llm.invoke(marked(BOOK))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.1)
+    llm.close()
+    asking.join()
+    assert (len(memories), alive(memories), engine.calls) == (1, 0, [])
+
+
+def test_nothing_is_kept_alive_by_a_chat_model_that_is_gone() -> None:
+    engine = FakeEngine()
+    memories, llm = read_memories(engine), QLLMChat.from_engine(engine)
+    for i in range(6):
+        llm.invoke(marked(f"Book {i}."))
+    engine.calls.clear()
+    assert alive(memories) == 4
+    llm.add_documents(BOOK)
+    assert alive(memories) == 5
+    del llm
+    assert alive(memories) == 0
+
+
+def test_a_memory_lives_with_a_chat_model_that_asks_it(tiny_path: str) -> None:
+    qa = QLLMChat(model=tiny_path).with_memory(QLLMChat(model=tiny_path).add_documents(BOOK))
+    gc.collect()
+    assert qa.invoke("Who speaks?").text == REPLY
 
 
 class Pages(BaseLoader):
