@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 
 from qllm_integrations.langchain import outputs
 from qllm_integrations.langchain.messages import Request
-from qllm_integrations.langchain.structured import response_schema
+from qllm_integrations.langchain.structured import response_schema, unreadable
 from qllm_integrations.langchain.tools import forced
 from qllm_runtime import toolcalls
 from qllm_runtime.errors import CancelledError
@@ -40,6 +40,7 @@ class Call:
         memory: Document memory the request is asked of.
         creates_memory: Whether it was made for this very request.
         tools: Tools the model is shown, or None.
+        needs_call: Whether an answer without a whole call is an error.
         processors: Grammar of the answer, if it has one.
         timeout: Seconds until the request is given up.
         cancel: Set to give the request up.
@@ -57,26 +58,35 @@ class Call:
     memory: DocumentMemory | None = None
     creates_memory: bool = False
     tools: Sequence[dict[str, Any]] | None = None
+    needs_call: bool = False
     processors: Sequence[LogitsProcessor] = ()
     timeout: float | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     attach: Callable[[Call], None] = lambda _: None
 
     def answer(self) -> AIMessage:
-        """The whole answer as a message."""
+        """The whole answer as a message.
+
+        Raises:
+            OutputParserException: A forced tool call was cut off.
+        """
         with self._time_limit():
             self.attach(self)
             answer = self.engine.chat(**self._arguments())
         message = outputs.to_message(answer, self._names(), **self._fields(answer))
+        self._check_call(answer, bool(message.tool_calls))
         return message if message.content else _uncited(message)
 
     def chunks(self) -> Iterator[AIMessageChunk]:
         """The answer piece by piece; the last chunk carries usage, citations and metadata.
 
         Leaving early stops the engine.
+
+        Raises:
+            OutputParserException: A forced tool call was cut off.
         """
         splitter = toolcalls.CallSplitter(names) if (names := self._names()) is not None else None
-        n_calls, spoken, answer = 0, False, None
+        n_calls, spoken, called, answer = 0, False, False, None
         unsent: list[TokenLogprob] = []
         with self._time_limit():
             self.attach(self)
@@ -87,6 +97,7 @@ class Call:
                     answer = piece.answer or answer
                     for part in self._parts(piece, splitter):
                         n_calls += isinstance(part, toolcalls.ToolCall)
+                        called |= isinstance(part, toolcalls.ToolCall) and part.arguments is not None
                         spoken |= isinstance(part, str) and bool(part)
                         chunk = outputs.to_chunk(part, n_calls)
                         if unsent:
@@ -97,6 +108,7 @@ class Call:
                 pieces.close()  # type: ignore[attr-defined]
         if answer is None:
             raise RuntimeError("The engine's stream ended without an answer.")
+        self._check_call(answer, called)
         fields = self._fields(answer)
         fields["response_metadata"].pop("logprobs", None)
         if unsent:
@@ -116,6 +128,10 @@ class Call:
         yield from splitter.feed(piece.text)
         if piece.answer is not None:
             yield from splitter.finish()
+
+    def _check_call(self, answer: Answer, called: bool) -> None:
+        if self.needs_call and not called:
+            raise unreadable("it holds no complete tool call", answer.text, answer.finish_reason)
 
     def _arguments(self) -> dict[str, Any]:
         return {

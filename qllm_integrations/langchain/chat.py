@@ -304,11 +304,13 @@ class QLLMChat(ChatRequests):
             tool_choice: None or "auto" (the model decides), "none", "any", "required" or True (some tool), a tool's
                 name, or a dictionary of OpenAI or Anthropic.
             strict: As for OpenAI: all parameters are required.
-            parallel_tool_calls: Let a forced answer hold several calls (default: exactly one).
+            parallel_tool_calls: Let a forced answer hold several calls (default: exactly one). One that is cut off after a
+                whole one is among the `invalid_tool_calls`.
             **kwargs: Further options of the call, e.g. `response_format`.
 
         Raises:
             InvalidRequestError: `tool_choice` names no bound tool, or something is not a tool.
+            OutputParserException: When called: a forced call was cut off by `max_tokens` or a stop string.
         """
         converted = tool_forms.to_openai(tools, strict)
         tool_forms.forced(tool_choice, converted)

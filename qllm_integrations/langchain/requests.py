@@ -147,6 +147,7 @@ class ChatRequests(ChatSettings):
             call.engine, tools, options.get("tool_choice"), options.get("parallel_tool_calls", False), response_format
         )
         call.tools = tools if show_tools else None
+        call.needs_call = tool_forms.needs_whole_call(options.get("tool_choice"), tools or ())
         return call
 
     def _attach_memory(self, call: Call, mode: Mode | None) -> None:

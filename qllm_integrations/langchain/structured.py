@@ -74,9 +74,7 @@ class SchemaOutputParser(BaseCumulativeTransformOutputParser[Any]):
             ) from error
 
     def _failure(self, text: str, message: BaseMessage | None, reason: str) -> OutputParserException:
-        cut = message is not None and message.response_metadata.get("finish_reason") == "length"
-        remedy = " It was cut off at max_tokens: raise max_tokens." if cut else ""
-        return OutputParserException(f"The answer cannot be read: {reason}.{remedy}", llm_output=text)
+        return unreadable(reason, text, None if message is None else message.response_metadata.get("finish_reason"))
 
     def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[Any]:
         growing = _Growing(self)
@@ -91,6 +89,12 @@ class SchemaOutputParser(BaseCumulativeTransformOutputParser[Any]):
                 yield value
         for value in growing.finish():
             yield value
+
+
+def unreadable(reason: str, text: str, finish_reason: str | None) -> OutputParserException:
+    """The error for an answer without what it was to hold."""
+    remedy = " It was cut off at max_tokens: raise max_tokens." if finish_reason == "length" else ""
+    return OutputParserException(f"The answer cannot be read: {reason}.{remedy}", llm_output=text)
 
 
 class _Growing:
@@ -130,7 +134,8 @@ def structured(
     if schema is None:
         bound = llm.bind(response_format={"type": "json_object"})
     elif method == "function_calling":
-        bound = llm.bind_tools([schema], tool_choice="any", strict=strict, **trace)
+        choice = {"type": "any", "partial": True}  # the parser raises, and shows what there is as `raw`
+        bound = llm.bind_tools([schema], tool_choice=choice, strict=strict, **trace)
     else:
         body = {"name": "answer", "schema": to_json_schema(schema, strict), "strict": strict is not False}
         if method == "json_mode":  # the prompt says what is wanted; the schema is enforced all the same

@@ -75,6 +75,12 @@ def forced(tool_choice: ToolChoice, tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def needs_whole_call(tool_choice: ToolChoice, tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an answer without a whole call is an error: a call is forced, and not marked as `partial`."""
+    partial = isinstance(tool_choice, Mapping) and tool_choice.get("partial")
+    return not partial and forced(tool_choice, tools) not in ("auto", "none")
+
+
 def _describe(tool: Any) -> str:
     if isinstance(tool, Mapping):
         return f"A dictionary with the keys {sorted(map(str, tool))}"

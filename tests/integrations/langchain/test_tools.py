@@ -185,7 +185,8 @@ def test_a_call_without_words_has_no_text_block(tiny_path: str, version: Any) ->
 
 
 def test_several_calls_on_demand(tiny: QLLMChat) -> None:
-    assert len(tiny.bind_tools([clock], tool_choice="any", parallel_tool_calls=True).invoke("hi").tool_calls) >= 1
+    for ai in both(tiny.bind_tools([clock], tool_choice="any", parallel_tool_calls=True)):  # never ends by itself
+        assert len(ai.tool_calls) >= 1
 
 
 def test_anything_can_be_a_tool(tiny: QLLMChat) -> None:
@@ -334,6 +335,21 @@ def test_an_answer_that_is_cut_off_raises_and_says_why(method: Any) -> None:
     raw = says("x", max_tokens=12).with_structured_output(Ship, method=method, include_raw=True).invoke("hi")
     assert raw["parsed"] is None
     assert isinstance(raw["parsing_error"], OutputParserException)
+
+
+@pytest.mark.parametrize("choice", ["any", "weather", {"type": "tool", "name": "weather"}])
+@pytest.mark.parametrize("limit", [{"max_tokens": 6}, {"max_tokens": 16}, {"max_tokens": 24}, {"stop": ["weather"]}])
+async def test_a_forced_call_that_is_cut_off_raises_and_says_why(choice: Any, limit: dict[str, Any]) -> None:
+    llm = says("x").bind_tools([weather], tool_choice=choice).bind(**limit)
+    why = "raise max_tokens" if "max_tokens" in limit else "no complete tool call"
+    for run in (lambda: llm.invoke("hi"), lambda: list(llm.stream("hi"))):
+        with pytest.raises(OutputParserException, match=why):
+            run()
+    with pytest.raises(OutputParserException, match=why):
+        await llm.ainvoke("hi")
+    with pytest.raises(OutputParserException, match=why):
+        [chunk async for chunk in llm.astream("hi")]
+    assert says("x", **limit).bind_tools([weather]).invoke("hi").text == "x"
 
 
 def test_checks_of_the_class_apply(tiny: QLLMChat) -> None:
