@@ -117,8 +117,10 @@ class State:
         """Close every handle and every engine that was loaded here."""
         with self._lock:
             self.closed = True
-            for held in (*self._handles, *self._kept.values()):
-                held.close()
+            for handle in self._handles:
+                handle.close()
+            for memory in self._kept.values():
+                memory.close()
             self._handles.clear()
             self._borrowed.clear()
             self._kept.clear()
