@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -129,6 +130,11 @@ class ChatSettings(BaseChatModel):
             }
         return values
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, value: list[str] | None) -> list[str] | None:
@@ -207,8 +213,11 @@ class ChatSettings(BaseChatModel):
             params["ls_stop"] = list(stops)
         return params
 
-    def _stops(self, stop: list[str] | None) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*(self.stop or ()), *(stop or ())]))
+    def _stops(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
+        given = [stop] if isinstance(stop, str) else stop or ()
+        if not isinstance(given, Sequence) or not all(isinstance(item, str) and item for item in given):
+            raise InvalidConfigError(f"stop={stop!r} is neither a string nor a list of strings; none may be empty.")
+        return tuple(dict.fromkeys([*(self.stop or ()), *given]))
 
     def _sampling(self, stop: list[str] | None, options: dict[str, Any]) -> Sampling:
         values = {name: getattr(self, name) if options.get(name) is None else options[name] for name in _SAMPLING}

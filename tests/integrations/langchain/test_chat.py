@@ -321,6 +321,21 @@ def test_bad_settings_are_refused_with_typed_errors(tiny: QLLMChat) -> None:
             list(tiny.stream("hi", **bad))
 
 
+def test_a_string_is_one_stop_string() -> None:
+    llm = QLLMChat.from_engine(FakeEngine())
+    for answer in (
+        llm.invoke("hi", stop="mae"),
+        llm.bind(stop="mae").invoke("hi"),
+        merged(llm, "hi", stop="mae"),
+        QLLMChat.from_engine(FakeEngine(), stop="mae").invoke("hi"),
+    ):
+        assert answer.text == REPLY[: REPLY.index("mae")]
+    assert llm._get_ls_params(stop="mae")["ls_stop"] == ["mae"]
+    for bad in (5, [5], [""], ""):
+        with pytest.raises(InvalidConfigError, match="stop="):
+            llm.invoke("hi", stop=bad)
+
+
 def test_unknown_arguments_warn_by_name() -> None:
     with pytest.warns(UserWarning, match="'temprature'; did you mean 'temperature'"):
         QLLMChat(temprature=1)
