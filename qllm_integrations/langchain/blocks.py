@@ -81,6 +81,8 @@ def parse_content(content: str | list[Any], where: str) -> list[Part]:
     """
     if isinstance(content, str):
         return [Text(content)] if content else []
+    if not isinstance(content, list):
+        raise InvalidRequestError(f"{where}: content is {_kind(content)}; it takes text or a list of blocks.")
     parts: list[Part] = []
     for number, block in enumerate(content, start=1):
         place = f"{where}, block {number}"
@@ -91,19 +93,21 @@ def parse_content(content: str | list[Any], where: str) -> list[Part]:
     return parts
 
 
-def _parse_block(block: Mapping[str, Any], where: str) -> list[Part]:
-    kind = block.get("type")
+def _parse_block(block: Any, where: str) -> list[Part]:
+    if not isinstance(block, Mapping):
+        raise InvalidRequestError(f"{where}: a block is a dictionary or text, not {_kind(block)}.")
+    kind = _string(block, "type", where)
     if kind is None and "document" in block:
-        return [_bedrock(block["document"], where)]
+        return [_bedrock(_mapping(block, "document", where), where)]
     if kind == "non_standard" and isinstance(block.get("value"), Mapping):
         return _parse_block(block["value"], where)
     if kind in _SILENT or (kind is None and set(block) <= _SILENT):
         return []
     if kind in ("text", "input_text", "output_text"):
-        role = (block.get("extras") or {}).get("qllm_role")
+        role = _mapping(block, "extras", where).get("qllm_role")
         if role not in (None, "query"):
             raise InvalidRequestError(f"{where}: extras['qllm_role'] is {role!r}; the only role is 'query'.")
-        return [Text(str(block.get("text", "")), is_query=role == "query")]
+        return [Text(_text(block, "text", where), is_query=role == "query")]
     if kind in ("text-plain", "file"):
         return [_file(block, where)]
     if kind == "document":
@@ -111,15 +115,12 @@ def _parse_block(block: Mapping[str, Any], where: str) -> list[Part]:
     if kind == "search_result":
         return [_search_result(block, where)]
     if kind == "tool_result":
-        content = block.get("content") or ""
-        return [ToolResultPart(str(block.get("tool_use_id", "")), tuple(parse_content(content, where)))]
+        result = parse_content(block.get("content") or "", where)
+        return [ToolResultPart(str(block.get("tool_use_id", "")), tuple(result))]
     if kind in ("tool_use", "tool_call", "function_call"):
-        arguments = block.get("input", block.get("args", block.get("arguments"))) or {}
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        return [ToolCallPart(block.get("id"), str(block.get("name", "")), arguments)]
+        return [ToolCallPart(_string(block, "id", where), str(block.get("name", "")), _call_arguments(block, where))]
     if kind == "refusal":
-        return [Text(str(block.get("refusal", "")))]
+        return [Text(_text(block, "refusal", where))]
     if kind in _UNREADABLE:
         raise InvalidRequestError(
             f"{where}: {_UNREADABLE[kind]} cannot be read (block type {kind!r}); this model takes text and documents."
@@ -130,16 +131,34 @@ def _parse_block(block: Mapping[str, Any], where: str) -> list[Part]:
     )
 
 
+def _call_arguments(block: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    arguments = block.get("input", block.get("args", block.get("arguments"))) or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"{where}: the arguments of the tool call {block.get('name')!r} are not valid JSON ({error}); leave a "
+                "call out that was cut off."
+            ) from None
+    if not isinstance(arguments, Mapping):
+        raise InvalidRequestError(
+            f"{where}: the arguments of the tool call {block.get('name')!r} are {_kind(arguments)}; they take a "
+            "dictionary, or one written as JSON."
+        )
+    return arguments
+
+
 def _file(block: Mapping[str, Any], where: str) -> Part:
     """A `text-plain` or `file` block of LangChain."""
-    extras = block.get("extras") or {}
+    extras = _mapping(block, "extras", where)
     title = block.get("title") or extras.get("title") or extras.get("filename") or block.get("filename")
     if block.get("text") is not None:
-        document = _document(block["text"], title, block)
+        document = _document(block["text"], title, block, where)
     elif block.get("base64") is not None or block.get("data") is not None:
         data = _decode(block.get("base64") or block.get("data") or "", where)
-        document = document_from_bytes(data, block.get("mime_type"), title)
-        document = _document(document.text, title, block, document.metadata)
+        document = document_from_bytes(data, _string(block, "mime_type", where), _title(title))
+        document = _document(document.text, title, block, where, document.metadata)
     elif block.get("file_id"):
         return MemoryPart(str(block["file_id"]))
     elif block.get("url"):
@@ -148,7 +167,7 @@ def _file(block: Mapping[str, Any], where: str) -> Part:
         )
     else:
         raise InvalidRequestError(f"{where}: a {block['type']!r} block needs one of 'text', 'base64' or 'file_id'.")
-    return DocumentPart(document, _wants_cache(block))
+    return DocumentPart(document, _wants_cache(block, where))
 
 
 def _anthropic(block: Mapping[str, Any], where: str) -> Part:
@@ -158,65 +177,108 @@ def _anthropic(block: Mapping[str, Any], where: str) -> Part:
         raise InvalidRequestError(f"{where}: a 'document' block needs a 'source'.")
     kind, title = source.get("type"), block.get("title")
     if kind == "text":
-        document = _document(source.get("data", ""), title, block)
+        document = _document(source.get("data", ""), title, block, where)
     elif kind == "base64":
-        read = document_from_bytes(_decode(source.get("data", ""), where), source.get("media_type"), title)
-        document = _document(read.text, title, block, read.metadata)
+        data = _decode(source.get("data", ""), where)
+        read = document_from_bytes(data, _string(source, "media_type", where), _title(title))
+        document = _document(read.text, title, block, where, read.metadata)
     elif kind == "content":
-        document = _document(_texts(source.get("content", ""), where), title, block)
+        document = _document(_texts(source.get("content") or "", where), title, block, where)
     elif kind == "file":
         return MemoryPart(str(source.get("file_id", "")))
     else:
         raise InvalidRequestError(
             f"{where}: a document source of type {kind!r} cannot be read; use 'text', 'base64', 'content' or 'file'."
         )
-    return DocumentPart(document, _wants_cache(block))
+    return DocumentPart(document, _wants_cache(block, where))
 
 
 def _search_result(block: Mapping[str, Any], where: str) -> Part:
-    text = _texts(block.get("content", ""), where)
+    text = _texts(block.get("content") or "", where)
     title = block.get("title") or block.get("source")
-    return DocumentPart(_document(text, title, block, {"source": block.get("source")}), _wants_cache(block))
+    document = _document(text, title, block, where, {"source": block.get("source")})
+    return DocumentPart(document, _wants_cache(block, where))
 
 
 def _bedrock(body: Mapping[str, Any], where: str) -> Part:
     """`{"document": {"name", "format", "source": {"text" | "bytes"}}}` of Bedrock Converse."""
-    source, title = body.get("source") or {}, body.get("name")
+    source, title = _mapping(body, "source", where), body.get("name")
     if "text" in source:
-        return DocumentPart(_document(source["text"], title, body))
+        return DocumentPart(_document(source["text"], title, body, where))
     if "bytes" in source:
         data = source["bytes"]
         kinds = {"pdf": "application/pdf", "html": "text/html"}
-        raw = data if isinstance(data, bytes) else _decode(data, where)
-        read = document_from_bytes(raw, kinds.get(body.get("format", "")), title)
-        return DocumentPart(_document(read.text, title, body, read.metadata))
+        kind = kinds.get(_string(body, "format", where) or "")
+        read = document_from_bytes(_decode(data, where), kind, _title(title))
+        return DocumentPart(_document(read.text, title, body, where, read.metadata))
     raise InvalidRequestError(f"{where}: a document block needs 'text' or 'bytes' in its source.")
 
 
-def _document(text: Any, title: Any, block: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> Document:
+def _document(
+    text: Any, title: Any, block: Mapping[str, Any], where: str, metadata: Mapping[str, Any] | None = None
+) -> Document:
     if not isinstance(text, str) or not text.strip():
         raise DocumentError(f"The document {title!r} has no text." if title else "The document has no text.")
-    known = {**(metadata or {}), **((block.get("extras") or {}).get("metadata") or {})}
+    known = {**(metadata or {}), **_mapping(_mapping(block, "extras", where), "metadata", where)}
     context = block.get("context")
     if context:  # shown to the model with the title, as Anthropic does; citations carry the bare title
         known["title"] = title
         title = f"{title} ({context})" if title else str(context)
-    return Document(text, str(title) if title else None, known)
+    return Document(text, _title(title), known)
+
+
+def _title(title: Any) -> str | None:
+    return str(title) if title else None
 
 
 def _texts(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
-    return "\n\n".join(part.text for part in parse_content(content, where) if isinstance(part, Text))
+    texts: list[str] = []
+    for part in parse_content(content, where):
+        if isinstance(part, Text):
+            texts.append(part.text)
+        elif isinstance(part, DocumentPart):
+            texts.append(part.document.text)
+        else:
+            raise InvalidRequestError(f"{where}: only text and documents can be the content of a document.")
+    return "\n\n".join(texts)
 
 
-def _wants_cache(block: Mapping[str, Any]) -> bool:
-    return bool(block.get("cache_control") or (block.get("extras") or {}).get("cache_control"))
+def _wants_cache(block: Mapping[str, Any], where: str) -> bool:
+    return bool(block.get("cache_control") or _mapping(block, "extras", where).get("cache_control"))
 
 
-def _decode(data: str | bytes, where: str) -> bytes:
+def _mapping(block: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = block.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{where}: {key!r} is {_kind(value)}; it takes a dictionary.")
+    return value
+
+
+def _string(block: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = block.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError(f"{where}: {key!r} is {_kind(value)}; it takes text.")
+    return value
+
+
+def _text(block: Mapping[str, Any], key: str, where: str) -> str:
+    value = block.get(key, "")
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{where}: {key!r} is {_kind(value)}; it takes text, leave an empty block out.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _decode(data: Any, where: str) -> bytes:
     if isinstance(data, bytes):
         return data
+    if not isinstance(data, str):
+        raise InvalidRequestError(f"{where}: the base64 data is {_kind(data)}; it takes text.")
     if data.startswith("data:"):
         data = data.partition(",")[2]
     try:
