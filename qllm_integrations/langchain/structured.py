@@ -22,7 +22,12 @@ from qllm_runtime.errors import InvalidRequestError
 Method = Literal["json_schema", "function_calling", "json_mode"]
 Schema = Mapping[str, Any] | type
 _FUNCTION = frozenset({"function", "parameters", "input_schema"})
-_PLAIN = frozenset({"type", "properties", "$ref", "anyOf"})
+_KEYWORDS = frozenset((
+    "type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf", "not", "if", "properties", "patternProperties",
+    "additionalProperties", "propertyNames", "required", "minProperties", "maxProperties", "dependentRequired",
+    "dependentSchemas", "items", "prefixItems", "contains", "minItems", "maxItems", "uniqueItems", "pattern",
+    "format", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+))  # fmt: skip
 
 
 class SchemaOutputParser(BaseCumulativeTransformOutputParser[Any]):
@@ -135,7 +140,7 @@ def structured(
         bound = llm.bind(response_format={"type": "json_object"})
     elif method == "function_calling":
         choice = {"type": "any", "partial": True}  # the parser raises, and shows what there is as `raw`
-        bound = llm.bind_tools([schema], tool_choice=choice, strict=strict, **trace)
+        bound = llm.bind_tools([_tool(schema)], tool_choice=choice, strict=strict, **trace)
     else:
         body = {"name": "answer", "schema": to_json_schema(schema, strict), "strict": strict is not False}
         if method == "json_mode":  # the prompt says what is wanted; the schema is enforced all the same
@@ -155,14 +160,34 @@ def to_json_schema(schema: Schema, strict: bool | None = None) -> dict[str, Any]
     Raises:
         InvalidRequestError: None of these.
     """
-    if isinstance(schema, Mapping) and not _FUNCTION & schema.keys() and _PLAIN & schema.keys():
-        return dict(schema)  # LangChain's conversion would drop references and refuse a schema without a title
+    if isinstance(schema, Mapping) and not _FUNCTION & schema.keys() and _KEYWORDS & schema.keys():
+        return dict(schema)  # LangChain's conversion would drop keywords and refuse a schema without a title
     try:
         return convert_to_json_schema(schema, strict=strict)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequestError(
             f"{schema!r:.80} is not a schema ({error}); pass a pydantic class, a TypedDict or a JSON schema."
         ) from None
+
+
+def _tool(schema: Schema) -> Schema:
+    """A schema as the tool whose arguments it describes.
+
+    Raises:
+        InvalidRequestError: It is not a schema, or its values are not objects.
+    """
+    shape = to_json_schema(schema)
+    plain = shape == schema
+    if shape.get("type", "object") != "object" or (plain and not {"type", "properties"} & shape.keys()):
+        raise InvalidRequestError(
+            f"{schema!r:.80} does not describe an object, and the arguments of a tool are one; use method='json_schema', or "
+            "an object with a property for the value."
+        )
+    if not plain or "properties" in shape or "title" not in shape:
+        return schema
+    # LangChain's conversion would drop everything but the title of an object whose properties have no names
+    named = {"name": shape.pop("title"), "description": shape.pop("description", ""), "parameters": shape}
+    return {"type": "function", "function": named}
 
 
 def response_schema(response_format: Mapping[str, Any]) -> tuple[dict[str, Any], bool, bool]:

@@ -15,7 +15,7 @@ from ishmael import REPLY
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic import BaseModel, Field, RootModel, SecretStr, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
@@ -268,6 +268,35 @@ def test_every_kind_of_schema(tiny: QLLMChat, method: Any, schema: Any, check: C
     llm = tiny.with_structured_output(schema, method=method)
     assert check(llm.invoke("hi"))
     assert check(list(llm.stream("hi"))[-1])
+
+
+@pytest.mark.parametrize(
+    ("schema", "check"),
+    [
+        ({"enum": ["yes", "no"]}, lambda value: value in ("yes", "no")),
+        ({"description": "d", "const": "k"}, lambda value: value == "k"),
+        ({"oneOf": [{"type": "boolean"}]}, lambda value: isinstance(value, bool)),
+        ({"allOf": [{"type": "boolean"}]}, lambda value: isinstance(value, bool)),
+        ({"type": "array", "items": {"type": "boolean"}, "maxItems": 2}, lambda value: isinstance(value, list)),
+    ],
+)
+def test_schemas_of_other_values_than_objects(
+    tiny: QLLMChat, schema: dict[str, Any], check: Callable[[Any], bool]
+) -> None:
+    titled = {"title": "E", **schema}
+    for method in ("json_schema", "json_mode"):
+        assert check(tiny.with_structured_output(titled, method=method).invoke("hi"))
+    with pytest.raises(InvalidRequestError, match="does not describe an object"):
+        tiny.with_structured_output(titled, method="function_calling")
+
+
+def test_only_objects_are_arguments(tiny: QLLMChat) -> None:
+    with pytest.raises(InvalidRequestError, match="does not describe an object"):
+        tiny.with_structured_output(RootModel[list[int]], method="function_calling")
+    flags = {"title": "Flags", "type": "object", "patternProperties": {"^I": {"type": "boolean"}}, "minProperties": 1}
+    for method in ("json_schema", "function_calling"):
+        value = tiny.with_structured_output(flags, method=method).invoke("hi")
+        assert value and all(name[0] == "I" and isinstance(flag, bool) for name, flag in value.items())
 
 
 async def test_async_and_raw(tiny: QLLMChat) -> None:
