@@ -361,7 +361,7 @@ class QLLMChat(ChatRequests):
         engine, memory = self._engine(self.model), None
         if request.memory_id is not None:
             handle = find_handle(request.memory_id, self._engine_key(self.model))
-            engine, memory = handle.engine, handle.memory
+            engine, memory, request = handle.engine, handle.memory, request.opened_by_user()
         return engine.count_prompt_tokens(request.turns, tools=tool_forms.to_openai(tools or ()) or None, memory=memory)
 
     def close(self) -> None:

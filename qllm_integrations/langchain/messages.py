@@ -69,6 +69,13 @@ class Request:
         )
         return replace(self, turns=tuple(turn for turn in turns if turn.content or turn.extras or turn.role == "tool"))
 
+    def opened_by_user(self) -> Request:
+        """The same request with an empty user turn where another one comes first: documents open a user turn."""
+        first = next((i for i, turn in enumerate(self.turns) if turn.role != "system"), len(self.turns))
+        if first < len(self.turns) and self.turns[first].role == "user":
+            return self
+        return replace(self, turns=(*self.turns[:first], Turn("user", ()), *self.turns[first:]))
+
     @property
     def system(self) -> str | None:
         """Text of the leading system turn."""

@@ -167,6 +167,8 @@ class ChatRequests(ChatSettings):
             call.memory, call.creates_memory = self.shared.kept(key, documents, system, read, call.cancel)
             call.progress = None
             call.request = call.request.without_documents()
+        if call.memory is not None:
+            call.request = call.request.opened_by_user()
 
     def _engine_key(self, model: str) -> str:
         memory = self.memory.model_dump_json() if self.memory else None

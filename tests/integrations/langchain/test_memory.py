@@ -107,6 +107,20 @@ def test_conversations_systems_and_tools_over_a_memory(tiny: QLLMChat) -> None:
         assert counted == ai.usage_metadata["input_tokens"]
 
 
+def test_a_conversation_may_begin_with_a_greeting(tiny: QLLMChat) -> None:
+    greeted = [AIMessage("Hello"), HumanMessage("Who speaks?")]
+    with tiny.add_documents(BOOK) as handle, tiny.add_documents(BOOK, system="Be brief.") as brief:
+        qa = tiny.with_memory(handle)
+        ai = qa.invoke(greeted)
+        assert (ai.text, details(ai)["cache_read"]) == (REPLY, handle.n_tokens)
+        assert ai.response_metadata["qllm"]["query"] == "Who speaks?"
+        assert qa.get_num_tokens_from_messages(greeted) == ai.usage_metadata["input_tokens"]
+        assert tiny.with_memory(brief).invoke([SystemMessage("Be brief."), *greeted]).text == REPLY
+    document, _ = marked(BOOK)[0].content
+    for messages in ([AIMessage("Hello"), *marked(BOOK)], [HumanMessage([document]), *greeted]):
+        assert tiny.invoke(messages).text == REPLY
+
+
 def test_memories_that_cannot_be_used_are_refused(tiny: QLLMChat, other_path: str) -> None:
     handle = tiny.add_documents("Call me Ishmael.")
     with pytest.raises(InvalidRequestError, match="another model"):
