@@ -109,7 +109,8 @@ def _parse_block(block: Any, where: str) -> list[Part]:
             raise InvalidRequestError(f"{where}: extras['qllm_role'] is {role!r}; the only role is 'query'.")
         return [Text(_text(block, "text", where), is_query=role == "query")]
     if kind in ("text-plain", "file"):
-        return [_file(block, where)]
+        optional = _mapping(block, "extras", where).get("qllm_optional") and block.get("text") is not None
+        return [] if optional and not str(block["text"]).strip() else [_file(block, where)]
     if kind == "document":
         return [_anthropic(block, where)]
     if kind == "search_result":

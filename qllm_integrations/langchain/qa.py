@@ -17,13 +17,18 @@ from qllm_runtime import types
 from qllm_runtime.errors import InvalidRequestError
 
 #: For `create_stuff_documents_chain(llm, QLLM_STUFF_PROMPT)`: `{context}` is read as a document,
-#: `{input}` is the question.
+#: `{input}` is the question. Where `{context}` is empty, because a retriever found nothing, the question is asked alone.
 QLLM_STUFF_PROMPT = ChatPromptTemplate.from_messages(
     [
         (
             "human",
             [
-                {"type": "text-plain", "mime_type": "text/plain", "text": "{context}"},
+                {
+                    "type": "text-plain",
+                    "mime_type": "text/plain",
+                    "text": "{context}",
+                    "extras": {"qllm_optional": True},
+                },
                 {"type": "text", "text": "{input}"},
             ],
         )

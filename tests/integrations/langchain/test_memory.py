@@ -372,6 +372,10 @@ def test_a_stuff_documents_chain_works_unmodified(tiny: QLLMChat) -> None:
     (turn,) = engine.calls[0]["turns"]
     assert turn.documents == (types.Document(f"{BOOK}\n\n{{braces}} {OTHER}"),)
     assert engine.calls[0]["query"] == "Who speaks?"
+    assert create_stuff_documents_chain(QLLMChat.from_engine(engine), QLLM_STUFF_PROMPT).invoke(
+        {"context": [], "input": "Who speaks?"}
+    )
+    assert engine.calls[1]["turns"] == (types.Turn("user", ("Who speaks?",)),)
 
 
 def test_progress_is_shown(tiny: QLLMChat, capsys: pytest.CaptureFixture[str]) -> None:
