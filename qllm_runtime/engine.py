@@ -88,17 +88,18 @@ class QLLM:
         """Layout and lookup of the next readings and requests.
 
         Raises:
-            InvalidConfigError: When set: a window longer than the model was trained for.
+            InvalidConfigError: When set: a window, or initial tokens, longer than the model was trained for.
         """
         return self._memory
 
     @memory.setter
     def memory(self, memory: MemoryConfig) -> None:
-        if memory.n_local > self._trained_length and not memory.faithful:
-            raise InvalidConfigError(
-                f"n_local={memory.n_local} exceeds the {self._trained_length} tokens that {self.name!r} was trained for; "
-                "lower n_local."
-            )
+        for name in ("n_local", "n_init"):
+            if getattr(memory, name) > self._trained_length and not memory.faithful:
+                raise InvalidConfigError(
+                    f"{name}={getattr(memory, name)} exceeds the {self._trained_length} tokens that {self.name!r} was "
+                    f"trained for; lower {name}."
+                )
         self._memory = memory
 
     @classmethod

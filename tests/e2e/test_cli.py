@@ -200,7 +200,7 @@ class TestBadInput:
         "option",
         [
             ("--max-tokens", 0), ("--max-tokens", -5), ("--max-tokens", "x"), ("--topk", 0), ("--n-local", 0),
-            ("--n-local", 257),
+            ("--n-local", 257), ("--n-init", 257),
             ("--n-init", -1), ("--block-size", -1), ("--temperature", -1), ("--top-p", 2), ("--policy", "best"),
             ("--mode", "twice"), ("--device", "toaster"), ("--dtype", "int3"), ("--query-weight", -1),
         ],

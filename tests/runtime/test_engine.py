@@ -455,6 +455,8 @@ def test_a_window_beyond_the_trained_length_is_refused(llm: QLLM) -> None:
     before = llm.memory
     with pytest.raises(InvalidConfigError, match="lower n_local"):
         llm.memory = wide
+    with pytest.raises(InvalidConfigError, match=r"n_init=513 exceeds the 512 tokens.*lower n_init"):
+        llm.memory = before.replace(n_init=513)
     assert llm.memory is before
 
 
