@@ -41,8 +41,8 @@ def load_document(path: str | Path) -> Document:
         path: File, or "-" for standard input.
 
     Returns:
-        The document, titled with the file's name (no title for standard input). `metadata["source"]` is `path` as
-        given, `metadata["page_starts"]` (PDF) the offset at which each page starts.
+        The document, titled with the file's name (U+FFFD for what is not UTF-8 in it; no title for standard input).
+        `metadata["source"]` is `path` as given, `metadata["page_starts"]` (PDF) the offset at which each page starts.
 
     Raises:
         DocumentError: Missing, a directory, unreadable, empty, binary, badly encoded, or a PDF without text.
@@ -71,7 +71,7 @@ def load_document(path: str | Path) -> Document:
     if suffix == ".pdf" and data and not _is_pdf(data):
         raise DocumentError(f"{name!r} is named .pdf but is not a PDF file.")
     mime_type = "text/html" if suffix in _HTML_SUFFIXES else None
-    return _document(data, repr(name), file.name, {"source": name}, mime_type)
+    return _document(data, repr(name), _join_surrogates(file.name), {"source": name}, mime_type)
 
 
 def document_from_bytes(data: bytes, mime_type: str | None = None, title: str | None = None) -> Document:
@@ -200,7 +200,7 @@ def _pdf_text(data: bytes, name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _join_surrogates(text: str) -> str:
-    """Characters outside the basic plane that a PDF's map spells as two halves, as one; lone halves as U+FFFD."""
+    """Characters outside the basic plane that are spelled as two halves, as one; lone halves as U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

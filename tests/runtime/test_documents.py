@@ -2,8 +2,10 @@
 
 import codecs
 import io
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +97,14 @@ def test_bad_content(file, data, message):
         load_document(file(data))
     assert "\n" not in str(caught.value)
     assert "a.txt" in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_name_that_is_not_utf8_makes_a_printable_title(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff\xfe.txt")
+    Path(path).write_text("Call me Ishmael.")
+    document = load_document(path)
+    assert (document.title, document.metadata["source"]) == ("n\ufffd\ufffd.txt", path)
 
 
 def test_bad_paths(tmp_path, monkeypatch):
