@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # nothing heavy is imported here: a Ctrl-C must find `run` in charge as early as can be
@@ -12,6 +13,12 @@ from qllm_runtime.errors import QLLMError
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status: 0, 2 for bad input, 130 after Ctrl-C, 1 for anything unforeseen."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         import logging
 
@@ -44,6 +51,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"unexpected {type(error).__name__}: {error} (QLLM_TRACEBACK=1 shows where)", 1)
     return int(status or 0)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"qllm: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _complain(message: str, status: int) -> int:

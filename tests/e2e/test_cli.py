@@ -221,6 +221,13 @@ class TestBadInput:
             self.refused(qllm("ask", book, "Who?", "--model", model, "--memory-config", config))
 
 
+def test_a_warning_is_one_line(qllm, model, book):
+    status, _, err = qllm("ask", book, "Who?", "--model", model, "--policy", "full", "--max-tokens", 2)
+    assert status == 0
+    (line,) = (line for line in err.splitlines() if not line.startswith("Reading: "))
+    assert line.startswith("qllm: warning: policy 'full' reads ")
+
+
 class TestChat:
     def test_conversation(self, model, book):
         lines = "Who was abroad?\n\n/sources\n/dance\nAnd why?\n/new\nWho?\n/quit\nnever asked\n"
