@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -13,6 +14,10 @@ from qllm_runtime.errors import QLLMError
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status: 0, 2 for bad input, 130 after Ctrl-C, 1 for anything unforeseen."""
+    if sys.stderr is None:  # closed by the shell
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return _complain("standard output is closed: there is nowhere to write an answer; leave it open", 2)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         return _run(arguments)
@@ -35,9 +40,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except (BrokenPipeError, SystemExit):  # the reader of our output has seen enough; typer makes a SystemExit of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard_output()
         return 141
     except Exception as error:
+        if isinstance(error, OSError) and _is_of_output(error):
+            _discard_output()
+            return _complain(f"cannot write to standard output: {error.strerror or error}", 2)
         if type(error).__name__ == "Abort":
             return _interrupted()
         usage = getattr(error, "format_message", None)  # typer's usage errors, whichever class they are
@@ -51,6 +59,20 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         return _complain(f"unexpected {type(error).__name__}: {error} (QLLM_TRACEBACK=1 shows where)", 1)
     return int(status or 0)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether it was standard output that could not be written to."""
+    try:
+        sys.stdout.flush()  # what cannot leave the buffer fails once more
+    except OSError:
+        return True
+    unbuffered = getattr(sys.stdout, "write_through", False)
+    return unbuffered and error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO)
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

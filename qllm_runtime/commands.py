@@ -92,6 +92,10 @@ def chat(
     names = [document, *(options.more or ())]
     if "-" in names:
         raise DocumentError("`qllm chat` takes its questions from standard input; give the document as a file.")
+    if sys.stdin is None:  # closed by the shell
+        raise InvalidRequestError(
+            "Standard input is closed: there are no questions to read; leave it open or use `qllm ask`."
+        )
     documents = _load(names)
     conversation.hold(options.open(), documents, names, options.system, options.asked)
 

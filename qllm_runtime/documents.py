@@ -49,6 +49,10 @@ def load_document(path: str | Path) -> Document:
     """
     name = str(path)
     if name == "-":
+        if sys.stdin is None:  # closed by the shell
+            raise DocumentError(
+                "Standard input is closed: there is nothing to read; pipe a text into it or name a file."
+            )
         try:
             data = sys.stdin.buffer.read()
         except OSError as error:

@@ -221,6 +221,54 @@ class TestBadInput:
             self.refused(qllm("ask", book, "Who?", "--model", model, "--memory-config", config))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell, /dev/full and file names of any bytes")
+class TestStreams:
+    """Standard streams that are closed or full: exit status 2 and one line on stderr."""
+
+    def shell(self, redirection, *arguments, unbuffered=""):
+        code = "from qllm_runtime.cli import main; main()"
+        command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, "-c", code, *arguments]
+        variables = {**environment(), "PYTHONUNBUFFERED": unbuffered}
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    @pytest.mark.parametrize(
+        ("redirection", "command", "words"),
+        [
+            ("<&-", ["ask", "-", "Who?"], "nothing to read"),
+            ("<&-", ["chat", "BOOK"], "no questions to read"),
+            (">&-", ["ask", "BOOK", "Who?"], "standard output is closed"),
+            (">/dev/full", ["models"], "cannot write to standard output: No space left"),
+            (
+                ">/dev/full",
+                ["ask", "BOOK", "Who?", "--max-tokens", "2", "--no-reread"],
+                "cannot write to standard output",
+            ),
+        ],
+    )
+    def test_unusable(self, model, book, redirection, command, words, unbuffered):
+        command = [book if word == "BOOK" else word for word in command]
+        chosen = [] if command == ["models"] else ["--model", model]
+        done = self.shell(redirection, *command, *chosen, unbuffered=unbuffered)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("Reading: ")]
+        assert (done.returncode, len(lines)) == (2, 1), done.stderr
+        assert lines[0].startswith("qllm: ")
+        assert words in lines[0]
+
+    def test_closed_stderr(self):
+        done = self.shell("2>&-", "models")
+        assert done.returncode == 0
+        assert "reader" in done.stdout
+
+    def test_a_name_of_any_bytes(self, model, tmp_path):
+        path = os.fsencode(tmp_path) + b"/n\xff.txt"
+        with open(path, "w") as file:
+            file.write(PROSE)
+        done = run_process("ask", path, "Who?", "--model", model, "--max-tokens", "2", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["sources"]
+
+
 def test_a_warning_is_one_line(qllm, model, book):
     status, _, err = qllm("ask", book, "Who?", "--model", model, "--policy", "full", "--max-tokens", 2)
     assert status == 0

@@ -107,6 +107,12 @@ def test_a_name_that_is_not_utf8_makes_a_printable_title(tmp_path):
     assert (document.title, document.metadata["source"]) == ("n\ufffd\ufffd.txt", path)
 
 
+def test_closed_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DocumentError, match="nothing to read"):
+        load_document("-")
+
+
 def test_bad_paths(tmp_path, monkeypatch):
     for path, message in [
         (tmp_path / "none.txt", "no file"),
