@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from qllm_bench.needle import Haystacks, Plan, ask
 from qllm_bench.prose import Library, Split
 from qllm_bench.scores import summarise
 from qllm_bench.subject import Setting, Subject
-from qllm_bench.sweeps import BASE, Named, identity
+from qllm_bench.sweeps import BASE, Named, fitting, identity
 
 WITHIN = "within the window"
 
@@ -43,16 +44,24 @@ def bench(
     """Ask the questions of a plan (of one length) under all settings; writes ``policies.*`` to ``out``.
 
     The same facts hidden in documents within the trained length, read with dense attention, show what the reading alone can do.
+    Attention budgets whose window cannot hold the questions are left out, which a line on stderr says.
     """
     tokens = min(plan.lengths)
     plan = plan.of_length(tokens)
-    settings = [setting for named in sweeps.values() for _, setting in named]
     reference = subject.setting("full")
     haystacks = {library.split: Haystacks(subject, library, plan) for library in libraries}
     near = plan.of_length(min(tokens, subject.trained_length))
     references = {library.split: Haystacks(subject, library, near) for library in libraries}
-    for stacks in (*haystacks.values(), *references.values()):
-        subject.check_fits(settings, tokens, stacks.check())
+    question = max(stacks.check() for stacks in (*haystacks.values(), *references.values()))
+    sweeps, narrow = fitting(sweeps, question)
+    settings = [setting for named in sweeps.values() for _, setting in named]
+    subject.check_fits(settings, tokens, question)
+    if narrow:
+        print(
+            f"policies: attention budgets of {', '.join(map(str, narrow))} tokens are left out, half of them (the window) "
+            f"cannot hold questions of up to {question} tokens.",
+            file=sys.stderr,
+        )
     about = {**subject.describe(), "prose": libraries[0].name, "tokens": tokens, **plan.describe()}
     journal = Journal(out, "policies", {**about, "memory": subject.base.model_dump()})
     names = {sweep: [[name, identity(s)] for name, s in named] for sweep, named in sweeps.items()}

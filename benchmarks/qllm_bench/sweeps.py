@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import yaml
@@ -65,6 +65,26 @@ def budgets(subject: Subject) -> list[int]:
     """Attention budgets in tokens: a quarter of the trained length to twice of it, at least two blocks each."""
     lengths = (subject.trained_length * factor // 4 for factor in (1, 2, 4, 8))
     return [n for n in lengths if n >= 4 * subject.base.block_size]
+
+
+def fitting(sweeps: Mapping[str, Sequence[Named]], question: int) -> tuple[dict[str, Sequence[Named]], list[int]]:
+    """Sweeps without the attention budgets whose window (half of each) cannot hold a question.
+
+    Args:
+        sweeps: Settings by sweep.
+        question: Longest question, in tokens.
+
+    Returns:
+        The sweeps, and the budgets left out of "budget".
+    """
+    named = sweeps.get("budget", ())
+    narrow = {_budget_of(name) for name, setting in named if name != BASE and setting.memory.n_local < question}
+    kept = [(name, setting) for name, setting in named if _budget_of(name) not in narrow]
+    return {**sweeps, **({"budget": kept} if named else {})}, sorted(map(int, narrow))
+
+
+def _budget_of(name: str) -> str:
+    return name.rpartition(", ")[2]
 
 
 def _query_weight(subject: Subject, order: Order) -> Iterator[Named]:

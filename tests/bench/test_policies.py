@@ -6,8 +6,10 @@ import pytest
 
 from qllm_bench import policies
 from qllm_bench.journal import Journal
+from qllm_bench.needle import Plan
+from qllm_bench.prose import Library
 from qllm_bench.subject import Subject
-from qllm_bench.sweeps import BASE, SWEEPS, identity, sweep
+from qllm_bench.sweeps import BASE, SWEEPS, fitting, identity, sweep
 from qllm_runtime import cli
 from qllm_runtime.errors import QLLMError
 
@@ -56,6 +58,24 @@ def test_sweeps_keep_the_attention_budget(subject):
             assert memory.n_local <= subject.trained_length
     sizes = {setting.memory.block_size for _, setting in sweep(subject, ["block_size"], "both")["block_size"]}
     assert len(sizes) >= 4
+
+
+def test_budgets_that_cannot_hold_a_question_are_left_out(subject, tmp_path, capsys, monkeypatch):
+    sweeps = sweep(subject, ["selection", "budget"], "both")
+    kept, narrow = fitting(sweeps, 65)
+    assert narrow == [128]
+    assert kept["selection"] == sweeps["selection"]
+    assert kept["budget"] == [pair for pair in sweeps["budget"] if not pair[0].endswith(" 128")]
+    assert fitting(sweeps, 64) == (sweeps, [])
+    monkeypatch.setattr(policies.Haystacks, "check", lambda stacks: 79)
+    monkeypatch.setattr(policies, "run", lambda journal, jobs: None)
+    monkeypatch.setattr(policies, "report", lambda journal: "")
+    plan = Plan([256], documents=1, needles=1, depths=1, distractors=0, families=["magic"], seed=0)
+    small = subject.setting("qllm", n_local=64, topk=2)
+    policies.bench(subject, [Library("test")], plan, {"budget": [*sweeps["budget"]]}, tmp_path)
+    assert "budgets of 128 tokens are left out" in capsys.readouterr().err
+    with pytest.raises(QLLMError, match="raise --n-local"):
+        policies.bench(subject, [Library("test")], plan, {"own": [(BASE, small)]}, tmp_path)
 
 
 def test_identity_changes_with_everything_but_the_name(subject):
