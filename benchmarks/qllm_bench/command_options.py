@@ -33,7 +33,7 @@ Policies = Annotated[
     str,
     typer.Option("--policy", help="Policies with commas: qllm, infllm, streaming, lm-infinite, full, oracle; or all."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of documents and facts.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of documents and facts.")]
 SplitName = Annotated[str, typer.Option("--split", help="development or test documents.")]
 Text = Annotated[
     Path | None, typer.Option(help="Folder of .txt books to hide facts in; by default stories are made on the spot.")

@@ -41,7 +41,7 @@ def infinite(
     ] = None,
     policy: Policies = "qllm,infllm,streaming",
     order: OrderName = "both",
-    seed: Annotated[int, typer.Option(help="Seed of tasks made by rule.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of tasks made by rule.")] = 0,
 ) -> None:
     """Answer tasks of ∞-Bench, LongBench, BABILong and RULER, with their prompts and metrics.
 
@@ -76,9 +76,9 @@ def infinite(
 
 def _lengths(suite: Suite, lengths: str | None, data: str | None) -> list[int]:
     if data is None:
-        return arguments.lengths(lengths or "1k,4k,16k")
+        return arguments.lengths("1k,4k,16k" if lengths is None else lengths)
     if suite.by_length:
-        return arguments.lengths(lengths or "4k")
-    if lengths:
+        return arguments.lengths("4k" if lengths is None else lengths)
+    if lengths is not None:
         raise InvalidRequestError(f"The files of {suite.title} have the lengths they have; leave --lengths out.")
     return []

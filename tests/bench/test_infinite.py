@@ -87,6 +87,8 @@ def test_babilong_has_a_file_per_length(tmp_path):
         (("--suite", "scrolls"), "Unknown suite scrolls; known: infinite, longbench, babilong, ruler"),
         (("--policy", "h2o"), "Unknown policy h2o"),
         (("--lengths", "many"), "'many' is no length"),
+        (("--lengths", ""), "No length was given"),
+        (("--seed", "-1"), "Invalid value for '--seed'"),
         (("--task", "longbook_qa_eng"), "longbook_qa_eng cannot be made by rule (of ∞-Bench: passkey, number_string, "),
         (("--suite", "longbench"), "give the folder of the published files with --data"),
         (("--data", "/nowhere"), "'/nowhere' is no folder"),

@@ -125,6 +125,7 @@ def test_interruption_loses_only_the_case_under_way(tmp_path, capsys, monkeypatc
         (("needle", "--lengths", "many"), "'many' is no length"),
         (("needle", "--lengths", "64"), "out of range"),
         (("needle", "--documents", "0"), "--documents must be at least 1"),
+        (("needle", "--seed", "-1"), "Invalid value for '--seed'"),
         (
             ("needle", "--lengths", "1k", "--policy", "full"),
             "was trained for 512 tokens, so policy 'full' cannot read 1,024",
