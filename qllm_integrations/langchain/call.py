@@ -176,7 +176,7 @@ class Call:
             expired.set()
             self.cancel.set()
 
-        timer = threading.Timer(self.timeout, expire)
+        timer = threading.Timer(min(self.timeout, threading.TIMEOUT_MAX), expire)
         timer.daemon = True
         timer.start()
         try:

@@ -23,7 +23,7 @@ from qllm_integrations.langchain.progress import (
     reporting,
     run_reporter,
 )
-from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, warn_unknown
+from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, check_options, warn_unknown
 from qllm_integrations.langchain.structured import response_schema
 from qllm_runtime.types import Mode
 
@@ -110,6 +110,7 @@ class ChatRequests(ChatSettings):
         for name in sorted(options.keys() - CALL_OPTIONS):
             warn_unknown("A call takes no argument", name, CALL_OPTIONS)
         options = {name: value for name, value in options.items() if value is not None}
+        check_options(options)
         self.shared.check_open()
         response_format = options.get("response_format")
         if response_format and response_format.get("type") == "text":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import UnionType
 from typing import Any, Self, get_type_hints
 
 from langchain_core.language_models import LangSmithParams, ModelProfile
@@ -17,7 +18,7 @@ from pydantic import ConfigDict, Field, SecretStr, ValidationError, field_valida
 
 from qllm_integrations.langchain.state import State
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from qllm_runtime.types import Mode, Sampling
 
 # What a block policy can be asked of; QLLM.context_window says the same once a model is loaded.
@@ -39,6 +40,32 @@ CALL_OPTIONS = frozenset(
         "parallel_tool_calls",
     )
 ) | {"response_format", "template_kwargs", "timeout", "show_progress", "stream", "strict"}
+
+
+_OPTION_KINDS: dict[str, tuple[type | UnionType, str]] = {
+    "model": (str, "text"),
+    "query": (str, "text"),
+    "file_id": (str, "the id of a document memory"),
+    "tools": (list | tuple, "a list of tools"),
+    "response_format": (Mapping, "a dictionary; schemas of other kinds go to with_structured_output()"),
+    "template_kwargs": (Mapping, "a dictionary"),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the keyword arguments of a call that nothing else checks.
+
+    Raises:
+        InvalidConfigError: `timeout` is no positive number.
+        InvalidRequestError: An argument of the wrong type.
+    """
+    timeout = options.get("timeout")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+        raise InvalidConfigError(f"timeout={timeout!r} is no number of seconds above 0.")
+    for name, (kind, takes) in _OPTION_KINDS.items():
+        value = options.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise InvalidRequestError(f"{name}= is of type {type(value).__name__}; it takes {takes}.")
 
 
 @cache

@@ -270,7 +270,8 @@ def test_timeout() -> None:
         llm.invoke("hi")
     with pytest.raises(TimeoutError):
         list(llm.stream("hi"))
-    assert QLLMChat.from_engine(FakeEngine(), timeout=60).invoke("hi").text == REPLY
+    for enough in (60, float("inf")):
+        assert QLLMChat.from_engine(FakeEngine(), timeout=enough).invoke("hi").text == REPLY
     kept = {**MESSAGES[0].content[0], "cache_control": {"type": "ephemeral"}}
     for run in (llm.invoke, lambda messages: list(llm.stream(messages))):
         with pytest.raises(TimeoutError):
@@ -319,6 +320,22 @@ def test_bad_settings_are_refused_with_typed_errors(tiny: QLLMChat) -> None:
             tiny.invoke("hi", **bad)
         with pytest.raises(InvalidConfigError):
             list(tiny.stream("hi", **bad))
+
+
+@pytest.mark.parametrize("name", ["model", "query", "file_id", "tools", "response_format", "template_kwargs"])
+def test_call_options_of_a_wrong_type_are_refused_by_name(name: str) -> None:
+    llm = QLLMChat.from_engine(FakeEngine())
+    for run in (llm.invoke, lambda text, **options: list(llm.stream(text, **options))):
+        with pytest.raises(InvalidRequestError, match=f"{name}= is of type int"):
+            run("hi", **{name: 5})
+    with pytest.raises(InvalidRequestError, match="response_format= is of type str"):
+        llm.invoke("hi", response_format="json")
+
+
+@pytest.mark.parametrize("timeout", ["x", 0, -1, True, float("nan")])
+def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
+    with pytest.raises(InvalidConfigError, match="timeout="):
+        QLLMChat.from_engine(FakeEngine()).invoke("hi", timeout=timeout)
 
 
 def test_a_string_is_one_stop_string() -> None:
