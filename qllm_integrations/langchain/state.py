@@ -142,6 +142,9 @@ class State:
 def _digest(engine_key: str, documents: Sequence[Document], system: str | None) -> str:
     digest = hashlib.sha256(repr((engine_key, system)).encode())
     for document in documents:
-        digest.update(repr((document.title, len(document.text))).encode())
+        # what citations say of a document belongs to it, though the model never sees it
+        digest.update(
+            repr((document.title, dict(document.metadata), len(document.text))).encode("utf-8", "surrogatepass")
+        )
         digest.update(document.text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -159,6 +159,9 @@ def test_cache_control_keeps_the_reading(tiny_path: str) -> None:
     assert first.content_blocks == second.content_blocks
     assert details(llm.invoke(marked(OTHER)))["cache_creation"] > 0
     assert details(llm.invoke([SystemMessage("Be brief."), *marked(BOOK)]))["cache_creation"] > 0
+    elsewhere = marked(BOOK)
+    elsewhere[0].content[0]["extras"] = {"metadata": {"source": "elsewhere.txt"}}
+    assert details(llm.invoke(elsewhere))["cache_creation"] > 0  # its citations say something else
     llm.close()
 
 
