@@ -55,6 +55,21 @@ def rejoin(documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
     return [(_join([documents[i] for i in positions]), positions) for positions in groups.values()]
 
 
+def check_ids(documents: Sequence[Document]) -> None:
+    """Refuse documents that share an id: only one of them could be kept.
+
+    Raises:
+        InvalidRequestError: Two documents have the same id.
+    """
+    seen: set[str] = set()
+    for document in documents:
+        if document.id_ in seen:
+            raise InvalidRequestError(
+                f"Two documents have the id {document.id_!r}; give each an id_ of its own, or leave id_ out."
+            )
+        seen.add(document.id_)
+
+
 def _join(parts: list[Document]) -> Document:
     first = parts[0]
     texts = [part.get_content(metadata_mode=MetadataMode.NONE) for part in parts]

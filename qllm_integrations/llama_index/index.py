@@ -23,7 +23,14 @@ from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.asking import Asker, asking_llm
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
-from qllm_integrations.llama_index.documents import WholeDocument, engine_document, lasting_metadata, rejoin, whole_node
+from qllm_integrations.llama_index.documents import (
+    WholeDocument,
+    check_ids,
+    engine_document,
+    lasting_metadata,
+    rejoin,
+    whole_node,
+)
 from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.query_engine import WholeDocumentQueryEngine
 from qllm_integrations.llama_index.retriever import LookupRetriever
@@ -119,7 +126,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
 
         Raises:
             DocumentError: A document without text.
-            InvalidRequestError: Transformations were given: documents stay whole here.
+            InvalidRequestError: Transformations were given (documents stay whole here), or two documents share an id.
         """
         if transformations:
             raise InvalidRequestError(
@@ -130,6 +137,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         known = {name: kwargs[name] for name in ("llm", "mode", "system_prompt") if name in kwargs}
         storage_context = storage_context or StorageContext.from_defaults()
         wholes = [document for document, _ in rejoin(documents)]
+        check_ids(wholes)
         for document in wholes:
             storage_context.docstore.set_document_hash(document.id_, document.hash)
         index = cls(
@@ -203,6 +211,31 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         self.index_struct.nodes = [held for held in self.index_struct.nodes if held != node_id]
         self._forget()
 
+    def insert(self, document: Document, **insert_kwargs: Any) -> None:
+        """Add a document behind the others.
+
+        Raises:
+            InvalidRequestError: The index holds another document of this id.
+        """
+        self._check_new(document)
+        super().insert(document, **insert_kwargs)
+
+    async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
+        """As `insert`."""
+        self._check_new(document)
+        await super().ainsert(document, **insert_kwargs)
+
+    def _check_new(self, document: Document) -> None:
+        known = next((node for node in self.whole_nodes() if node.ref_doc_id == document.id_), None)
+        if known is None:
+            return
+        [new] = WholeDocument()([document])
+        if known.get_content() != new.get_content() or not _same_metadata(known, new):
+            raise InvalidRequestError(
+                f"The index holds another document of the id {document.id_!r}; replace it with update_ref_doc or "
+                "refresh_ref_docs, or give the new one an id_ of its own."
+            )
+
     def _forget(self) -> None:
         held = {(document.title, document.text) for document in map(engine_document, self.whole_nodes())}
         self._shelf.retain(lambda document: (document.title, document.text) in held)
@@ -212,9 +245,14 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
 
         A document is recognised by its id, or by its `file_path` (readers give new ids each time). Says which were
         new or changed. What was read of unchanged texts is kept.
+
+        Raises:
+            InvalidRequestError: Two documents share an id.
         """
         refreshed = [False] * len(documents)
-        for document, positions in rejoin(documents):
+        wholes = rejoin(documents)
+        check_ids([document for document, _ in wholes])
+        for document, positions in wholes:
             known = self._known(document)
             if known is not None:
                 if known.get_content() == document.text and _same_metadata(known, document):
@@ -357,5 +395,5 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         self._shelf.close()
 
 
-def _same_metadata(known: BaseNode, document: Document) -> bool:
+def _same_metadata(known: BaseNode, document: BaseNode) -> bool:
     return bool(lasting_metadata(known.metadata) == lasting_metadata(document.metadata))

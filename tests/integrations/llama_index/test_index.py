@@ -129,6 +129,28 @@ def test_insert_delete_update(llm: QLLM) -> None:
     assert texts(index) == [one.text, three.text]
 
 
+async def test_no_document_is_lost_to_another_of_its_id(llm: QLLM) -> None:
+    one, other = Document(text=BOOK, id_="b"), Document(text=OTHER, id_="b")
+    with pytest.raises(InvalidRequestError, match="Two documents have the id 'b'"):
+        WholeDocumentIndex.from_documents([one, other], llm=llm)
+    index = WholeDocumentIndex.from_documents([one], llm=llm)
+    with pytest.raises(InvalidRequestError, match="update_ref_doc or refresh_ref_docs"):
+        index.insert(other)
+    with pytest.raises(InvalidRequestError, match="update_ref_doc or refresh_ref_docs"):
+        await index.ainsert(other)
+    with pytest.raises(InvalidRequestError, match="Two documents have the id 'b'"):
+        index.refresh_ref_docs([one, other])
+    assert texts(index) == [BOOK]
+    await index.aupdate_ref_doc(other)
+    assert texts(index) == [OTHER]
+    index.update_ref_doc(one)
+    assert texts(index) == [BOOK]
+    parts = [Document(text=text, id_="a", metadata={"file_path": "/d/a.md"}) for text in ("One.", "Two.")]
+    index.insert(parts[0])
+    assert index.refresh_ref_docs(parts) == [True, True]
+    assert texts(index) == [BOOK, "One.\n\nTwo."]
+
+
 async def test_refresh_by_id_and_by_path(llm: QLLM) -> None:
     index = WholeDocumentIndex.from_documents([*pages("/d/a.pdf", "P1", "P2"), Document(text=BOOK, id_="b")], llm=llm)
     before = index.whole_nodes()
