@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from qllm_runtime.errors import CancelledError, ClosedError
 from qllm_runtime.types import Document, Progress
@@ -128,11 +129,20 @@ def _scaled(progress: Progress | None, wanted: Sequence[Document], end: int) -> 
 
 
 class EngineHandle:
-    """An engine that loads on first use. A copy shares it; a pickle carries no weights and loads them again."""
+    """An engine that loads on first use.
+
+    A copy shares it and keeps documents of its own; a pickle carries no weights and loads them again.
+
+    Args:
+        engine: An engine that stays the caller's: `close` leaves it open.
+        shelf_limit: Documents kept, see `MemoryShelf`.
+    """
 
     def __init__(self, engine: Engine | None = None, shelf_limit: int = 2) -> None:
         self._engine = engine
+        self._borrowed = engine is not None
         self._closed = False
+        self._sharing: WeakSet[EngineHandle] = WeakSet((self,))  # open handles of this engine
         self._lock = threading.Lock()
         self.shelf = MemoryShelf(shelf_limit)
 
@@ -157,16 +167,27 @@ class EngineHandle:
             return self._engine
 
     def close(self) -> None:
-        """Free memories and engine; every later use raises ClosedError."""
+        """Free memories, and an engine loaded here with its last copy; every later use raises ClosedError."""
         with self._lock:
             self._closed = True
             engine, self._engine = self._engine, None
+            self._sharing.discard(self)
         self.shelf.close()
-        if engine is not None:
+        if engine is not None and not self._borrowed and not self._sharing:
             engine.close()
 
+    def __copy__(self) -> EngineHandle:
+        with self._lock:
+            copied = EngineHandle(self._engine)
+            copied._closed = self._closed
+            if self._engine is not None:
+                copied._borrowed = self._borrowed
+                copied._sharing = self._sharing
+                copied._sharing.add(copied)
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
-        return EngineHandle(self._engine)
+        return self.__copy__()
 
     def __reduce__(self) -> tuple[type[EngineHandle], tuple[()]]:
         return EngineHandle, ()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -186,7 +187,10 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
 
     @classmethod
     def from_engine(cls, engine: Engine, **fields: Any) -> QLLM:
-        """Use an engine that is loaded already, e.g. one around a model object of your own."""
+        """Use an engine that is loaded already, e.g. one around a model object of your own.
+
+        The engine stays yours: `close()` leaves it open.
+        """
         llm = cls(model=engine.name, **fields)
         llm._handle = EngineHandle(engine)
         return llm
@@ -277,8 +281,16 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         return lambda text: list(self.engine.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def close(self) -> None:
-        """Free the engine and all kept documents; later calls raise ClosedError."""
+        """Free all kept documents and the engine; later calls raise ClosedError.
+
+        Copies stay open; the engine they share is freed with the last of them. One given to `from_engine` stays open.
+        """
         self._handle.close()
+
+    def __copy__(self) -> QLLM:
+        copied: QLLM = super().__copy__()
+        copied._handle = copy.copy(self._handle)
+        return copied
 
     def __enter__(self) -> QLLM:
         return self

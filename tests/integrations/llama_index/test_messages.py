@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +265,26 @@ def test_typos_are_named() -> None:
         QLLM(messages_to_prompt=lambda messages: "")
 
 
+def test_closing_a_copy_leaves_the_others_open(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qllm_runtime.engine.QLLM.from_pretrained", lambda **settings: engine)
+    llm = QLLM()
+    llm.complete("Hi")
+    for copied in (copy.deepcopy(llm), copy.copy(llm), llm.model_copy(update={"reread": False})):
+        copied.close()
+        with pytest.raises(ClosedError):
+            copied.complete("Hi")
+        assert llm.complete("Hi").text
+    copied = copy.copy(llm)
+    llm.close()
+    assert copied.complete("Hi").text
+    copied.close()
+    assert engine.closed
+
+
 async def test_closed_model(llm: QLLM, engine: FakeEngine) -> None:
     with llm:
         llm.complete("Hi")
-    assert engine.closed
+    assert not engine.closed  # it was given to from_engine
     with pytest.raises(ClosedError):
         llm.complete("Hi")
     with pytest.raises(ClosedError):
