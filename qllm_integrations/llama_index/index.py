@@ -171,7 +171,13 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             raise InvalidRequestError(
                 f"There is no directory {str(persist_dir)!r}; write one with index.storage_context.persist(...)."
             )
-        storage_context = StorageContext.from_defaults(persist_dir=str(persist_dir))
+        try:
+            storage_context = StorageContext.from_defaults(persist_dir=str(persist_dir))
+        except FileNotFoundError as error:
+            raise InvalidRequestError(
+                f"The directory {str(persist_dir)!r} holds no index (no {Path(error.filename or '').name}); write one with "
+                "index.storage_context.persist(...)."
+            ) from None
         found = [struct for struct in storage_context.index_store.index_structs() if isinstance(struct, IndexList)]
         if index_id is not None:
             found = [struct for struct in found if struct.index_id == index_id]

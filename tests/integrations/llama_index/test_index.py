@@ -221,6 +221,8 @@ def test_persist_and_load(tmp_path: Path, llm: QLLM) -> None:
     assert loaded.refresh_ref_docs(pages("/d/a.pdf", "One secret.", "Two.")) == [False, False]
     with pytest.raises(InvalidRequestError, match="no directory"):
         WholeDocumentIndex.load(tmp_path / "elsewhere", llm=llm)
+    with pytest.raises(InvalidRequestError, match="holds no index"):
+        WholeDocumentIndex.load(tmp_path, llm=llm)
     with pytest.raises(InvalidRequestError, match="index_id"):
         WholeDocumentIndex.load(tmp_path / "store", llm=llm, index_id="other")
 
