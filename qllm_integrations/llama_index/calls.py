@@ -93,6 +93,7 @@ def prepare(
             report_reading(memory, time.perf_counter() - started)
     request = _bounded(engine, request)
     tools, names, processors = _tools(engine, given)
+    call_forced = bool(processors)
     schema = given.get("response_schema")
     turns = request.turns
     if schema is not None:
@@ -118,7 +119,7 @@ def prepare(
         engine,
         turns,
         arguments,
-        ResponseContext(llm.model, (*held, *request.documents), names, created),
+        ResponseContext(llm.model, (*held, *request.documents), names, created, call_forced),
         schema is not None,
     )
 

@@ -33,12 +33,14 @@ class ResponseContext:
         documents: Documents of the request in the order sources count them.
         tool_names: Tools the answer may call (None: no tools were given, nothing is parsed).
         created: The memory this request used was read for it just now.
+        call_forced: The answer has to be a tool call.
     """
 
     model: str
     documents: Sequence[Document] = ()
     tool_names: Sequence[str] | None = None
     created: bool = False
+    call_forced: bool = False
 
 
 def chat_response(answer: Answer, context: ResponseContext) -> ChatResponse:
@@ -93,7 +95,8 @@ class StreamAssembler:
         """The last response: whole text, tool calls, citations, usage."""
         if self._splitter is not None:
             delta += self._collect(self._splitter.finish())
-        if answer.finish_reason == "length" and any(not call.tool_name for call in self._calls):
+        missing = self._context.call_forced and not self._calls
+        if answer.finish_reason == "length" and (missing or any(not call.tool_name for call in self._calls)):
             raise cut_off(answer.usage.completion_tokens, "tool call")
         context = self._context
         blocks: list[ContentBlock] = [TextBlock(text=self._text)] if self._text or not self._calls else []

@@ -431,6 +431,12 @@ def test_selectors_and_sub_questions_keep_to_what_there_is(
 
 
 async def test_calls_cut_off_are_told_as_such(index: WholeDocumentIndex, llm: QLLM) -> None:
+    for few in (1, 6, 12):  # not even the beginning of a call
+        first = QLLM.from_engine(llm.engine, max_tokens=few)
+        with pytest.raises(InvalidRequestError, match=f"max_tokens={few} "):
+            first.chat_with_tools(tools(index), user_msg=QUESTION, tool_required=True)
+        with pytest.raises(InvalidRequestError, match=f"max_tokens={few} "):
+            list(first.stream_chat_with_tools(tools(index), user_msg=QUESTION, tool_required=True))
     short = QLLM.from_engine(llm.engine, max_tokens=30)
     router = RouterQueryEngine.from_defaults(tools(index), llm=short)
     with pytest.raises(InvalidRequestError, match="max_tokens=30"):
