@@ -79,6 +79,8 @@ def prepare(
         InvalidRequestError: A block, argument, tool or schema that cannot be honoured.
     """
     options.warn_unknown(given, (*options.SAMPLING_FIELDS, *options.REQUEST_FIELDS), "QLLM")
+    options.check_memory(given.get("memory"))
+    options.check_schema(given.get("response_schema"))
     memory, created = given.get("memory"), False
     request = to_request(messages, given.get("query"), with_memory=memory is not None)
     sampling = options.sampling(llm.sampling_defaults, given)
@@ -176,10 +178,7 @@ def _report(answer: Answer, span_id: str | None) -> None:
 
 def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[Any] | None, list[str] | None, list[Any]]:
     """Tools for the template, their names, and the processors that force a call."""
-    tools = [
-        tool if isinstance(tool, Mapping) else tool.metadata.to_openai_tool(skip_length_check=True)
-        for tool in given.get("tools") or ()
-    ]
+    tools = options.tool_specs(given.get("tools") or ())
     names = [tool["function"]["name"] for tool in tools]
     choice = options.tool_choice(given.get("tool_choice"), names)
     if not tools or choice == "none":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
+
+from llama_index.core.tools.types import ToolMetadata
 
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Sampling
@@ -53,6 +55,60 @@ def sampling(defaults: Mapping[str, Any], call: Mapping[str, Any]) -> Sampling:
     stop = values["stop"] or ()
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     return Sampling(**values)
+
+
+def tool_specs(tools: Any) -> list[Mapping[str, Any]]:
+    """Tools in OpenAI's form.
+
+    Raises:
+        InvalidRequestError: Not a sequence, or something in it is no tool.
+    """
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Iterable):
+        raise InvalidRequestError(f"tools takes a sequence of tools, got {_kind(tools)}; write tools=[tool].")
+    return [_specified(tool) for tool in tools]
+
+
+def _specified(tool: Any) -> Mapping[str, Any]:
+    metadata = getattr(tool, "metadata", None)
+    if isinstance(metadata, ToolMetadata):
+        spec: dict[str, Any] = metadata.to_openai_tool(skip_length_check=True)
+        return spec
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(
+            f"tools holds {_kind(tool)} that is no tool; give LlamaIndex tools, or dicts in OpenAI's form: "
+            '{"type": "function", "function": {"name": ..., "parameters": ...}}.'
+        )
+    return dict(tool)
+
+
+def check_memory(memory: Any) -> None:
+    """Refuse what cannot be the memory of a call.
+
+    Raises:
+        InvalidRequestError: It is no memory of documents.
+    """
+    if memory is not None and not hasattr(memory, "documents"):
+        raise InvalidRequestError(
+            f"memory takes what QLLM.read returns, got {_kind(memory)}; a MemoryConfig goes to QLLM(memory=...)."
+        )
+
+
+def check_schema(schema: Any) -> None:
+    """Refuse what cannot be a JSON schema.
+
+    Raises:
+        InvalidRequestError: It is no dict.
+    """
+    if schema is not None and not isinstance(schema, Mapping):
+        raise InvalidRequestError(
+            f"response_schema takes a JSON schema as a dict, got {_kind(schema)}; of a pydantic class that is "
+            "Class.model_json_schema()."
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def tool_choice(choice: Any, names: Collection[str]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.base_selector import MultiSelection, SingleSelection
@@ -31,7 +31,7 @@ class ToolsMixin:
         messages = list(chat_history or ())  # a copy: the caller's history stays as it is
         if user_msg is not None:
             messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
-        specs = [_specify(tool) for tool in tools]
+        specs = [_counted_from_one(tool, spec) for tool, spec in zip(tools, options.tool_specs(tools), strict=True)]
         choice = options.tool_choice(tool_choice, [spec["function"]["name"] for spec in specs])
         return {
             "messages": messages,
@@ -66,9 +66,10 @@ class ToolsMixin:
         ]
 
 
-def _specify(tool: BaseTool) -> dict[str, Any]:
+def _counted_from_one(tool: BaseTool, spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tool in OpenAI's form. Selections count from 1: a 0 would silently choose the last of the choices."""
-    spec: dict[str, Any] = tool.metadata.to_openai_tool(skip_length_check=True)
+    if isinstance(tool, Mapping):
+        return spec
     parameters = spec["function"]["parameters"]
     if tool.metadata.fn_schema is SingleSelection:
         parameters["properties"]["index"]["minimum"] = 1

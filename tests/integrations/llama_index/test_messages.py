@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field
 
 from qllm_integrations.llama_index import QLLM
 from qllm_integrations.llama_index.messages import to_request
-from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
+from qllm_runtime.errors import ClosedError, DocumentError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document
 from tests.integrations.byte_llama import byte_tokenizer
@@ -311,6 +311,30 @@ def test_tools_without_choice_and_with_none(llm: QLLM, engine: FakeEngine) -> No
     assert engine.requests[-1]["tools"] is None
     with pytest.raises(InvalidRequestError, match="no tools"):
         llm.chat([ChatMessage("Hi")], tool_choice="required")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": "x"}, "memory takes what QLLM.read returns, got a str"),
+        ({"memory": {"n_local": 64}}, "a MemoryConfig goes to QLLM"),
+        ({"tools": "x"}, "tools takes a sequence of tools, got a str"),
+        ({"tools": 5}, "tools takes a sequence of tools, got a int"),
+        ({"tools": ["x"]}, "tools holds a str that is no tool"),
+        ({"tools": [{"name": "look"}]}, "OpenAI's form"),
+        ({"response_schema": 5}, "response_schema takes a JSON schema as a dict, got a int"),
+        ({"response_schema": BaseModel}, "got the class BaseModel"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(llm: QLLM, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.chat([ChatMessage("Hi")], **arguments)
+
+
+@pytest.mark.parametrize("name", ["memory", "stop", "template_kwargs"])
+def test_settings_of_another_type_are_refused(name: str) -> None:
+    with pytest.raises(InvalidConfigError, match=name):
+        QLLM(**{name: 5})
 
 
 def test_unforced_call_is_parsed(engine: FakeEngine, llm: QLLM) -> None:
