@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -83,5 +83,8 @@ def split(options: Mapping[str, Any], kind: type) -> tuple[Sampling, dict[str, A
     changes = {name: rest.pop(name) for name in Sampling.__dataclass_fields__ if name in rest}
     if "stop" in changes:
         stop = changes["stop"]
-        changes["stop"] = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        if stop is None or isinstance(stop, str):
+            changes["stop"] = () if stop is None else (stop,)
+        elif isinstance(stop, Iterable):  # anything else is refused where settings are checked
+            changes["stop"] = tuple(stop)
     return replace(sampling, **changes), rest

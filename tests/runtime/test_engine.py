@@ -169,6 +169,9 @@ def test_stop_strings_cut_at_their_first_occurrence(llm: QLLM) -> None:
         assert answer.finish_reason == "stop"
         pieces = [piece.text for piece in llm.stream(QUESTION, BOOK, max_tokens=40, stop=stops)]
         assert "".join(pieces) == answer.text
+    for wrong in (5, [5], [""]):
+        with pytest.raises(InvalidConfigError, match="stop="):
+            llm.ask(QUESTION, BOOK, stop=wrong)
 
 
 def test_modes(llm: QLLM) -> None:
