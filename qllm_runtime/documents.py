@@ -12,7 +12,7 @@ from typing import Any
 
 from qllm_runtime.errors import DocumentError
 from qllm_runtime.html_text import html_to_text
-from qllm_runtime.types import Document
+from qllm_runtime.types import Document, is_blank
 
 # longest first: the UTF-32 mark begins with the UTF-16 one
 _BYTE_ORDER_MARKS = (
@@ -113,7 +113,7 @@ def _document(
             raise DocumentError(f"{_sentence(name)} has no visible text.")
     else:
         text = _decode(data, name, charset)
-    if not text.strip("\ufeff").strip():
+    if is_blank(text):
         raise DocumentError(f"{_sentence(name)} holds nothing but white space.")
     return Document(text, title, metadata)
 
