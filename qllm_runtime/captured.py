@@ -47,12 +47,11 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         pool = before._graph.pool() if isinstance(before, CudaGraph) else None
         try:
+            # the stream: a capture that fails would leave its own current
             with (
                 _capturing,
                 torch.cuda.device(device),
-                torch.cuda.stream(
-                    torch.cuda.current_stream(device)
-                ),  # a capture that fails would leave its own current
+                torch.cuda.stream(torch.cuda.current_stream(device)),
                 torch.cuda.graph(self._graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
             ):
                 self.logits = step()

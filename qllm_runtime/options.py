@@ -83,8 +83,10 @@ def split(options: Mapping[str, Any], kind: type) -> tuple[Sampling, dict[str, A
     changes = {name: rest.pop(name) for name in Sampling.__dataclass_fields__ if name in rest}
     if "stop" in changes:
         stop = changes["stop"]
-        if stop is None or isinstance(stop, str):
-            changes["stop"] = () if stop is None else (stop,)
+        if stop is None:
+            changes["stop"] = ()
+        elif isinstance(stop, str):
+            changes["stop"] = (stop,)
         elif isinstance(stop, Iterable):  # anything else is refused where settings are checked
             changes["stop"] = tuple(stop)
     return replace(sampling, **changes), rest

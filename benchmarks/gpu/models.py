@@ -126,21 +126,21 @@ def agreement(model: PreTrainedModel, length: int) -> Iterator[tuple[str, dict[s
         return torch.stack(steps)
 
     launches = attempt()
-    for name, way, wanted in (
-        ("launches", {"kernels": "torch"}, launches),
-        ("offloaded", {"device_blocks": slots}, launches),
-        ("offloaded_fp8", {"device_blocks": slots, "offload_dtype": "fp8"}, launches),
-        ("graph", {"graph": True}, launches),
-        ("offloaded_graph", {"device_blocks": slots, "graph": True}, launches),
+    for name, way in (
+        ("launches", {"kernels": "torch"}),
+        ("offloaded", {"device_blocks": slots}),
+        ("offloaded_fp8", {"device_blocks": slots, "offload_dtype": "fp8"}),
+        ("graph", {"graph": True}),
+        ("offloaded_graph", {"device_blocks": slots, "graph": True}),
     ):
         found = attempt(**way)
         _free(model.device)
-        if isinstance(found, str) or isinstance(wanted, str):
-            reason = found if isinstance(found, str) else f"nothing to compare with: {wanted}"
+        if isinstance(found, str) or isinstance(launches, str):
+            reason = found if isinstance(found, str) else f"nothing to compare with: {launches}"
             yield name, {"failed": reason, "ok": False}
             continue
-        apart = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
-        alike = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
+        apart = float((found - launches).square().mean().sqrt() / launches.square().mean().sqrt())
+        alike = float((found.argmax(-1) == launches.argmax(-1)).float().mean())
         sound = apart == apart and (name in ("launches", "offloaded_fp8") or apart < 0.01)
         yield name, {"apart": apart, "same_token": alike, "ok": sound}
 

@@ -136,11 +136,11 @@ class DenseMemory(SteadyMemory):
         first = 0 if self._window is None else max(0, start - self._window + 1)
         # keys before `inner` are seen by every query of the tile, the others are masked
         inner = start if self._window is None else min(start, max(first, start + n - self._window))
-        rows = torch.arange(start, start + n, device=query.device)[:, None]
 
         def part(lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
             if hi - 1 <= start and (self._window is None or start + n - 1 - lo < self._window):
                 return self._attend(packed, lo, hi, scoring, None)
+            rows = torch.arange(start, start + n, device=query.device)[:, None]
             cols = torch.arange(lo, hi, device=query.device)
             seen = cols <= rows
             if self._window is not None:

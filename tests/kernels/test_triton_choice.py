@@ -80,7 +80,7 @@ def test_scores_of_several_programs_are_read_in_several_tiles(
     monkeypatch: pytest.MonkeyPatch, parts: int, asked: bool
 ) -> None:
     monkeypatch.setattr(choose, "TILE", 32)
-    monkeypatch.setattr(gpu, "_SPLITS", 2)
+    monkeypatch.setattr(choose, "PARTIALS", 2)
     each, question = [random(1, 2, 200 // parts, 16, seed=1)] * parts, random(1, 200) if asked else None
     for pieces, counts in ((2, [40, 199]), (2, [0, 5]), (1, [150]), (1, [0])):
         for k in (7, 60):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from qllm_kernels.gpu.shapes import power_of_2
 
-PARTIALS = 256  # moments of runs that are read at once, at least: compiled once for texts of most lengths
+PARTIALS = 256  # programs that score a run of blocks, at most; so many partial moments are read at once
 TILE = 1024  # scores of a row that are read at a time
 PINNED_TILE = {"BL": 64, "BI": 32}  # of `hide_twice`: keys and ids
 

@@ -16,7 +16,6 @@ from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
 from qllm_kernels.gpu.tickets import tickets
 
 _ROWS = 64
-_SPLITS = 256  # of the blocks of one launch, at most
 
 
 @triton.jit
@@ -249,7 +248,7 @@ class Choice:
             )
             assert sizes is not None
             shape = {"HEADS": n_heads // scopes, "GROUP": group, "R": r, "D": dim, "BOUNDS": bounds}
-            splits = max(1, min(triton.cdiv(n, sizes["BN"]), _SPLITS))
+            splits = max(1, min(triton.cdiv(n, sizes["BN"]), choose.PARTIALS))
             self._runs.append(Run(part, splits, first, self._n_partials, shape | sizes))
             first, self._n_partials = first + n, self._n_partials + splits
         self._pieces, self._k, self._question, self._weight = pieces, min(k, first), question, float(weight)
@@ -268,9 +267,9 @@ class Choice:
         tensors = (self.scores, self._moments, question, tickets(self.scores.device), self.ids, self.valid)
         flags = {"COUNTED": n_eligible is not None, "GUIDED": self._question is not None, "CHOOSES": self.chooses}
         n_all = self.scores.shape[2]
-        # of one part there are _SPLITS at most: compiled once, however the text grows
+        # one part has no more: compiled once, however the text grows
         guided = self.chooses and self._question is not None
-        sizes = {"BS": _SPLITS if guided else 1, "BC": choose.TILE if self.chooses else 1}
+        sizes = {"BS": choose.PARTIALS if guided else 1, "BC": choose.TILE if self.chooses else 1}
         for run in self._runs:
             numbers = (
                 self._pieces, run.part.shape[2], run.first, n_all, self._k, self._weight, run.i_partial, self._n_partials,
