@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from qllm_bench.questions.data import Prose, weave
 from qllm_bench.questions.facts import FactMaker, FactSet, Question, merge
 from qllm_bench.questions.pools import Pools
+from qllm_bench.questions.worded import Worded
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
 
 FAMILY_WEIGHTS = {
@@ -25,6 +26,8 @@ LATE_WEIGHTS = {
     "passkey": 0.3, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 3.5,
     "multi": 4.5, "two_hop": 5.0,
 }  # fmt: skip
+WORDED = 0.55  # share of the sets of facts that come from the wordings; of these, how many ask for what:
+WORDED_KINDS = {"simple": 0.62, "multi": 0.14, "two_hop": 0.24}
 LATE_VALUE_FIRST = 0.4
 LATE_PRACTICE = 0.5
 TEMPTING = 0.5  # share of samples whose prose has words of the facts in it ...
@@ -95,6 +98,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.prose = prose
         self.maker = FactMaker(Pools(self.rng, evaluation, words))
+        self.worded = Worded(self.maker.pools)
         self.weights = FAMILY_WEIGHTS
         self.newlines = self.encode("\n\n")
 
@@ -112,6 +116,8 @@ class Sampler:
         if simple:
             families, weights = families[:-2], weights[:-2]
         if rng.random() < 0.4:
+            if not simple and rng.random() < WORDED:
+                return self.worded_facts(max(2, min(9, int(budget / 24))), True, absent)
             family = rng.choices(families, weights)[0]
             count = max(2, min(12, int(budget / 16)))
             if family == "multi" and rng.random() < 0.6:
@@ -124,6 +130,11 @@ class Sampler:
             return maker.simple(family, count, True, absent)
         sets: list[FactSet] = []
         while budget > 0:
+            if not simple and rng.random() < WORDED:
+                sets.append(self.worded_facts(rng.randint(1, 3), rng.random() < 0.5, absent))
+                absent = 0
+                budget -= 24 * len(sets[-1].statements)
+                continue
             family = rng.choices(families, weights)[0]
             if family == "passkey" and any(q.family == family for s in sets for q in s.questions):
                 continue
@@ -137,6 +148,17 @@ class Sampler:
             sets.append(facts)
             budget -= 16 * len(facts.statements)
         return merge(sets)
+
+    def worded_facts(self, count: int, one_template: bool, absent: int) -> FactSet:
+        """About ``count`` statements of one relation, or of two that make chains, from the wordings."""
+        rng = self.rng
+        kind = rng.choices(list(WORDED_KINDS), list(WORDED_KINDS.values()))[0]
+        if kind == "multi":
+            values = rng.randint(2, 4)
+            return self.worded.multi(values, max(0, min(3, count - values)))
+        if kind == "two_hop":
+            return self.worded.two_hop(max(1, count // 2))
+        return self.worded.simple(count, one_template, absent)
 
     def sample(self, length: int, simple: bool = False) -> Sample:
         """One sample of at most ``length`` tokens."""
@@ -153,7 +175,7 @@ class Sampler:
         head = self.encode(title) if rng.random() < 0.5 else []
         pin = rng.random() < 0.45
         depths = [rng.random() for _ in facts.statements]
-        turns = [self.turn(q, depths) for q in questions]
+        turns = [self.turn(q, depths, facts.statements) for q in questions]
         first = turns[0][0]
         around = 8 + len(head) + len(first) * int(pin) + sum(len(t[0]) + len(t[1]) + 4 for t in turns)
         used = around + sum(len(self.encode(s)) + 1 for s in facts.statements)
@@ -197,12 +219,15 @@ class Sampler:
             asks.append((q_span, a_span, [places[i] for i in question.needs]))
         return Sample(ids, weights, value, [q.family for q in questions], asks, pinned, (start, stop), places)
 
-    def turn(self, question: Question, depths: Sequence[float]) -> tuple[list[int], list[int], list[float]]:
+    def turn(
+        self, question: Question, depths: Sequence[float], statements: Sequence[str]
+    ) -> tuple[list[int], list[int], list[float]]:
         """Question tokens, answer tokens with the end mark and the weights of the latter.
 
         Args:
             question: The question.
             depths: Where in the document each statement stands; several values are told in that order.
+            statements: What the document states.
         """
         values = list(question.values)
         if len(values) > 1:
@@ -210,7 +235,8 @@ class Sampler:
         text = question.answer.replace(", ".join(question.values), ", ".join(values)) if values else question.answer
         # A lower-case word keeps the space it has inside a sentence, so that its tokens can be copied from there; what
         # stands in quotes has none.
-        shift = int(text[:1].islower() and question.family != "kv")
+        quoted = any(f'"{v}"' in statements[i] for v in values[:1] for i in question.needs)
+        shift = int(text[:1].islower() and not quoted)
         encoding = self.tokenizer.encode(" " * shift + text, add_special_tokens=False)
         # The first two tokens decide between answering and declining.
         decide = 1.0 if values else 2.0
@@ -316,16 +342,15 @@ def tempt(rng: random.Random, sentences: Sequence[str], said: str, share: float)
 def found_in(question: Question, text: str, values: Sequence[str]) -> list[Span]:
     """Where an answer names what had to be found: its values, and what stands between two hops; or that it is absent."""
     spans: list[Span] = []
-    at = 0 if question.short or len(values) < 2 else text.find(" are ") + 5
-    if len(values) == 1 and not question.short and text.find(values[0], text.rfind(" is ")) >= 0:
-        at = text.rfind(" is ")
+    at = max(0, text.rfind(", ".join(values))) if values and not question.short else 0
     for v in values or ("text",):
         start = text.find(v, at)
         at = start + len(v)
         spans.append((start, at))
     if question.middle and not question.short:
-        start = text.rfind(question.middle, 0, text.find(". The "))
-        spans.insert(0, (start, start + len(question.middle)))
+        start = text.find(question.middle)
+        if start >= 0:
+            spans.insert(0, (start, start + len(question.middle)))
     return spans
 
 

@@ -16,7 +16,7 @@ from qllm_bench.harness import Job, Label, run
 from qllm_bench.journal import Journal
 from qllm_bench.prose import Library
 from qllm_bench.questions.data import Case, is_exact
-from qllm_bench.questions.facts import FAMILIES
+from qllm_bench.questions.facts import FAMILIES, WORDED_FAMILIES
 from qllm_bench.questions.haystack import make_haystack
 from qllm_bench.scores import cells, difference, summarise
 from qllm_bench.subject import ORDERS, POLICIES, REREAD, Example, Order, Setting, Subject
@@ -280,7 +280,7 @@ def report(journal: Journal) -> str:
     journal.report(by_length=by_length, by_depth=by_depth, by_family=by_family)
     lengths = sorted({row["tokens"] for row in rows})
     names = {n: short(n) for n in lengths}
-    families = [family for family in FAMILIES if any(row["family"] == family for row in rows)]
+    families = [family for family in (*FAMILIES, *WORDED_FAMILIES) if any(row["family"] == family for row in rows)]
     parts = [
         tables.pivot(by_length, ("policy", "order"), "tokens", names),
         _family_table(by_length, by_family, families),

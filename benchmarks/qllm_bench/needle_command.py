@@ -50,7 +50,7 @@ def needle(
     arguments.need("matplotlib")
     from qllm_bench import needle as bench
     from qllm_bench.prose import Library
-    from qllm_bench.questions.facts import FAMILIES
+    from qllm_bench.questions.facts import FAMILIES, WORDED_FAMILIES
     from qllm_bench.subject import POLICIES
 
     policies = arguments.choices(policy, POLICIES, "policy")
@@ -63,7 +63,7 @@ def needle(
         needles=arguments.at_least(needles, 1, "--needles"),
         depths=arguments.at_least(depths, 1, "--depths"),
         distractors=arguments.at_least(distractors, 0, "--distractors"),
-        families=arguments.choices(families, FAMILIES, "family") if families else bench.SIMPLE,
+        families=arguments.choices(families, (*FAMILIES, *WORDED_FAMILIES), "family") if families else bench.SIMPLE,
         seed=seed,
     )
     library = Library(splits(split)[0], text)

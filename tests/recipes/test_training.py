@@ -85,7 +85,7 @@ def test_several_values_are_told_in_the_order_of_the_document() -> None:
     sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
     values = ("4711", "4213", "pond")
     question = Question("Which?", "The numbers are 4711, 4213, pond.", values, "multi", False, (2, 0, 1))
-    _, ids, weights = sampler.turn(question, (0.5, 0.2, 0.9))
+    _, ids, weights = sampler.turn(question, (0.5, 0.2, 0.9), ("", "", ""))
     assert tokenizer.decode(ids).rstrip("\n").startswith("The numbers are pond, 4213, 4711.")
     assert len(ids) == len(weights)
     firsts = [tokenizer.id_to_token(ids[i]) for i in range(len(ids)) if weights[i] == FIRST_WEIGHT]
@@ -98,7 +98,7 @@ def test_what_had_to_be_found_weighs_most() -> None:
     sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
 
     def heavy(question: Question) -> list[str]:
-        _, ids, weights = sampler.turn(question, (0.1, 0.2))
+        _, ids, weights = sampler.turn(question, (0.1, 0.2), ("", ""))
         return [tokenizer.decode(ids[:i]) for i, weight in enumerate(weights) if weight == FIRST_WEIGHT]
 
     chain = "The owner of the lamp is Bob. The home of Bob is Bobton."

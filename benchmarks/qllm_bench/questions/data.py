@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qllm_bench.questions.facts import FactMaker, FactSet, Question, ask, attribute, draw, fill, merge
+from qllm_bench.questions.facts import WORDED_FAMILIES, FactMaker, FactSet, Question, ask, attribute, draw, fill, merge
 from qllm_bench.questions.pools import Pools
+from qllm_bench.questions.worded import Worded
 
 HELD_OUT = ("dracula", "emma", "the-war-of-the-worlds")
 SENTENCE_END = re.compile(r'(?<=[.!?;])["”’)]*\s+|\n\n+')
@@ -143,6 +144,8 @@ def make_facts(
 ) -> tuple[FactSet, Question]:
     """Facts for one question of a family among ``distractors`` like it; returns the set and the question."""
     rng = maker.rng
+    if family in WORDED_FAMILIES:
+        return worded_facts(Worded(maker.pools), family, distractors, one_template, short)
     if family == "multi":
         facts = maker.multi(rng.randint(2, 4), distractors, short)
     elif family == "two_hop":
@@ -159,6 +162,24 @@ def make_facts(
     else:
         facts = maker.simple(family, 1 + distractors, one_template, short=short)
     return facts, facts.questions[0]
+
+
+def worded_facts(
+    worded: Worded, family: str, distractors: int, one_template: bool, short: bool | None
+) -> tuple[FactSet, Question]:
+    """Facts for one question in wordings of one side only; returns the set and the question."""
+    rng = worded.rng
+    while True:
+        if family == "worded_multi":
+            facts = worded.multi(rng.randint(2, 4), distractors, short)
+        elif family == "worded_two_hop":
+            facts = worded.two_hop(1 + distractors, short)
+        else:
+            facts = worded.simple(1 + distractors, one_template, int(family == "worded_absent"), short)
+        wanted = "absent" if family == "worded_absent" else family
+        found = [q for q in facts.questions if q.family == wanted]
+        if found:
+            return facts, replace(rng.choice(found), family=family)
 
 
 def make_case(
@@ -180,7 +201,7 @@ def make_case(
         rng: Source of all randomness; the same state makes the same case.
         prose: Prose to hide it in.
         n_chars: Characters of prose, about.
-        family: One of ``qllm_bench.questions.facts.FAMILIES``.
+        family: One of ``FAMILIES`` or ``WORDED_FAMILIES`` of ``qllm_bench.questions.facts``.
         distractors: Facts of the same kind about other subjects, placed at random.
         depth: Place of the (first) fact asked for, 0 to 1; random when omitted.
         one_template: State the fact and its distractors in the same words.

@@ -23,6 +23,8 @@ from qllm_runtime.samples import article
 
 ABSENT = "The text does not say."
 FAMILIES = ("passkey", "magic", "attribute", "kv", "place", "job", "code", "relation", "multi", "two_hop", "absent")
+# In wordings that training never had: one fact, several values, two hops, and a fact that is not told.
+WORDED_FAMILIES = ("worded", "worded_multi", "worded_two_hop", "worded_absent")
 SIMPLE = {
     "passkey": PASSKEY,
     "magic": MAGIC,

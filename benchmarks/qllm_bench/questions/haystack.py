@@ -33,7 +33,7 @@ def make_haystack(
         rng: Source of all randomness; the same state makes the same cases.
         prose: Prose to hide them in.
         n_chars: Characters of prose, about.
-        families: Families of the facts, of ``qllm_bench.questions.facts.FAMILIES``; at most one "passkey".
+        families: Families of the facts, of ``qllm_bench.questions.facts``; at most one "passkey".
         depths: Where each stands, 0 (start) to 1 (end); facts of several statements begin there.
         distractors: Further facts of the same kind for each.
         canonical: State facts in the first way of their relation; otherwise in any, and questions always vary.
