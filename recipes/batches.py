@@ -26,7 +26,7 @@ LATE_WEIGHTS = {
     "passkey": 0.3, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 3.5,
     "multi": 4.5, "two_hop": 5.0,
 }  # fmt: skip
-WORDED = 0.55  # share of the sets of facts that come from the wordings; of these, how many ask for what:
+WORDED = 0.7  # share of the sets of facts that come from the wordings; of these, how many ask for what:
 WORDED_KINDS = {"simple": 0.62, "multi": 0.14, "two_hop": 0.24}
 LATE_VALUE_FIRST = 0.4
 LATE_PRACTICE = 0.5
@@ -35,6 +35,7 @@ MOST_TEMPTING = 0.15  # ... and the largest share of its words that are
 BLOCK = 32
 N_INIT = 32
 FIRST_WEIGHT = 3.0
+QUOTE_START = 20  # characters of a quoted sentence that weigh more than what follows
 REST_WEIGHT = 0.2  # of what an answer repeats from its question
 Span = tuple[int, int]
 # Spans of the question, of its answer and of the facts it needs.
@@ -229,19 +230,21 @@ class Sampler:
             depths: Where in the document each statement stands; several values are told in that order.
             statements: What the document states.
         """
-        values = list(question.values)
+        values, quotes = list(question.values), list(question.quotes)
+        text = question.answer
         if len(values) > 1:
-            values = [v for _, v in sorted(zip((depths[i] for i in question.needs), values, strict=True))]
-        text = question.answer.replace(", ".join(question.values), ", ".join(values)) if values else question.answer
+            order = sorted(range(len(values)), key=lambda i: depths[question.needs[i]])
+            values, quotes = [values[i] for i in order], [quotes[i] for i in order if quotes]
+            text = " ".join(quotes) if quotes else text.replace(", ".join(question.values), ", ".join(values))
         # A lower-case word keeps the space it has inside a sentence, so that its tokens can be copied from there; what
         # stands in quotes has none.
-        quoted = any(f'"{v}"' in statements[i] for v in values[:1] for i in question.needs)
+        quoted = any(f'"{v}' in statements[i] for v in values[:1] for i in question.needs)
         shift = int(text[:1].islower() and not quoted)
         encoding = self.tokenizer.encode(" " * shift + text, add_special_tokens=False)
         # The first two tokens decide between answering and declining.
         decide = 1.0 if values else 2.0
         weights = [decide if i < 2 else REST_WEIGHT for i in range(len(encoding.ids))]
-        for start, end in found_in(question, text, values):
+        for start, end in found_in(question, text, values, quotes):
             a, b = token_span(encoding.offsets, (start + shift, end + shift), 0)
             for i in range(a, min(b + 1, len(weights))):
                 weights[i] = FIRST_WEIGHT if i == a and values else decide
@@ -339,9 +342,19 @@ def tempt(rng: random.Random, sentences: Sequence[str], said: str, share: float)
     return [re.sub(r"[A-Za-z]{3,}", exchange, sentence) for sentence in sentences]
 
 
-def found_in(question: Question, text: str, values: Sequence[str]) -> list[Span]:
-    """Where an answer names what had to be found: its values, and what stands between two hops; or that it is absent."""
+def found_in(question: Question, text: str, values: Sequence[str], quotes: Sequence[str]) -> list[Span]:
+    """Where an answer names what had to be found: its values, what stands between two hops, and where its quotes begin."""
     spans: list[Span] = []
+    start = 0
+    for n, quote in enumerate(quotes):
+        # Which sentence it is shows in its first words; the rest is copied.
+        spans.append((start, start + min(len(quote), QUOTE_START)))
+        value = values[n] if len(values) > 1 else values[0] if n == len(quotes) - 1 else question.middle
+        at = max(0, quote.lower().find(value.lower()))
+        spans.append((start + at, start + at + len(value)))
+        start += len(quote) + 1
+    if quotes:
+        return spans
     at = max(0, text.rfind(", ".join(values))) if values and not question.short else 0
     for v in values or ("text",):
         start = text.find(v, at)
@@ -349,8 +362,7 @@ def found_in(question: Question, text: str, values: Sequence[str]) -> list[Span]
         spans.append((start, at))
     if question.middle and not question.short:
         start = text.find(question.middle)
-        if start >= 0:
-            spans.insert(0, (start, start + len(question.middle)))
+        spans.insert(0, (start, start + len(question.middle)))
     return spans
 
 

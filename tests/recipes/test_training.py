@@ -116,7 +116,7 @@ def test_several_values_of_a_sample(seed: int) -> None:
     tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
     sampler = Sampler(seed, tokenizer, story_prose(), ["pond", "gate", "hill"])
     found = 0
-    for _ in range(40):
+    for _ in range(100):
         sample = sampler.sample(512)
         for family, (_, (a, b), places) in zip(sample.families, sample.asks, strict=True):
             if family != "multi":
@@ -128,6 +128,18 @@ def test_several_values_of_a_sample(seed: int) -> None:
             assert all(value.lower() in statement.lower() for value, statement in zip(told, stated, strict=True))
             found += 1
     assert found > 5
+
+
+def test_quotes_are_told_in_the_order_of_the_document() -> None:
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
+    statements = ("Ann keeps an owl.", "It is said that Ann also keeps a hare, which sleeps by the stove.")
+    question = Question("Which?", " ".join(statements), ("owl", "hare"), "worded_multi", False, (0, 1), "", statements)
+    _, ids, weights = sampler.turn(question, (0.9, 0.2), statements)
+    assert tokenizer.decode(ids).startswith(f"{statements[1]} {statements[0]}")
+    firsts = [tokenizer.decode(ids[:i]) for i in range(len(ids)) if weights[i] == FIRST_WEIGHT]
+    assert firsts == ["", "It is said that Ann also keeps a", f"{statements[1]} ", f"{statements[1]} Ann keeps an"]
+    assert min(weights) < 1.0
 
 
 def test_prose_with_words_of_the_facts_in_it() -> None:

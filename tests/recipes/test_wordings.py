@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qllm_bench.questions.data import Prose, is_exact, make_case
-from qllm_bench.questions.facts import ABSENT, WORDED_FAMILIES, FactSet
+from qllm_bench.questions.facts import ABSENT, WORDED_FAMILIES, FactSet, in_json
 from qllm_bench.questions.kinds import Kinds, called
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.worded import Worded, dress
@@ -40,15 +40,17 @@ def test_there_are_many_and_an_eighth_is_kept_for_evaluation() -> None:
 def test_every_relation_is_well_formed(side: bool) -> None:
     kinds = Kinds(Pools(random.Random(0), side, WORDS))
     for w in wordings(side):
-        assert len(w.statements) >= 2 and len(w.questions) >= 4 and bool(w.plural) == bool(w.plural_answer), w.name
+        assert len(w.statements) >= 2 and len(w.questions) >= 4, w.name
         common = set.intersection(*(set(slots(s)) for s in w.statements)) - {"s", "v"}
-        for told in (*w.statements, w.answer, *filter(None, [w.plural_answer])):
+        for told in (*w.statements, *filter(None, [w.answer, w.plural_answer])):
             assert slots(told).count("v") == 1, (w.name, told)
             assert w.subject == "none" or "s" in slots(told), (w.name, told)
         for asked in (*w.questions, *w.plural, *filter(None, [w.noun])):
             assert "v" not in slots(asked) and (w.subject != "none") == ("s" in slots(asked)), (w.name, asked)
         for text in (*w.questions, *w.plural, w.answer, w.noun, w.plural_answer):
             assert set(slots(text)) - {"s", "v"} <= common, (w.name, text)
+        json = any(in_json(fill(s, {"s": "a", "v": "b"})) for s in w.statements)
+        assert bool(w.answer) == json and bool(w.plural_answer) == (json and bool(w.plural)), w.name
         for kind in {w.subject, w.value, *(k for s in w.statements for k in slots(s))} - {"s", "v", "none"}:
             assert kinds.draw(kind), (w.name, kind)
 
@@ -97,11 +99,17 @@ def test_cases_are_deterministic_and_their_spans_hold_the_values(family: str) ->
 
 
 def test_a_file_is_read_as_written() -> None:
-    text = "# note\n\n== home: person -> town\nS: {S} lives in {v}.\nQ: Where does {s} live?\nA: {S} lives in {v}.\n"
-    assert parse(text) == [
-        Wording("home", "person", "town", ("{S} lives in {v}.",), ("Where does {s} live?",), "{S} lives in {v}.")
-    ]
-    assert parse(text + "N: the town of {s}\n") == [replace(parse(text)[0], noun="the town of {s}")]
+    text = "# note\n\n== home: person -> town\nS: {S} lives in {v}.\nQ: Where does {s} live?\n"
+    home = Wording("home", "person", "town", ("{S} lives in {v}.",), ("Where does {s} live?",))
+    assert parse(text) == [home]
+    assert parse(text + "N: the town of {s}\n") == [replace(home, noun="the town of {s}")]
+
+
+def test_restated_answers_quote_the_statements() -> None:
+    restated = [q for facts in drawn(False, 300) for q in facts.questions if q.values and not q.short]
+    quoting = [q for q in restated if q.quotes]
+    assert len(quoting) > 0.9 * len(restated)
+    assert all(q.answer == " ".join(q.quotes) and len(q.quotes) == len(q.needs) for q in quoting)
 
 
 @pytest.mark.parametrize(

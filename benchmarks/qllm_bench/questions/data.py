@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qllm_bench.questions.facts import WORDED_FAMILIES, FactMaker, FactSet, Question, ask, attribute, draw, fill, merge
+from qllm_bench.questions.facts import (
+    WORDED_FAMILIES,
+    FactMaker,
+    FactSet,
+    Question,
+    ask,
+    attribute,
+    draw,
+    fill,
+    in_json,
+    merge,
+)
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.worded import Worded
 
@@ -103,7 +114,7 @@ def weave(
     for i in range(len(sentences) + 1):
         while queue < len(order) and (i == len(sentences) or prose >= at[order[queue]] * total):
             n = order[queue]
-            own = own_line or statements[n].startswith('"')
+            own = own_line or in_json(statements[n])
             if parts and not parts[-1][-1:].isspace():
                 add("\n" if own else " ")
             elif own and parts and not parts[-1].endswith("\n"):
@@ -231,14 +242,14 @@ def is_exact(output: str, answer: str, values: Sequence[str]) -> bool:
 
     The output equals the expected answer up to white space, final period and outer quotes; or it is no longer than
     twice the expected answer and the expected values, in any order, are the only way it differs from a restatement:
-    each value stands in it whole, and it doesn't claim the fact is absent.
+    each value stands in it whole (with a capital where a sentence starts), and it doesn't claim the fact is absent.
     """
     got, want = normalise(output), normalise(answer)
     if got == want:
         return True
     if not values or "text does not say" in got or len(got) > 2 * len(want) + 20:
         return False
-    return all(re.search(rf"(?<![\w-]){re.escape(v)}(?![\w-])", got) for v in values)
+    return all(re.search(rf"(?<![\w-])(?i:{re.escape(v[:1])}){re.escape(v[1:])}(?![\w-])", got) for v in values)
 
 
 __all__ = [

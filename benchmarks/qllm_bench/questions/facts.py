@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qllm_bench.questions.pools import Pools
@@ -58,6 +60,7 @@ class Question:
         short: Whether only the value is asked for.
         needs: Indices of the statements it rests on.
         middle: What is found on the way to the value; a restated answer names it. Empty with one hop.
+        quotes: What a restated answer quotes, in the order of ``needs``; empty when it is put in other words.
     """
 
     text: str
@@ -67,6 +70,7 @@ class Question:
     short: bool
     needs: tuple[int, ...]
     middle: str = ""
+    quotes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,23 @@ def ask(
     return Question(text, answer, values, family, short, needs)
 
 
+def in_json(statement: str) -> bool:
+    """Whether a statement is an entry or an object of JSON."""
+    return re.match(r'\{ ?"|"[^"]*":', statement) is not None
+
+
+def quoting(question: Question, statements: Sequence[str]) -> Question:
+    """Let a restated answer quote the statements it rests on, word for word; those in JSON are put in words."""
+    quotes = [statements[i] for i in question.needs]
+    if question.short or not question.values or any(map(in_json, quotes)):
+        return question
+    for n, quote in enumerate(quotes):
+        # Of "The pass key is 12. Remember it." the first sentence will do.
+        ends = [end + len(v) + 1 for v in question.values if (end := quote.find(f"{v}. ")) >= 0]
+        quotes[n] = quote[: min(ends)] if ends else quote
+    return replace(question, answer=" ".join(quotes), quotes=tuple(quotes))
+
+
 class FactMaker:
     """Draws sets of facts of one split.
 
@@ -252,7 +273,7 @@ class FactMaker:
             )
             statements.append(fill(statement, s=subject, a=name, v=value))
             answer = fill(relation.answer, s=subject, a=name, v=value)
-            questions.append(ask(rng, question, answer, (value,), relation.family, (i,), short))
+            questions.append(quoting(ask(rng, question, answer, (value,), relation.family, (i,), short), statements))
         return FactSet(tuple(statements), tuple(questions))
 
     def multi(self, values: int, distractors: int, short: bool | None = None) -> FactSet:
@@ -280,7 +301,8 @@ class FactMaker:
             statements.append(fill(template, s=other, a=name, v=value))
             question = fill(rng.choice(relation.questions), s=other, a=name)
             answer = fill(relation.answer, s=other, a=name, v=value)
-            questions.append(ask(rng, question, answer, (value,), relation.family, (len(statements) - 1,), short))
+            asked = ask(rng, question, answer, (value,), relation.family, (len(statements) - 1,), short)
+            questions.append(quoting(asked, statements))
         return FactSet(tuple(statements), tuple(questions))
 
     def two_hop(self, chains: int, short: bool | None = None) -> FactSet:
@@ -304,17 +326,15 @@ class FactMaker:
             n = len(statements)
             statements.append(fill(rng.choice(hop.links[:1] if self.canonical else hop.links), k=key, x=middle))
             statements.append(f"The {role} of {of} is {value}.")
-            answer = f"{fill(hop.link_answer, k=key, x=middle)} The {role} of {of} is {value}."
             word = "Who" if kind == "name" else "What"
             question = f"{word} is the {role} of {fill(hop.phrase, k=key)}?"
-            asked = ask(rng, question, answer, (value,), "two_hop", (n, n + 1), short)
-            questions.append(replace(asked, middle=middle))
+            asked = ask(rng, question, "", (value,), "two_hop", (n, n + 1), short)
+            questions.append(quoting(replace(asked, middle=middle), statements))
             if practice:
-                first, second = fill(hop.link_answer, k=key, x=middle), f"The {role} of {of} is {value}."
                 question = f"What is {fill(hop.phrase, k=key)}?"
-                questions.append(ask(rng, question, first, (middle,), "relation", (n,), short))
+                questions.append(quoting(ask(rng, question, "", (middle,), "relation", (n,), short), statements))
                 question = f"{word} is the {role} of {of}?"
-                questions.append(ask(rng, question, second, (value,), "attribute", (n + 1,), short))
+                questions.append(quoting(ask(rng, question, "", (value,), "attribute", (n + 1,), short), statements))
         return FactSet(tuple(statements), tuple(questions))
 
 

@@ -182,8 +182,7 @@ class Kinds:
 
     def _work(self) -> str:
         pools = self.pools
-        title = f"The {self.rng.choice(pools.adjectives).capitalize()} {pools.noun().capitalize()}"
-        return f'"{title}"' if self.rng.random() < 0.6 else title
+        return f"The {self.rng.choice(pools.adjectives).capitalize()} {pools.noun().capitalize()}"
 
     def _prize(self) -> str:
         return f"the {self._invented()} {self.rng.choice(words.PRIZES)}"

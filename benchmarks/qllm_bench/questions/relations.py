@@ -30,9 +30,9 @@ class Relation:
         value: Kind of value, likewise.
         statements: Ways of stating it.
         questions: Ways of asking for it.
-        answer: The restated answer.
         plural: Ways of asking for all values of a subject that has several; empty when that makes no sense.
         plural_answer: The restated answer then; ``{v}`` is the list.
+        answer: The restated answer where statements are JSON; others are quoted word for word.
     """
 
     family: str
@@ -40,9 +40,9 @@ class Relation:
     value: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
-    answer: str
     plural: tuple[str, ...] = ()
     plural_answer: str = ""
+    answer: str = ""
 
     @property
     def value_first(self) -> bool:
@@ -61,7 +61,6 @@ ATTRIBUTE = Relation(
      "Tell me the {a} of {s}.", "Which {a} does {s} have?", "What was the {a} of {s}?", "Find the {a} of {s}.",
      "What is the {a} for {s}?", "State the {a} of {s}.", "Do you know the {a} of {s}?", "The {a} of {s}?",
      "I need the {a} of {s}.", "What does the text say the {a} of {s} is?", "Give the {a} of {s}."),
-    "The {a} of {s} is {v}.",
     ("What are all the values of the {a} of {s}?", "List every {a} of {s}.", "Name all {a} entries of {s}.",
      "What are all the {a} values of {s}?", "Give me every {a} of {s} in the text."),
     "The {a} values of {s} are {v}.",
@@ -75,7 +74,6 @@ PASSKEY = Relation(
     ("What is the pass key?", "What is the pass key?", "What's the passkey?", "What is the secret pass key?",
      "Tell me the pass key.", "What is the pass key hidden in the text?", "Find the pass key.",
      "What was the pass key?", "Which pass key does the text mention?", "The pass key?"),
-    "The pass key is {v}.",
 )  # fmt: skip
 
 MAGIC = Relation(
@@ -87,7 +85,6 @@ MAGIC = Relation(
      "What is the special magic number for {s}?", "What is the magic number for {s}?",
      "Which special magic number belongs to {s}?", "Tell me the special magic number for {s}.",
      "What is the special magic number for {s} mentioned in the text?", "Find the magic number for {s}."),
-    "The special magic number for {s} is {v}.",
     ("What are all the special magic numbers for {s} mentioned in the provided text?",
      "What are all the special magic numbers for {s}?", "List all the magic numbers for {s}.",
      "Which special magic numbers for {s} are mentioned in the text?", "Name every special magic number for {s}."),
@@ -101,7 +98,7 @@ KEY_VALUE = Relation(
      'Extract the value corresponding to the key "{s}".', 'What is the value for the key "{s}"?',
      "What is the value of {s}?", 'Extract the value corresponding to the specified key in the JSON object below. Key: "{s}"',
      'Which value does the key "{s}" have?', 'Look up "{s}".', "What value is stored under {s}?"),
-    'The value of "{s}" is "{v}".',
+    answer='The value of "{s}" is "{v}".',
 )  # fmt: skip
 
 PLACE = Relation(
@@ -112,7 +109,6 @@ PLACE = Relation(
     ("Where does {s} live?", "Where does {s} live?", "In which town does {s} live?", "Where is the home of {s}?",
      "In which city does {s} live?", "Where did {s} live?", "What is the place where {s} lives?",
      "Where is {s} living?", "Which town does {s} live in?", "Where does {s} reside?"),
-    "{S} lives in {v}.",
 )  # fmt: skip
 
 JOB = Relation(
@@ -122,7 +118,6 @@ JOB = Relation(
     ("What is the job of {s}?", "What does {s} do for a living?", "What does {s} work as?", "What is {s}'s job?",
      "What is the profession of {s}?", "What is {s}'s occupation?", "Which job does {s} have?",
      "What is the trade of {s}?", "As what does {s} work?"),
-    "{S} works as a {v}.",
 )  # fmt: skip
 
 CODE = Relation(
@@ -133,66 +128,52 @@ CODE = Relation(
     ("What is the code of the {s}?", "What is the code for the {s}?", "Which code opens the {s}?",
      "How do I open the {s}?", "What is the access code for the {s}?", "What is the combination of the {s}?",
      "With which code can the {s} be unlocked?", "What code do I need for the {s}?"),
-    "The code of the {s} is {v}.",
 )  # fmt: skip
 
 OTHERS = (
     Relation("relation", "name", "date",
              ("{S} was born in {v}.", "The birth of {s} fell in {v}.", "{S} came into the world in {v}."),
-             ("When was {s} born?", "When was the birth of {s}?", "What is the date of birth of {s}?"),
-             "{S} was born in {v}."),
+             ("When was {s} born?", "When was the birth of {s}?", "What is the date of birth of {s}?")),
     Relation("relation", "name", "thing",
              ("{S} bought a {v}.", "{S} paid for a {v}.", "{S} came home with a new {v}, bought at the market."),
-             ("What did {s} buy?", "What was bought by {s}?", "Which thing did {s} buy?"), "{S} bought a {v}."),
+             ("What did {s} buy?", "What was bought by {s}?", "Which thing did {s} buy?")),
     Relation("relation", "thing", "amount",
              ("The {s} costs {v}.", "The price of the {s} is {v}.", "The {s} was sold for {v}.", "They paid {v} for the {s}."),
-             ("How much does the {s} cost?", "What is the price of the {s}?", "How much was paid for the {s}?"),
-             "The {s} costs {v}."),
+             ("How much does the {s} cost?", "What is the price of the {s}?", "How much was paid for the {s}?")),
     Relation("relation", "name", "noun",
              ("{S} likes the {v} best.", "The favourite of {s} is the {v}.", "Above all {s} loves the {v}."),
-             ("What does {s} like best?", "What is the favourite of {s}?", "What does {s} love above all?"),
-             "{S} likes the {v} best."),
+             ("What does {s} like best?", "What is the favourite of {s}?", "What does {s} love above all?")),
     Relation("relation", "name", "name",
              ("{S} is married to {v}.", "{S} married {v}.", "{V} is the husband or wife of {s}."),
-             ("Who is {s} married to?", "Whom did {s} marry?", "Who is the husband or wife of {s}?"),
-             "{S} is married to {v}."),
+             ("Who is {s} married to?", "Whom did {s} marry?", "Who is the husband or wife of {s}?")),
     Relation("relation", "thing", "place",
              ("The {s} is kept in {v}.", "The {s} can be found in {v}.", "They hid the {s} in {v}.", "The {s} is in {v}."),
-             ("Where is the {s}?", "Where is the {s} kept?", "Where can the {s} be found?", "Where did they hide the {s}?"),
-             "The {s} is in {v}."),
+             ("Where is the {s}?", "Where is the {s} kept?", "Where can the {s} be found?", "Where did they hide the {s}?")),
     Relation("relation", "place", "name",
              ("The mayor of {s} is {v}.", "{V} was elected mayor of {s}.", "{V} governs the town of {s}.", "{S} is governed by {v}."),
-             ("Who is the mayor of {s}?", "Who governs {s}?", "What is the name of the mayor of {s}?"),
-             "The mayor of {s} is {v}."),
+             ("Who is the mayor of {s}?", "Who governs {s}?", "What is the name of the mayor of {s}?")),
     Relation("relation", "name", "number",
              ("The telephone number of {s} is {v}.", "Call {s} at {v}.", "{S} can be reached at {v}.", "To reach {s}, dial {v}."),
              ("What is the telephone number of {s}?", "At which number can {s} be reached?", "What number should I dial to reach {s}?",
-              "What is {s}'s phone number?"),
-             "The telephone number of {s} is {v}."),
+              "What is {s}'s phone number?")),
     Relation("relation", "noun", "name",
              ("The {s} belongs to {v}.", "{V} owns the {s}.", "The owner of the {s} is {v}.", "The {s} was given to {v}."),
-             ("Who owns the {s}?", "To whom does the {s} belong?", "Who is the owner of the {s}?", "Whose is the {s}?"),
-             "The {s} belongs to {v}."),
+             ("Who owns the {s}?", "To whom does the {s} belong?", "Who is the owner of the {s}?", "Whose is the {s}?")),
     Relation("relation", "option", "number",
              ("The default of {s} is {v}.", "{S} defaults to {v}.", "Set {s} to {v}.", "{s} = {v}", "{s}: {v}"),
-             ("What is the default of {s}?", "What is {s} set to?", "To what value should {s} be set?", "What is the value of {s}?"),
-             "The value of {s} is {v}."),
+             ("What is the default of {s}?", "What is {s} set to?", "To what value should {s} be set?", "What is the value of {s}?")),
     Relation("relation", "place", "name",
              ("{V} lives in {s}.", "In {s} lives {v}.", "{V} settled in {s}."),
-             ("Who lives in {s}?", "Who settled in {s}?", "What is the name of the person who lives in {s}?"),
-             "The one who lives in {s} is {v}."),
+             ("Who lives in {s}?", "Who settled in {s}?", "What is the name of the person who lives in {s}?")),
     Relation("relation", "job", "name",
              ("{V} works as a {s}.", "{V} is a {s}.", "{V} earns a living as a {s}."),
-             ("Who works as a {s}?", "Who is a {s}?", "What is the name of the {s}?", "Who is the {s}?"),
-             "The one who works as a {s} is {v}."),
+             ("Who works as a {s}?", "Who is a {s}?", "What is the name of the {s}?", "Who is the {s}?")),
     Relation("relation", "event", "date",
              ("The {s} took place on {v}.", "The {s} was held on {v}.", "The date of the {s} is {v}."),
-             ("When did the {s} take place?", "When was the {s} held?", "What is the date of the {s}?"),
-             "The {s} took place on {v}."),
+             ("When did the {s} take place?", "When was the {s} held?", "What is the date of the {s}?")),
     Relation("relation", "name", "invented",
              ("The dog of {s} is called {v}.", "{S} has a dog called {v}.", "{S} named the dog {v}."),
-             ("What is the name of {s}'s dog?", "What is the dog of {s} called?", "How is the dog of {s} called?"),
-             "The dog of {s} is called {v}."),
+             ("What is the name of {s}'s dog?", "What is the dog of {s} called?", "How is the dog of {s} called?")),
 )  # fmt: skip
 
 
@@ -205,7 +186,6 @@ class TwoHop:
         middle: Kind of the thing in the middle.
         links: Ways of stating the link.
         phrase: How the question names the thing in the middle.
-        link_answer: First half of the restated answer.
         of: How the middle is named after "of".
         roles: Roles asked for, with the kind of their value.
     """
@@ -214,28 +194,27 @@ class TwoHop:
     middle: str
     links: tuple[str, ...]
     phrase: str
-    link_answer: str
     of: str
     roles: tuple[tuple[str, str], ...]
 
 
 TWO_HOPS = (
     TwoHop("noun", "invented", ("The ship {x} carries the {k}.", "The {k} is aboard the ship {x}.", "The {x} is the ship that carries the {k}."),
-           "the ship that carries the {k}", "The ship that carries the {k} is the {x}.", "the {x}",
+           "the ship that carries the {k}", "the {x}",
            (("captain", "name"), ("home port", "place"), ("owner", "name"), ("number", "number"))),
     TwoHop("name", "place", ("{K} lives in {x}.", "{K} has a house in {x}.", "The town where {k} lives is {x}."),
-           "the town where {k} lives", "The town where {k} lives is {x}.", "{x}",
+           "the town where {k} lives", "{x}",
            (("mayor", "name"), ("founder", "name"), ("postcode", "number"), ("river", "invented"))),
     TwoHop("noun", "invented", ("The company {x} makes the {k}.", "The {k} is made by the company {x}.", "{X} is the company that makes the {k}."),
-           "the company that makes the {k}", "The company that makes the {k} is {x}.", "{x}",
+           "the company that makes the {k}", "{x}",
            (("director", "name"), ("founder", "name"), ("address", "place"), ("colour", "word"))),
     TwoHop("name", "name", ("The teacher of {k} is {x}.", "{K} was taught by {x}.", "{X} is the teacher of {k}."),
-           "the teacher of {k}", "The teacher of {k} is {x}.", "{x}",
+           "the teacher of {k}", "{x}",
            (("birthplace", "place"), ("wife", "name"), ("age", "number"), ("instrument", "noun"))),
     TwoHop("thing", "name", ("{X} owns the {k}.", "The {k} belongs to {x}.", "The owner of the {k} is {x}."),
-           "the owner of the {k}", "The owner of the {k} is {x}.", "{x}",
+           "the owner of the {k}", "{x}",
            (("home", "place"), ("brother", "name"), ("room number", "number"), ("favourite colour", "word"))),
     TwoHop("noun", "thing", ("The {k} is kept in the {x}.", "They keep the {k} in the {x}.", "In the {x} is the {k}."),
-           "the place where the {k} is kept", "The {k} is kept in the {x}.", "the {x}",
+           "the place where the {k} is kept", "the {x}",
            (("code", "code"), ("guardian", "name"), ("keeper", "name"), ("number", "number"))),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qllm_bench.questions.facts import ABSENT, LONG_SUFFIXES, FactSet, Question
+from qllm_bench.questions.facts import ABSENT, LONG_SUFFIXES, FactSet, Question, quoting
 from qllm_bench.questions.kinds import Kinds, called
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.wordings import SLOT, Wording, fill, wordings
@@ -166,7 +166,7 @@ class Worded:
                 # The text names the subject, and says something else of it.
                 wanted = {**self._parts(other), "s": parts["s"]}
                 questions.append(self._ask(other, rng.choice(other.questions), wanted, (), (), short))
-        return FactSet(tuple(statements), tuple(questions))
+        return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))
 
     def multi(self, values: int, distractors: int, short: bool | None = None) -> FactSet:
         """One subject with several values among others with one; the question asks for all."""
@@ -191,7 +191,7 @@ class Worded:
             statements.append(fill(template, other))
             at = (len(statements) - 1,)
             questions.append(self._ask(wording, rng.choice(wording.questions), other, (other["v"],), at, short))
-        return FactSet(tuple(statements), tuple(questions))
+        return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))
 
     def two_hop(self, chains: int, short: bool | None = None) -> FactSet:
         """Several chains of two relations, each with its question; some hops are asked for alone."""
@@ -219,11 +219,9 @@ class Worded:
                 continue
             statements.append(fill(templates[1], two))
             question = self._ask(second, template, through, (two["v"],), (n, n + 1), short)
-            if not question.short:
-                question = replace(question, answer=f"{fill(first.answer, one)} {fill(second.answer, two)}")
             questions.append(replace(question, family="worded_two_hop", middle=middle))
             for wording, parts, at in ((first, one, n), (second, two, n + 1)):
                 if rng.random() < 0.4:
                     asked = rng.choice(wording.questions)
                     questions.append(self._ask(wording, asked, parts, (parts["v"],), (at,), short))
-        return FactSet(tuple(statements), tuple(questions))
+        return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))

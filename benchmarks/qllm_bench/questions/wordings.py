@@ -5,15 +5,14 @@ The files hold one relation after the other::
     == person_home: person -> town
     S: {S} settled for good in {v}.
     Q: Where does {s} live?
-    A: {S} lives in {v}.
     N: the town where {s} lives
     P: In which towns has {s} lived?
-    PA: {S} has lived in {v}.
 
-``S`` are statements, ``Q`` questions, ``A`` the restated answer, ``N`` a noun phrase that stands for the value (two hops are
-made of it), ``P`` questions for all of several values and ``PA`` their answer. ``{s}`` is the subject, ``{v}`` the value, a
-capital letter asks for a capital, and any other slot is a kind of ``kinds.py`` drawn once per fact. About an eighth of the
-relations, chosen by a hash of their names, is asked in evaluation only.
+``S`` are statements, ``Q`` questions, ``N`` a noun phrase that stands for the value (two hops are made of it) and ``P``
+questions for all of several values. A restated answer quotes the statements; relations that may stand in JSON say in ``A``,
+and for several values in ``PA``, how it is put in words. ``{s}`` is the subject, ``{v}`` the value, a capital letter asks
+for a capital, and any other slot is a kind of ``kinds.py`` drawn once per fact. About an eighth of the relations, chosen by a
+hash of their names, is asked in evaluation only.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ class Wording:
     value: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
-    answer: str
     noun: str = ""
     plural: tuple[str, ...] = ()
+    answer: str = ""
     plural_answer: str = ""
 
     @property
@@ -66,12 +65,11 @@ def parse(text: str) -> list[Wording]:
         for line in lines:
             tag, _, words = line.partition(": ")
             rows.setdefault(tag, []).append(words.strip())
+        one = {tag: "".join(rows.get(tag, ())) for tag in ("N", "A", "PA")}
+        several = tuple(rows.get("P", ()))
         found.append(
-            Wording(
-                name, subject, value, tuple(rows["S"]), tuple(rows["Q"]), rows["A"][0], rows.get("N", [""])[0],
-                tuple(rows.get("P", ())), rows.get("PA", [""])[0],
-            )
-        )  # fmt: skip
+            Wording(name, subject, value, tuple(rows["S"]), tuple(rows["Q"]), one["N"], several, one["A"], one["PA"])
+        )
     return found
 
 
