@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from qllm_bench.questions.data import Case, Prose, is_exact, make_case, normalise, read_books, unwrap
-from qllm_bench.questions.facts import FAMILIES
+from qllm_bench.questions.facts import FAMILIES, WORDED_FAMILIES
 from qllm_bench.scores import CHARS_PER_TOKEN, Score
 from qllm_runtime.samples import story
+from recipes import handwritten
 
 SETTINGS = (
     ("books", "canonical", "query_aware"),
@@ -26,6 +27,9 @@ SETTINGS = (
     ("books", "one-template", "query_aware"),
     ("books", "varied", "query_aware"),
     ("stories", "canonical", "query_aware"),
+    ("books", "unseen", "query_aware"),
+    ("books", "development", "query_aware"),
+    ("books", "test", "query_aware"),
 )
 MODELS = Path(__file__).parent.parent / "qllm_runtime" / "models"
 
@@ -72,10 +76,17 @@ def answer_batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_n
 
 
 def window_cases(rng: random.Random, prose: Sequence[Prose], tokens: int, per_family: int, wording: str) -> list[Case]:
-    """Cases that fit a window, the same number per family."""
+    """Cases that fit a window, the same number per family, or those of a file of ``recipes/handwritten``."""
     cases = []
-    for family in FAMILIES:
-        for _ in range(per_family):
+    if wording in handwritten.FILES:
+        for written in handwritten.read(wording):
+            told = sum(map(len, written.statements + written.distractors))
+            chars = int((tokens - 110) * CHARS_PER_TOKEN * rng.uniform(0.5, 1.0)) - told
+            cases.append(written.case(rng, rng.choice(prose), max(0, chars)))
+        return cases
+    families = WORDED_FAMILIES if wording == "unseen" else FAMILIES
+    for family in families:
+        for _ in range(per_family * len(FAMILIES) // len(families)):
             chars = int((tokens - 190) * CHARS_PER_TOKEN * rng.uniform(0.5, 1.0))
             options = {"one_template": wording == "one-template", "canonical": wording == "canonical"}
             cases.append(make_case(rng, rng.choice(prose), chars, family, rng.randint(1, 3), **options))
@@ -92,7 +103,8 @@ def in_window(
         prose: Prose to hide facts in.
         tokens: Longest prompt, in tokens.
         per_family: Questions per family.
-        wording: ``canonical``, ``varied`` or ``one-template`` (varied, but all facts of a document in the same words).
+        wording: ``canonical``, ``varied``, ``one-template`` (varied, but all facts of a document in the same words),
+            ``unseen`` (relations kept from training), or ``development`` or ``test`` (written by hand).
         layout: ``query_aware`` or ``read_once``.
         seed: Seed of the cases.
     """
