@@ -32,6 +32,7 @@ _FAMILIES = "two_hop,passkey,multi,attribute,absent,kv,place,magic,job,code,rela
 _EIGHT = f"needle --needles 8 --families {_FAMILIES}"
 _PLAIN = f"needle --model reader-plain --needles 8 --families {_FAMILIES}"
 _MANY = f"needle --needles 100 --distractors 0 --families {_FAMILIES} --policy qllm"
+_WORDED = "needle --needles 8 --families worded,worded_two_hop,worded_absent,worded_multi"
 _NEAR = "--lengths 4k,16k --documents 6,16k=25"
 _EVERYONE = "--policy qllm,oracle,infllm,streaming --order last"
 _SWEEP = (
@@ -72,6 +73,11 @@ STEPS = (
     Step("16k-once", "books", f"{_EIGHT} --lengths 512,4k,16k --documents 6,16k=25 {_EVERYONE}"),  # 350
     Step("64k-once", "books", f"{_EIGHT} --lengths 64k --documents 8 {_EVERYONE}"),  # 280
     Step("16k-again", "books", f"{_EIGHT} {_NEAR} --policy qllm --order reread"),  # 200
+    Step(
+        "worded",
+        "books-worded",
+        f"{_WORDED} --lengths 512,4k,16k --documents 8,512=16 --policy qllm,oracle,infllm --order last,reread",
+    ),  # 250
     Step("64k-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order reread"),  # 120
     Step(
         "plain-window", "books-plain", f"{_PLAIN} --lengths 512 --documents 63 --policy full --order last,both"
