@@ -76,7 +76,7 @@ STEPS = (
     Step(
         "worded",
         "books-worded",
-        f"{_WORDED} --lengths 512,4k,16k --documents 8,512=16 --policy qllm,oracle,infllm --order last,reread",
+        f"{_WORDED} --lengths 512,4k,16k --documents 8,512=16 --policy qllm,infllm --order last,reread",
     ),  # 250
     Step("64k-again", "books", f"{_EIGHT} --lengths 64k --documents 8 --policy qllm --order reread"),  # 120
     Step(

@@ -148,7 +148,7 @@ def _fact(rng: random.Random, kind: int) -> tuple[str, str, str, str]:
         word = f"{rng.choice(_ABSTRACT)}-{rng.choice(_NOUN)}"
         said = f"One of the special magic numbers for {word} is: {number}."
         asked = f"What is the special magic number for {word} mentioned in the provided text?"
-        return said, asked, f"The special magic number for {word} is {number}.", word
+        return said, asked, said, word
     if kind == 4:
         return f"The mayor of {town} is {who}.", f"Who is the mayor of {town}?", f"The mayor of {town} is {who}.", town
     role = rng.choice(_ROLES)

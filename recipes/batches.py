@@ -18,16 +18,17 @@ from qllm_bench.questions.worded import Worded
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
 
 FAMILY_WEIGHTS = {
-    "passkey": 0.6, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.6, "code": 1.0, "relation": 3.0,
+    "passkey": 1.2, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.6, "code": 1.0, "relation": 3.0,
     "multi": 4.6, "two_hop": 4.0,
 }  # fmt: skip
 # Once the others are known: what is learnt late, because it takes two steps or a value that stands ahead of its key.
 LATE_WEIGHTS = {
-    "passkey": 0.3, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 3.5,
+    "passkey": 1.2, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 3.5,
     "multi": 4.5, "two_hop": 5.0,
 }  # fmt: skip
 WORDED = 0.7  # share of the sets of facts that come from the wordings; of these, how many ask for what:
 WORDED_KINDS = {"simple": 0.62, "multi": 0.14, "two_hop": 0.24}
+FILLER = 0.08  # share of samples whose prose is a few short sentences said again and again
 LATE_VALUE_FIRST = 0.4
 LATE_PRACTICE = 0.5
 TEMPTING = 0.5  # share of samples whose prose has words of the facts in it ...
@@ -112,7 +113,7 @@ class Sampler:
         """Facts and questions for a sample of ``length`` tokens; ``simple`` leaves out the hard families."""
         rng, maker = self.rng, self.maker
         budget = length * rng.uniform(0.12, 0.4)
-        absent = 0 if simple else rng.choices((0, 1, 2), (0.4, 0.4, 0.2))[0]
+        absent = 0 if simple else rng.choices((0, 1, 2), (0.3, 0.4, 0.3))[0]
         families, weights = list(self.weights), list(self.weights.values())
         if simple:
             families, weights = families[:-2], weights[:-2]
@@ -183,7 +184,9 @@ class Sampler:
         prose = rng.choice(self.prose)
         chars = int((length - used) * 3.3)
         sentences = prose.sentences(rng, chars) if chars > 20 else []
-        if not simple and rng.random() < TEMPTING:
+        if sentences and rng.random() < FILLER:
+            sentences = filler(rng, self.maker.pools, sentences)
+        elif not simple and rng.random() < TEMPTING:
             said = " ".join([*facts.statements, *(q.text for q in questions)])
             sentences = tempt(rng, sentences, said, rng.uniform(0.0, MOST_TEMPTING))
         state = rng.getstate()
@@ -317,6 +320,24 @@ class Sampler:
                     if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
                         keep[b, s : s + BLOCK] = False
         return Batch(ids, positions, weights, value, keep, asks, pinned, families)
+
+
+def filler(rng: random.Random, pools: Pools, sentences: Sequence[str]) -> list[str]:
+    """Prose of the same length that says the same few sentences again and again, as tests of long contexts do.
+
+    Args:
+        rng: Source of the choices.
+        pools: Where the words come from.
+        sentences: The prose whose length is filled.
+    """
+    said = [
+        f"The {pools.noun()} is {rng.choice((*pools.adjectives, pools.noun()))}. " for _ in range(rng.randint(1, 4))
+    ]
+    said += [f"{rng.choice(sentences).strip()} " for _ in range(rng.randint(0, 2))]
+    total, repeated = sum(map(len, sentences)), []
+    while sum(map(len, said)) * len(repeated) < total * len(said):
+        repeated.append(said[len(repeated) % len(said)])
+    return repeated
 
 
 def tempt(rng: random.Random, sentences: Sequence[str], said: str, share: float) -> list[str]:

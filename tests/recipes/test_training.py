@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from qllm_bench.questions.facts import Question
+from qllm_bench.questions.pools import Pools
 from recipes.attention import attend, causal_bias
-from recipes.batches import FIRST_WEIGHT, Sampler, tempt
+from recipes.batches import FIRST_WEIGHT, Sampler, filler, tempt
 from recipes.evaluate import MODELS, story_prose
 from recipes.feed import Plan, Plans, batches
 from recipes.init import GROWN, grow, initialise
@@ -154,6 +155,15 @@ def test_prose_with_words_of_the_facts_in_it() -> None:
     assert all_exchanged[1].endswith(".\n\n")
     some = "".join(tempt(random.Random(1), sentences * 50, said, 0.1))
     assert 0.05 < 1 - some.count("harbour") / 50 < 0.2
+
+
+def test_filler_says_few_sentences_again_and_again() -> None:
+    prose = [f"Sentence number {i} of the book. " for i in range(200)]
+    for seed in range(10):
+        rng = random.Random(seed)
+        said = filler(rng, Pools(rng, False, ["pond"]), prose)
+        assert 1 <= len(set(said)) <= 6
+        assert sum(map(len, said)) == pytest.approx(sum(map(len, prose)), rel=0.05)
 
 
 def test_batches_are_the_same_whoever_makes_them() -> None:
