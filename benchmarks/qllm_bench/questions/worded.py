@@ -90,7 +90,7 @@ class Worded:
         """What the slots of a fact hold; near to those of another fact, if one is given."""
         rng = self.rng
         texts = (*wording.statements, *wording.questions)
-        slots = {m.lower() for t in texts for m in SLOT.findall(t)} - {"s", "v"}
+        slots = sorted({m.lower() for t in texts for m in SLOT.findall(t)} - {"s", "v"})
         parts = {k: self.kinds.draw(k) for k in slots if hasattr(self.kinds, f"_{k}") or hasattr(self.pools, k)}
         parts["v"] = self.kinds.draw(wording.value)
         parts["s"] = "" if wording.subject == "none" else self.kinds.draw(wording.subject)
