@@ -18,6 +18,7 @@ from qllm_runtime.decoding import Sampler, TextStream
 from qllm_runtime.errors import CancelledError, InvalidRequestError
 from qllm_runtime.inference import Cancelled, Inference
 from qllm_runtime.prompt import Prompt
+from qllm_runtime.reasoning import AfterThought, AnswerStream, marks_of, opening
 from qllm_runtime.request import Request, check_questions, lay_out
 from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import passages, trace_back
@@ -34,6 +35,8 @@ from qllm_runtime.types import (
 
 #: Tokens of an answer that memories are sized for ahead; beyond that they grow.
 ROOM = 4096
+#: Of the tokens an answer may have, a thought gets so many at most; then it is closed, so that there is an answer.
+THOUGHT_SHARE = 0.75
 
 
 def check_prefix(before: Prompt, prompt: Prompt) -> int:
@@ -134,43 +137,41 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
         if request.progress is not None:
             request.progress(n, n)
         read = time.perf_counter()
-        pieces: list[str] = []
-        logprobs: list[TokenLogprob] = []
-        finish: FinishReason = "length"
-        for piece in _write(request, cache, logits, cancelled):
-            if piece.text:
-                pieces.append(piece.text)
-            logprobs.extend(piece.logprobs)
-            finish = piece.finish or finish
-            if piece.text or piece.logprobs:
-                yield Piece(piece.text, logprobs=piece.logprobs)
+        written: list[_Written] = []
+        for piece in _write(request, prompt, cache, logits, cancelled):
+            written.append(piece)
+            if piece.text or piece.reasoning or piece.logprobs:
+                yield Piece(piece.text, logprobs=piece.logprobs, reasoning=piece.reasoning)
         weights = mass.cpu().numpy()
         if request.on_answer is not None:
             request.on_answer(prompt, cache)
     ended = time.perf_counter()
-    written = len(request.sampler.ids)
+    n_written = len(request.sampler.ids)
     documents = request.documents
     assert request.mode is not None
     answer = Answer(
-        text="".join(pieces),
+        text="".join(piece.text for piece in written),
         sources=passages(*trace_back(weights, prompt, request.excerpts), documents) if documents else (),
-        usage=Usage(n, written, cache_read_tokens=known),
+        usage=Usage(n, n_written, cache_read_tokens=known, reasoning_tokens=sum(piece.thought for piece in written)),
         timings=Timings(
             tokenize_s=tokenized - began,
             read_s=read - tokenized,
             decode_s=ended - read,
             total_s=time.perf_counter() - began,
             read_tokens_per_s=(n - known) / max(read - tokenized, 1e-9),
-            decode_tokens_per_s=written / max(ended - read, 1e-9) if written else 0.0,
+            decode_tokens_per_s=n_written / max(ended - read, 1e-9) if n_written else 0.0,
             peak_memory_bytes=_peak_memory(inference),
         ),
-        finish_reason=finish,
+        finish_reason=next((piece.finish for piece in reversed(written) if piece.finish), "length"),
         query=request.query or "",
         query_source=request.query_source,
         mode=request.mode,
         reread=bool(request.excerpts),
+        reasoning="".join(piece.reasoning for piece in written).strip(),
         token_ids=tuple(request.sampler.ids),
-        logprobs=tuple(logprobs) if request.sampling.logprobs is not None else None,
+        logprobs=tuple(entry for piece in written for entry in piece.logprobs)
+        if request.sampling.logprobs is not None
+        else None,
     )
     yield Piece("", answer)
 
@@ -198,28 +199,50 @@ def _record(cache: MemoryCache, inference: Inference, length: int) -> torch.Tens
 
 @dataclass(frozen=True)
 class _Written:
+    """What one token adds, or what is left at the end; `thought`: the token belongs to a thought."""
+
     text: str
+    reasoning: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    thought: bool = False
 
 
-def _write(request: Request, cache: MemoryCache, logits: torch.Tensor, cancelled: Cancelled) -> Iterator[_Written]:
+def _write(
+    request: Request, prompt: Prompt, cache: MemoryCache, logits: torch.Tensor, cancelled: Cancelled
+) -> Iterator[_Written]:
     sampler = request.sampler
-    text = TextStream(request.tokenizer, request.sampling.stop)
+    marks = marks_of(request.tokenizer)
+    opened = opening(prompt.ids.tolist(), marks) if marks is not None else None
+    for processor in sampler.processors:
+        if isinstance(processor, AfterThought):
+            processor.prompted(opened)
+    text = AnswerStream(request.tokenizer, request.sampling.stop, marks, bool(opened))
     ends = end_tokens(request.inference, request.tokenizer)
+
+    def left(finish: FinishReason) -> _Written:
+        reasoning, rest = text.finish()
+        return _Written(rest, reasoning, finish="stop" if text.stopped else finish)
+
+    longest = request.sampling.max_tokens * THOUGHT_SHARE
     while True:
         token = sampler.choose(logits[0])
+        if marks is not None and text.thinking and (token in ends or len(sampler.ids) >= longest):
+            token = sampler.ids[-1] = marks.end
         if token in ends:
             sampler.ids.pop()
-            yield _Written(text.finish(), finish="stop")
+            yield left("stop")
             return
         logprob = sampler.logprob(request.tokenizer)
-        piece = _Written(text.push(token), () if logprob is None else (logprob,), "stop" if text.stopped else None)
-        yield piece
+        before = text.thinking
+        reasoning, said = text.push(token)
+        thought = before or text.thinking
+        logprobs = () if logprob is None or thought else (logprob,)
+        yield _Written(said, reasoning, logprobs, "stop" if text.stopped else None, thought)
         if text.stopped:
             return
         if len(sampler.ids) >= request.sampling.max_tokens:
-            yield _Written(text.finish(), finish="stop" if text.stopped else "length")
+            yield left("length")
             return
         if cancelled():
             raise CancelledError("Cancelled while writing.")

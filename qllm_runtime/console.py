@@ -53,11 +53,11 @@ class _Lines:
 
 
 def write_stream(start: Callable[[Progress], Iterator[Piece]]) -> Answer:
-    """Print an answer as it comes, the bar until its first piece; returns the whole of it."""
+    """Print an answer as it comes, the bar until its first words; returns the whole of it."""
     answer: Answer | None = None
     with reading() as progress:
         pieces = start(progress)
-        piece = next(pieces, None)
+        piece = next((piece for piece in pieces if piece.text or piece.answer), None)
     while piece is not None:
         sys.stdout.write(piece.text)
         sys.stdout.flush()

@@ -67,6 +67,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, processors: Sequence[LogitsProcessor] = ()) -> None:
         check_sampling(sampling)
+        self.processors = tuple(processors)
         chain: list[Any] = []
         if sampling.repetition_penalty is not None and sampling.repetition_penalty != 1:
             chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))

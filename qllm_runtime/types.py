@@ -67,7 +67,8 @@ class Sampling:
     """How tokens are chosen. The defaults are greedy.
 
     Attributes:
-        max_tokens: Upper bound of generated tokens.
+        max_tokens: Upper bound of generated tokens. A thought takes at most three quarters of them and is closed then; below
+            96 a model that can do without one (its chat template knows `enable_thinking`) answers at once.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p, top_k, min_p: The usual truncations (None: off).
         repetition_penalty: Applied to tokens of the answer only, never to the document's.
@@ -114,15 +115,17 @@ class Usage:
 
     Attributes:
         prompt_tokens: Tokens of the whole prompt, read now or earlier; of passages that are read again, once.
-        completion_tokens: Tokens generated.
+        completion_tokens: Tokens generated, thoughts included.
         cache_read_tokens: Part of the prompt that came from a document memory read earlier.
         cache_creation_tokens: Part of the prompt that this request wrote into a memory that outlives it.
+        reasoning_tokens: Part of the completion that is thought, its marks included.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cache_read_tokens: int = 0
     cache_creation_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -164,7 +167,7 @@ class Answer:
     """The result of a request.
 
     Attributes:
-        text: The answer, without stop strings and special tokens.
+        text: The answer, without stop strings, special tokens and thoughts.
         sources: Passages behind it, best first.
         usage, timings: Counts and times.
         finish_reason: "stop" (end token or stop string), "length" (max_tokens) or "cancelled".
@@ -172,8 +175,9 @@ class Answer:
         query_source: Which rule found the query.
         mode: How the documents were read.
         reread: Whether passages found by a draft were read again before the answer.
-        token_ids: The generated token ids, end token excluded.
-        logprobs: One entry per generated token when asked for.
+        reasoning: What a reasoning model wrote between its marks ahead of the answer ("" for others).
+        token_ids: The generated token ids, those of thoughts included, end token excluded.
+        logprobs: One entry per token of the answer when asked for; thoughts have none.
     """
 
     text: str
@@ -185,14 +189,16 @@ class Answer:
     query_source: QuerySource = "none"
     mode: Mode = "read_once"
     reread: bool = False
+    reasoning: str = ""
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a streamed answer. The last one carries `answer` and may have empty `text`."""
+    """A piece of a streamed answer, or of the thought ahead of it. The last one carries `answer` and may have empty `text`."""
 
     text: str
     answer: Answer | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""

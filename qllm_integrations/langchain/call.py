@@ -95,6 +95,8 @@ class Call:
                 for piece in pieces:
                     unsent += piece.logprobs
                     answer = piece.answer or answer
+                    if piece.reasoning:
+                        yield outputs.to_thought(piece.reasoning)
                     for part in self._parts(piece, splitter):
                         n_calls += isinstance(part, toolcalls.ToolCall)
                         called |= isinstance(part, toolcalls.ToolCall) and part.arguments is not None

@@ -57,12 +57,15 @@ def usage(answer: Answer, *, creates_memory: bool = False) -> UsageMetadata:
     read, created = counts.cache_read_tokens, counts.cache_creation_tokens
     if creates_memory:
         read, created = 0, created + read
-    return UsageMetadata(
+    told = UsageMetadata(
         input_tokens=counts.prompt_tokens,
         output_tokens=counts.completion_tokens,
         total_tokens=counts.total_tokens,
         input_token_details={"cache_read": read, "cache_creation": created},
     )
+    if counts.reasoning_tokens:
+        told["output_token_details"] = {"reasoning": counts.reasoning_tokens}
+    return told
 
 
 def metadata(answer: Answer, model: str, *, query_tokens: int, documents: int) -> dict[str, Any]:
@@ -113,7 +116,10 @@ def to_message(answer: Answer, names: Collection[str] | None, **fields: Any) -> 
         for call in calls
         if call.arguments is None
     ]
-    return AIMessage(content=text, tool_calls=good, invalid_tool_calls=bad, **fields)
+    message = AIMessage(content=text, tool_calls=good, invalid_tool_calls=bad, **fields)
+    if answer.reasoning:
+        message.additional_kwargs["reasoning_content"] = answer.reasoning
+    return message
 
 
 def to_chunk(part: str | toolcalls.ToolCall, number: int) -> AIMessageChunk:
@@ -125,15 +131,23 @@ def to_chunk(part: str | toolcalls.ToolCall, number: int) -> AIMessageChunk:
     return AIMessageChunk(content="", tool_call_chunks=[call], response_metadata=marks)
 
 
+def to_thought(reasoning: str) -> AIMessageChunk:
+    """A streamed piece of the thought ahead of an answer."""
+    marks = {"model_provider": PROVIDER}
+    return AIMessageChunk(content="", additional_kwargs={"reasoning_content": reasoning}, response_metadata=marks)
+
+
 def _call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def content_blocks(message: AIMessage) -> list[types.ContentBlock]:
-    """Standard content blocks of a message: its text with the citations, then the tool calls."""
+    """Standard content blocks of a message: a thought, its text with the citations, then the tool calls."""
     if not isinstance(message.content, str):
         raise NotImplementedError  # LangChain's own reading of block lists applies
     blocks: list[types.ContentBlock] = []
+    if reasoning := message.additional_kwargs.get("reasoning_content"):
+        blocks.append(types.ReasoningContentBlock(type="reasoning", reasoning=reasoning))
     cited = message.additional_kwargs.get("citations")
     if message.content or cited:
         text = types.TextContentBlock(type="text", text=message.content)

@@ -190,7 +190,6 @@ class ChatSettings(BaseChatModel):
             "pdf_tool_message": pdf,
             "image_outputs": False,
             "audio_outputs": False,
-            "reasoning_output": False,
             "tool_calling": True,
             "tool_choice": constrained,
             "structured_output": constrained,

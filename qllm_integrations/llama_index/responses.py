@@ -16,6 +16,7 @@ from llama_index.core.base.llms.types import (
     LogProb,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
     ToolCallBlock,
 )
 
@@ -70,7 +71,7 @@ class StreamAssembler:
     def __init__(self, context: ResponseContext) -> None:
         self._context = context
         self._splitter = None if context.tool_names is None else CallSplitter(context.tool_names)
-        self._text = ""
+        self._text = self._thought = ""
         self._calls: list[ToolCallBlock] = []
 
     def add(self, piece: Piece) -> ChatResponse | None:
@@ -78,10 +79,14 @@ class StreamAssembler:
         delta = self.take(piece.text)
         if piece.answer is not None:
             return self.finish(piece.answer, delta)
-        if not delta:
+        self._thought += piece.reasoning
+        if not delta and not piece.reasoning:
             return None
         return ChatResponse(
-            message=self._message([TextBlock(text=self._text)]), delta=delta, logprobs=_logprobs(piece.logprobs) or None
+            message=self._message([*self._thoughts(self._thought), TextBlock(text=self._text)]),
+            delta=delta,
+            logprobs=_logprobs(piece.logprobs) or None,
+            additional_kwargs={"thinking_delta": piece.reasoning} if piece.reasoning else {},
         )
 
     def take(self, text: str) -> str:
@@ -99,7 +104,8 @@ class StreamAssembler:
         if answer.finish_reason == "length" and (missing or any(not call.tool_name for call in self._calls)):
             raise cut_off(answer.usage.completion_tokens, "tool call")
         context = self._context
-        blocks: list[ContentBlock] = [TextBlock(text=self._text)] if self._text or not self._calls else []
+        blocks = self._thoughts(answer.reasoning)
+        blocks += [TextBlock(text=self._text)] if self._text or not self._calls else []
         blocks += self._calls
         blocks += _citations(answer, context.documents)
         usage = _usage(answer.usage, context.created)
@@ -138,6 +144,10 @@ class StreamAssembler:
                 delta += part
         self._text += delta
         return delta
+
+    @staticmethod
+    def _thoughts(reasoning: str) -> list[ContentBlock]:
+        return [ThinkingBlock(content=reasoning)] if reasoning else []
 
     def _message(self, blocks: list[ContentBlock]) -> ChatMessage:
         return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
@@ -179,6 +189,7 @@ def _usage(usage: Usage, created: bool) -> dict[str, int]:
         "total_tokens": usage.total_tokens,
         "cache_read_tokens": read,
         "cache_creation_tokens": written,
+        "reasoning_tokens": usage.reasoning_tokens,
     }
 
 

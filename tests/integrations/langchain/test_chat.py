@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -21,6 +22,7 @@ from langchain_core.runnables import RunnablePassthrough
 
 from qllm_integrations.langchain import QLLMChat
 from qllm_runtime.errors import ClosedError, ContextOverflowError, InvalidConfigError, InvalidRequestError
+from qllm_runtime.types import Piece
 
 BOOK = "It was a quiet night. Call me Ishmael. Some years ago I went to sea. " * 20
 MESSAGES = [
@@ -401,3 +403,34 @@ def test_a_question_is_needed_where_it_matters(tiny: QLLMChat) -> None:
         tiny.invoke([])
     with pytest.warns(UserWarning, match="no question"):
         tiny.invoke([HumanMessage(MESSAGES[0].content[:1])])
+
+
+class Thoughtful(FakeEngine):
+    """Thinks ahead of its reply."""
+
+    def chat_stream(self, turns: Any, **options: Any) -> Any:
+        yield Piece("", reasoning="Ishmael")
+        yield Piece("", reasoning=" spoke.")
+        for piece in super().chat_stream(turns, **options):
+            if piece.answer is not None:
+                usage = replace(piece.answer.usage, reasoning_tokens=7)
+                piece = replace(piece, answer=replace(piece.answer, reasoning="Ishmael spoke.", usage=usage))
+            yield piece
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+def test_thoughts_are_reasoning_blocks_and_no_part_of_the_text(version: str | None) -> None:
+    engine = Thoughtful()
+    llm = QLLMChat.from_engine(engine, output_version=version)
+    whole, streamed = llm.invoke(MESSAGES), merged(llm)
+    for message in (whole, streamed):
+        first, second = message.content_blocks[:2]
+        assert (first["type"], first["reasoning"]) == ("reasoning", "Ishmael spoke.")
+        assert (second["type"], second["text"]) == ("text", REPLY)
+        assert message.text == REPLY
+        assert message.usage_metadata["output_token_details"] == {"reasoning": 7}
+    assert (llm | StrOutputParser()).invoke(MESSAGES) == REPLY
+    # an earlier answer's thought is not read again
+    again = llm.invoke([*MESSAGES, whole, HumanMessage("And then?")])
+    assert again.text == REPLY
+    assert not any("spoke" in turn.text for turn in engine.calls[-1]["turns"])

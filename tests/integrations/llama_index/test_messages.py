@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from qllm_integrations.llama_index import QLLM
 from qllm_integrations.llama_index.messages import to_request
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.prompt import build_prompt
-from qllm_runtime.types import Document
+from qllm_runtime.types import Document, Piece
 from tests.integrations.byte_llama import byte_tokenizer
 from tests.integrations.llama_index.fake_engine import FakeEngine
 from tests.integrations.llama_index.tiny_model import SPECIALS, TEMPLATE
@@ -464,3 +465,30 @@ def test_few_documents_are_kept(llm: QLLM, engine: FakeEngine) -> None:
         llm.chat([ChatMessage(blocks=[citable(text), point, TextBlock(text=QUESTION)])])
     assert engine.read_texts == ["One.", "Two.", "Three.", "One."]
     assert len(llm.shelf) == 2
+
+
+class Thoughtful(FakeEngine):
+    """Thinks ahead of its answer."""
+
+    def chat_stream(self, turns: Any, **arguments: Any) -> Any:
+        yield Piece("", reasoning="Look")
+        yield Piece("", reasoning=" it up.")
+        for piece in super().chat_stream(turns, **arguments):
+            if piece.answer is not None:
+                usage = replace(piece.answer.usage, reasoning_tokens=5)
+                piece = replace(piece, answer=replace(piece.answer, reasoning="Look it up.", usage=usage))
+            yield piece
+
+
+def test_thoughts_are_thinking_blocks_and_no_part_of_the_answer() -> None:
+    llm = QLLM.from_engine(Thoughtful("It is 4711."))
+    question = [ChatMessage(QUESTION)]
+    whole, streamed = llm.chat(question), list(llm.stream_chat(question))
+    for message in (whole.message, streamed[-1].message):
+        assert message.content == "It is 4711."
+        assert [block.content for block in message.blocks if isinstance(block, ThinkingBlock)] == ["Look it up."]
+    assert whole.raw["usage"]["reasoning_tokens"] == 5
+    assert "".join(response.delta for response in streamed) == "It is 4711."
+    thought = [response.additional_kwargs.get("thinking_delta", "") for response in streamed]
+    assert "".join(thought) == "Look it up."
+    assert [response.text for response in llm.stream_complete(QUESTION)][-1] == "It is 4711."
