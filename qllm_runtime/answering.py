@@ -167,7 +167,7 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
         query_source=request.query_source,
         mode=request.mode,
         reread=bool(request.excerpts),
-        reasoning="".join(piece.reasoning for piece in written).strip(),
+        reasoning="".join(piece.reasoning for piece in written),
         token_ids=tuple(request.sampler.ids),
         logprobs=tuple(entry for piece in written for entry in piece.logprobs)
         if request.sampling.logprobs is not None
@@ -213,7 +213,7 @@ def _write(
 ) -> Iterator[_Written]:
     sampler = request.sampler
     marks = marks_of(request.tokenizer)
-    opened = opening(prompt.ids.tolist(), marks) if marks is not None else None
+    opened = opening(prompt.ids[len(prompt.ids) - prompt.closing :].tolist(), marks) if marks is not None else None
     for processor in sampler.processors:
         if isinstance(processor, AfterThought):
             processor.prompted(opened)
@@ -224,7 +224,7 @@ def _write(
         reasoning, rest = text.finish()
         return _Written(rest, reasoning, finish="stop" if text.stopped else finish)
 
-    longest = request.sampling.max_tokens * THOUGHT_SHARE
+    longest = min(request.sampling.max_tokens * THOUGHT_SHARE, request.sampling.max_tokens - 1)
     while True:
         token = sampler.choose(logits[0])
         if marks is not None and text.thinking and (token in ends or len(sampler.ids) >= longest):

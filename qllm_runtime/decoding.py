@@ -138,10 +138,15 @@ class TextStream:
         self._context = self._read = 0  # tokens decoded again for context, tokens turned into text
         self._held = ""
         self._shown = 0  # characters given out
+        self._leads = False
         self.stopped = False
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def lead(self) -> None:
+        """Leave out white space ahead of the next text."""
+        self._leads = True
 
     def push(self, token: int) -> str:
         """The text that is certain after this token."""
@@ -172,6 +177,9 @@ class TextStream:
         if len(text) > len(known) and (final or not text.endswith("\ufffd")):
             self._held += text[len(known) :]
             self._context, self._read = self._read, len(self._ids)
+        if self._leads:
+            self._held = self._held.lstrip()
+            self._leads = not self._held
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True

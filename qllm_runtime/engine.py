@@ -22,7 +22,7 @@ from qllm_runtime.inference import Cancelled, Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
 from qllm_runtime.prompt import build_prompt, build_reading
-from qllm_runtime.reasoning import AfterThought, apart
+from qllm_runtime.reasoning import after_thoughts, lacks_room
 from qllm_runtime.request import Request, with_memory
 from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
@@ -326,10 +326,9 @@ class QLLM:
             )
         cancel = rest.pop("cancel", None)
         tokenizer = self._need_tokenizer()
-        processors, rest["template_kwargs"] = apart(
-            tokenizer, sampling.max_tokens, rest.pop("logits_processors", ()), rest.get("template_kwargs")
-        )
-        if any(isinstance(processor, GrammarProcessor | AfterThought) for processor in processors):
+        processors = rest.pop("logits_processors", ())
+        direct = lacks_room(tokenizer, sampling.max_tokens, processors)
+        if any(isinstance(processor, GrammarProcessor) for processor in processors):
             sampling = replace(sampling, stop=())  # a stop string can be part of what the grammar demands
         request = Request(
             inference=self._inference,
@@ -340,7 +339,8 @@ class QLLM:
             query_source=query_source,
             memory=memory,
             sampling=sampling,
-            sampler=Sampler(sampling, processors),
+            sampler=Sampler(sampling, after_thoughts(tokenizer, processors)),
+            direct=direct,
             **rest,
         )
         return request, never if cancel is None else cancel.is_set

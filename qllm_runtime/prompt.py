@@ -48,12 +48,14 @@ class Prompt:
         query_spans: Token spans of the question, in order of appearance.
         document_spans: One span per document.
         read_end: Tokens [0, read_end) hold everything up to and including the last document (0 without documents).
+        closing: Number of tokens that the chat template wrote behind the last content.
     """
 
     ids: NDArray[np.int64]
     query_spans: tuple[tuple[int, int], ...]
     document_spans: tuple[DocumentSpan, ...]
     read_end: int
+    closing: int = 0
 
     @property
     def head(self) -> Prompt:
@@ -167,7 +169,7 @@ def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Se
     parts: list[NDArray[np.int64]] = []
     queries: list[tuple[int, int]] = []
     spans: list[DocumentSpan] = []
-    position = 0
+    position = closing = 0
     space = segmenter.prefixes  # a space ahead of the next text is part of its first word
     for index, segment in enumerate(segments):
         if segment.kind == "template":
@@ -193,7 +195,8 @@ def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Se
                 spans.append(DocumentSpan(int(segment.document or 0), position, end, offsets))
         parts.append(ids)
         position += len(ids)
-    return Prompt(concatenate(parts), tuple(queries), tuple(spans), spans[-1].end if spans else 0)
+        closing = len(ids) if segment.kind == "template" else 0
+    return Prompt(concatenate(parts), tuple(queries), tuple(spans), spans[-1].end if spans else 0, closing)
 
 
 def _with_bos(tokenizer: Any, ids: NDArray[np.int64]) -> NDArray[np.int64]:

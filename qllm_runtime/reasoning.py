@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ from transformers import LogitsProcessor
 
 from qllm_runtime.decoding import TextStream
 from qllm_runtime.grammar import GrammarProcessor
+from qllm_runtime.tokenization import THOUGHT_MARKS
 
-#: Pairs of marks, each a token of its own in the vocabulary of the models that use them.
-MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
-#: With a limit below this, answers of models that can do without a thought are written without one.
-ROOM_FOR_THOUGHTS = 96
-_TAIL = 8  # tokens of a generation prompt that may hold marks
+#: With a limit below this, and one for structured answers, a model that can do without a thought is asked to.
+ROOM_FOR_THOUGHTS = 64
+ROOM_AHEAD_OF_GRAMMAR = 1024
 
 
 @dataclass(frozen=True)
@@ -30,37 +29,44 @@ class Marks:
 def marks_of(tokenizer: Any) -> Marks | None:
     """The marks a tokenizer knows; None for models that do not think."""
     known = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
-    for begin, end in MARKS:
+    for begin, end in THOUGHT_MARKS:
         if begin in known and end in known:
             return Marks(int(known[begin]), int(known[end]))
     return None
 
 
-def opening(prompt: Sequence[int], marks: Marks) -> bool | None:
-    """Whether the answer to a prompt begins within a thought (True), may not begin with one (False), or may (None)."""
-    for token in reversed([int(token) for token in prompt[-_TAIL:]]):
+def opening(template: Sequence[int], marks: Marks) -> bool | None:
+    """Whether an answer begins within a thought (True), may not begin with one (False), or may (None).
+
+    Args:
+        template: What the chat template wrote behind the last content.
+        marks: Between which the model thinks.
+    """
+    for token in reversed([int(token) for token in template]):
         if token in (marks.begin, marks.end):
             return token == marks.begin
     return None
 
 
-def apart(
-    tokenizer: Any,
-    max_tokens: int,
-    processors: Sequence[LogitsProcessor],
-    template_kwargs: Mapping[str, Any] | None,
-) -> tuple[tuple[LogitsProcessor, ...], Mapping[str, Any] | None]:
-    """Processors and template variables of a request whose model may think: no grammar in thoughts, no thought without room."""
+def lacks_room(tokenizer: Any, max_tokens: int, processors: Sequence[LogitsProcessor]) -> bool:
+    """Whether a model that thinks would have too little room for a thought and an answer."""
+    held = any(isinstance(processor, GrammarProcessor) for processor in processors)
+    return marks_of(tokenizer) is not None and max_tokens < (ROOM_AHEAD_OF_GRAMMAR if held else ROOM_FOR_THOUGHTS)
+
+
+def after_thoughts(tokenizer: Any, processors: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
+    """The processors of a request, those of grammars without effect on thoughts."""
     marks = marks_of(tokenizer)
-    if marks is None:
-        return tuple(processors), template_kwargs
-    if max_tokens < ROOM_FOR_THOUGHTS:
-        template_kwargs = {"enable_thinking": False, **(template_kwargs or {})}
-    return tuple(AfterThought(p, marks) if isinstance(p, GrammarProcessor) else p for p in processors), template_kwargs
+    return tuple(
+        AfterThought(processor, marks) if marks is not None and isinstance(processor, GrammarProcessor) else processor
+        for processor in processors
+    )
 
 
 class AnswerStream:
     """Tokens to text as they come, thoughts apart from the answer.
+
+    A thought stands ahead of the answer; marks elsewhere are text like any other.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -72,15 +78,12 @@ class AnswerStream:
     def __init__(
         self, tokenizer: Any, stop: Sequence[str] = (), marks: Marks | None = None, thinking: bool = False
     ) -> None:
-        self._tokenizer, self._marks = tokenizer, marks
-        self._answer = TextStream(tokenizer, stop)
-        self._thought = TextStream(tokenizer) if thinking else None
-        self._fresh = False  # a thought has just ended, and no text of the answer has come yet
-
-    @property
-    def thinking(self) -> bool:
-        """Whether the next token belongs to a thought."""
-        return self._thought is not None
+        self._marks = marks
+        self._answer, self._thought = TextStream(tokenizer, stop), TextStream(tokenizer)
+        self._thought.lead()
+        self._gap = ""  # white space that belongs to the thought if it goes on
+        self._may_begin = marks is not None and not thinking
+        self.thinking = thinking
 
     @property
     def stopped(self) -> bool:
@@ -89,25 +92,29 @@ class AnswerStream:
 
     def push(self, token: int) -> tuple[str, str]:
         """The thought and the text that are certain after this token."""
-        if self._marks is not None and token in (self._marks.begin, self._marks.end):
-            ended = self._thought.finish() if self._thought is not None else ""
-            self._thought = TextStream(self._tokenizer) if token == self._marks.begin else None
-            self._fresh = True
-            return ended, ""
-        if self._thought is not None:
-            return self._thought.push(token), ""
-        return "", self._lead(self._answer.push(token))
+        if self.thinking:
+            if self._marks is None or token != self._marks.end:
+                return self._think(self._thought.push(token)), ""
+            self.thinking = False
+            self._answer.lead()
+            return self._think(self._thought.finish()), ""
+        if self._may_begin and self._marks is not None and token == self._marks.begin:
+            self.thinking, self._may_begin = True, False
+            return "", ""
+        text = self._answer.push(token)
+        self._may_begin = self._may_begin and not text.strip()
+        return "", text
 
     def finish(self) -> tuple[str, str]:
         """What is held back so far, of a thought that was cut off and of the answer."""
-        return "" if self._thought is None else self._thought.finish(), self._lead(self._answer.finish())
+        return self._think(self._thought.finish()) if self.thinking else "", self._answer.finish()
 
-    def _lead(self, text: str) -> str:
-        """Text without the white space that parts it from a thought."""
-        if self._fresh:
-            text = text.lstrip()
-            self._fresh = not text
-        return text
+    def _think(self, text: str) -> str:
+        """A piece of the thought, white space at the end held back."""
+        text = self._gap + text
+        kept = text.rstrip()
+        self._gap = text[len(kept) :]
+        return kept
 
 
 class AfterThought(LogitsProcessor):  # type: ignore[misc]
@@ -138,6 +145,6 @@ class AfterThought(LogitsProcessor):  # type: ignore[misc]
                 return scores
             self._answer_from = written.index(self._marks.end) + 1
         masked: torch.Tensor = self._grammar(input_ids[:, self._answer_from :], scores)
-        if self._may_begin and not written:
+        if self._may_begin and not written and int(scores.argmax()) == self._marks.begin:
             masked[0, self._marks.begin] = scores[0, self._marks.begin]
         return masked

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
+
+import numpy as np
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler
@@ -26,6 +29,7 @@ class Request:
     """Everything one answer needs; see `QLLM.chat` for the fields given by the caller.
 
     Attributes:
+        direct: Ask the chat template for an answer without a thought, where what was read allows it.
         reading: What the prompt begins with and was read already, and its memories; `settle` takes them from `memory`.
         excerpts: Passages of the documents to put behind all of them, ahead of the last question.
         on_answer: Gets the prompt and the memories once the answer is written.
@@ -49,6 +53,7 @@ class Request:
     reading: tuple[Prompt, MemoryCache] | None = None
     excerpts: tuple[Source, ...] = ()
     on_answer: Callable[[Prompt, MemoryCache], None] | None = None
+    direct: bool = False
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -116,15 +121,21 @@ def lay_out(request: Request) -> Prompt:
         ContextOverflowError: A question longer than the local window.
     """
     assert request.mode is not None
-    prompt = build_prompt(
+    read = request.reading[0] if request.reading else None
+    build = partial(
+        build_prompt,
         request.tokenizer,
         _with_excerpts(request.turns, request.excerpts),
         query=request.query,
         mode=request.mode,
         tools=request.tools,
-        template_kwargs=request.template_kwargs,
-        read=request.reading[0] if request.reading else None,
+        read=read,
     )
+    given = dict(request.template_kwargs or {})
+    prompt = build(template_kwargs={"enable_thinking": False, **given} if request.direct else given)
+    if request.direct and read is not None and not np.array_equal(prompt.ids[: len(read.ids)], read.ids):
+        # some templates say ahead of everything whether the model is to think, and the documents were read without
+        prompt = build(template_kwargs=given)
     _check_fits(prompt, request.config, request.inference)
     return prompt
 

@@ -16,6 +16,8 @@ from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
 
 _CACHE: weakref.WeakKeyDictionary[Any, tuple[tuple[str, int], SegmentTokenizer]] = weakref.WeakKeyDictionary()
 
+#: Pairs of marks that reasoning models think between, each a token of its own in their vocabularies.
+THOUGHT_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
 CHUNK = 16384  # characters tokenised at a time; short, so that event loops of other threads go on in between
 _LINE_START = re.compile(r"\n(?=\w)")
 
@@ -29,7 +31,8 @@ class SegmentTokenizer:
     knows no truncation.
 
     Attributes:
-        control: Matches every token that may act as markup: special tokens, and added tokens that the template writes.
+        control: Matches every token that may act as markup: special tokens, marks of thoughts, and added tokens of
+            the template.
         prefixes: Whether the tokenizer puts a space ahead of a text of its own accord.
     """
 
@@ -49,7 +52,8 @@ class SegmentTokenizer:
         except Exception as error:  # custom Python components cannot be serialised
             raise UnsupportedModelError(f"{type(tokenizer).__name__} cannot be copied: {error}") from error
         added = {token["content"]: token for token in specification["added_tokens"]}
-        control = {content for content, token in added.items() if token["special"] or content in template}
+        thoughts = {mark for marks in THOUGHT_MARKS for mark in marks}
+        control = {c for c, token in added.items() if token["special"] or c in template or c in thoughts}
         control |= {token for token in tokenizer.all_special_tokens if token in added}
         control = {content for content in control if content.strip()}
         for content in control:

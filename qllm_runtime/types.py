@@ -68,7 +68,7 @@ class Sampling:
 
     Attributes:
         max_tokens: Upper bound of generated tokens. A thought takes at most three quarters of them and is closed then; below
-            96 a model that can do without one (its chat template knows `enable_thinking`) answers at once.
+            64 a model that can do without one (its chat template knows `enable_thinking`) answers at once.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p, top_k, min_p: The usual truncations (None: off).
         repetition_penalty: Applied to tokens of the answer only, never to the document's.

@@ -80,7 +80,7 @@ class QLLMChat(ChatRequests):
         question = {"type": "text", "text": "Who is the captain of the Marigold?"}
         ai = llm.invoke([HumanMessage([document, question])])
         ai.text
-        ai.content_blocks[0].get("annotations")  # the passages it was read from, as citations
+        [c for block in ai.content_blocks for c in block.get("annotations", [])]  # the passages it was read from
         ```
 
     Stream:

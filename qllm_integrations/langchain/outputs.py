@@ -16,6 +16,8 @@ from qllm_runtime import toolcalls
 from qllm_runtime.types import Answer, Document, Source, TokenLogprob
 
 PROVIDER = "qllm"
+# Indices of streamed tool calls begin behind those that LangChain counts itself: thought, text, citations.
+CALLS = 100
 
 
 def citations(sources: Iterable[Source], documents: Sequence[Document]) -> list[types.Citation]:
@@ -123,11 +125,13 @@ def to_message(answer: Answer, names: Collection[str] | None, **fields: Any) -> 
 
 
 def to_chunk(part: str | toolcalls.ToolCall, number: int) -> AIMessageChunk:
-    """A streamed piece: text, or a whole tool call, the `number`-th (from 1; block 0 is the text)."""
+    """A streamed piece: text, or a whole tool call, the `number`-th (from 1)."""
     marks = {"model_provider": PROVIDER}
     if isinstance(part, str):
         return AIMessageChunk(content=part, response_metadata=marks)
-    call = ToolCallChunk(type="tool_call_chunk", id=_call_id(), name=part.name or None, args=part.raw, index=number)
+    call = ToolCallChunk(
+        type="tool_call_chunk", id=_call_id(), name=part.name or None, args=part.raw, index=CALLS + number
+    )
     return AIMessageChunk(content="", tool_call_chunks=[call], response_metadata=marks)
 
 

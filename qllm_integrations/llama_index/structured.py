@@ -80,7 +80,7 @@ class StructuredMixin:
         for response in llm.stream_chat(
             llm._get_messages(prompt, **prompt_args), **_with_schema(output_cls, llm_kwargs)
         ):
-            if response.raw is None:
+            if response.raw is None and response.delta:
                 partial = process_streaming_content_incremental(response, output_cls, partial)
                 yield partial
         yield parse(response, output_cls)
@@ -99,7 +99,7 @@ class StructuredMixin:
         async def objects() -> AsyncGenerator[Any, None]:
             partial = response = None
             async for response in responses:
-                if response.raw is None:
+                if response.raw is None and response.delta:
                     partial = process_streaming_content_incremental(response, output_cls, partial)
                     yield partial
             yield parse(response, output_cls)

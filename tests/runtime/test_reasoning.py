@@ -73,8 +73,41 @@ def test_an_answer_without_a_thought_is_as_it_was() -> None:
 def test_a_template_may_open_the_thought() -> None:
     with thinker(tiny.TEMPLATE + "<think>\n") as llm:
         answer = pieces(llm, "Hm.</think>Ann.")[-1].answer
+        assert answer is not None
+        assert (answer.text, answer.reasoning) == ("Ann.", "Hm.")
+        for most in (2, 3, 5):
+            answer = pieces(llm, "m" * 99, max_tokens=most)[-1].answer
+            assert answer is not None
+            assert answer.text and len(answer.token_ids) == most
+
+
+def test_marks_elsewhere_are_text() -> None:
+    with thinker() as llm:
+        for said in ("Use `<think>` first.", "Use </think>.", "<think>Hm.</think>Use <think>a</think>."):
+            answer = pieces(llm, said)[-1].answer
+            assert answer is not None
+            assert (answer.text, answer.finish_reason) == (said.removeprefix("<think>Hm.</think>"), "stop")
+    with thinker(tiny.TEMPLATE) as llm:  # a template that knows no marks
+        turns, _ = llm._conversation("What is <think>?", "A mark.", None, ())
+        answer = llm.chat(turns, logits_processors=[Script(ids_of(llm, "A mark."))])
+    assert (answer.text, answer.reasoning) == ("A mark.", "")
+
+
+@pytest.mark.parametrize("stop", ["\n", "\n\n", " "])
+def test_white_space_behind_a_thought_is_no_stop(stop: str) -> None:
+    with thinker() as llm:
+        answer = pieces(llm, "<think>\nHm\n</think>\n\nAnn." + stop + "Bob.", stop=[stop])[-1].answer
     assert answer is not None
-    assert (answer.text, answer.reasoning) == ("Ann.", "Hm.")
+    assert answer.text == "Ann."
+
+
+def test_thoughts_are_streamed_without_the_white_space_around_them() -> None:
+    with thinker() as llm:
+        for thought in ("\n\n", "\n a\n\nb \n"):
+            parts = pieces(llm, f"<think>{thought}</think>\n\nAnn.")
+            answer = parts[-1].answer
+            assert answer is not None
+            assert "".join(part.reasoning for part in parts) == answer.reasoning == thought.strip()
 
 
 @pytest.mark.parametrize("thought", ["m" * 400, "mm</s>"])
@@ -91,14 +124,27 @@ def test_a_thought_that_does_not_end_is_closed(thought: str) -> None:
 
 def test_with_few_tokens_there_is_no_thought() -> None:
     with thinker() as llm:
-        direct, thoughtful = (llm.ask(**ASK, max_tokens=n).usage.prompt_tokens for n in (95, 96))
+        direct, thoughtful = (llm.ask(**ASK, max_tokens=n).usage.prompt_tokens for n in (63, 64))
         forced = llm.chat(
             llm._conversation(ASK["question"], ASK["documents"], None, ())[0],
             template_kwargs={"enable_thinking": True},
             max_tokens=1,
         )
-    assert direct == thoughtful + 2
+        grammar = json_schema_processor(llm.tokenizer, {"type": "object"}, n_vocab=266)
+        turns, _ = llm._conversation(ASK["question"], ASK["documents"], None, ())
+        held = llm.chat(turns, logits_processors=[grammar], max_tokens=256).usage.prompt_tokens
+    assert direct == held == thoughtful + 2
     assert forced.usage.prompt_tokens == thoughtful
+
+
+def test_what_was_read_decides_where_a_template_tells_ahead_whether_to_think() -> None:
+    with thinker(
+        "{{ '[direct]' if enable_thinking is defined and not enable_thinking else '' }}" + tiny.TEMPLATE
+    ) as llm:
+        memory = llm.read(ASK["documents"])
+        assert llm.ask(ASK["question"], memory, max_tokens=3).usage.cache_read_tokens == memory.n_tokens
+        fresh = llm.ask(**ASK, max_tokens=3).usage.prompt_tokens
+        assert fresh == llm.ask(**ASK, max_tokens=64).usage.prompt_tokens + len("[direct]")
 
 
 def test_where_a_prompt_leaves_off() -> None:
@@ -108,7 +154,7 @@ def test_where_a_prompt_leaves_off() -> None:
     assert marks_of(tiny.tokenizer()) is None
     assert opening([5, BEGIN, 7], marks) is True
     assert opening([BEGIN, END, 7], marks) is False
-    assert opening([BEGIN, *range(20)], marks) is None
+    assert opening([7, 8], marks) is None
 
 
 @pytest.mark.parametrize("opened", [None, True, False])
@@ -140,9 +186,9 @@ def test_structured_answers_of_a_thinking_model_are_whole() -> None:
         turns, _ = llm._conversation(ASK["question"], ASK["documents"], None, ())
         script = Script(ids_of(llm, "<think>five"))
         grammar = json_schema_processor(llm.tokenizer, schema, n_vocab=266)
-        # the model goes on thinking; its thought is closed, and what follows is held to the grammar
-        answer = llm.chat(turns, logits_processors=[Louder(script), grammar], max_tokens=200)
-    assert answer.reasoning.startswith("five")
+        # the model would end within its thought; that is closed, and what follows is held to the grammar
+        answer = llm.chat(turns, logits_processors=[Louder(script), grammar], max_tokens=1024)
+    assert answer.reasoning == "five"
     assert json.loads(answer.text).keys() == {"n"}
 
 
