@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qllm_bench.questions.data import Prose, weave
-from qllm_bench.questions.facts import FactMaker, FactSet, Question, merge
+from qllm_bench.questions.facts import FactMaker, FactSet, merge
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.worded import Worded
-from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER
+from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER, VOCABULARY
+from recipes.turns import Span, token_span, turn
 
 FAMILY_WEIGHTS = {
     "passkey": 1.2, "magic": 1.2, "attribute": 2.2, "kv": 1.2, "place": 1.2, "job": 1.6, "code": 1.0, "relation": 3.0,
@@ -23,7 +24,7 @@ FAMILY_WEIGHTS = {
 }  # fmt: skip
 # Once the others are known: what is learnt late, because it takes two steps or a value that stands ahead of its key.
 LATE_WEIGHTS = {
-    "passkey": 1.2, "magic": 0.8, "attribute": 2.0, "kv": 1.2, "place": 0.8, "job": 1.2, "code": 0.8, "relation": 3.5,
+    "passkey": 1.2, "magic": 1.0, "attribute": 2.0, "kv": 2.4, "place": 1.0, "job": 1.2, "code": 1.0, "relation": 3.5,
     "multi": 4.5, "two_hop": 5.0,
 }  # fmt: skip
 WORDED = 0.7  # share of the sets of facts that come from the wordings; of these, how many ask for what:
@@ -35,10 +36,7 @@ TEMPTING = 0.5  # share of samples whose prose has words of the facts in it ...
 MOST_TEMPTING = 0.15  # ... and the largest share of its words that are
 BLOCK = 32
 N_INIT = 32
-FIRST_WEIGHT = 3.0
-QUOTE_START = 20  # characters of a quoted sentence that weigh more than what follows
-REST_WEIGHT = 0.2  # of what an answer repeats from its question
-Span = tuple[int, int]
+MORE_SHORT = 0.4  # share of the sets of facts that are asked for the value alone throughout
 # Spans of the question, of its answer and of the facts it needs.
 Ask = tuple[Span, Span, list[Span]]
 
@@ -113,27 +111,28 @@ class Sampler:
         """Facts and questions for a sample of ``length`` tokens; ``simple`` leaves out the hard families."""
         rng, maker = self.rng, self.maker
         budget = length * rng.uniform(0.12, 0.4)
-        absent = 0 if simple else rng.choices((0, 1, 2), (0.3, 0.4, 0.3))[0]
+        short = True if rng.random() < MORE_SHORT else None
+        absent = 0 if simple else rng.choices((0, 1, 2), (0.35, 0.4, 0.25))[0]
         families, weights = list(self.weights), list(self.weights.values())
         if simple:
             families, weights = families[:-2], weights[:-2]
         if rng.random() < 0.4:
             if not simple and rng.random() < WORDED:
-                return self.worded_facts(max(2, min(9, int(budget / 24))), True, absent)
+                return self.worded_facts(max(2, min(9, int(budget / 24))), True, absent, short)
             family = rng.choices(families, weights)[0]
             count = max(2, min(12, int(budget / 16)))
             if family == "multi" and rng.random() < 0.6:
                 # Leaving out what was told already is learnt late; here every question asks for it.
-                return merge([maker.multi(rng.randint(2, 5), 0) for _ in range(max(2, count // 3))])
+                return merge([maker.multi(rng.randint(2, 5), 0, short) for _ in range(max(2, count // 3))])
             if family == "multi":
-                return maker.multi(rng.randint(2, 5), max(1, count - 3))
+                return maker.multi(rng.randint(2, 5), max(1, count - 3), short)
             if family == "two_hop":
-                return maker.two_hop(max(2, count // 2))
-            return maker.simple(family, count, True, absent)
+                return maker.two_hop(max(2, count // 2), short)
+            return maker.simple(family, count, True, absent, short)
         sets: list[FactSet] = []
         while budget > 0:
             if not simple and rng.random() < WORDED:
-                sets.append(self.worded_facts(rng.randint(1, 3), rng.random() < 0.5, absent))
+                sets.append(self.worded_facts(rng.randint(1, 3), rng.random() < 0.5, absent, short))
                 absent = 0
                 budget -= 24 * len(sets[-1].statements)
                 continue
@@ -141,26 +140,26 @@ class Sampler:
             if family == "passkey" and any(q.family == family for s in sets for q in s.questions):
                 continue
             if family == "multi":
-                facts = maker.multi(rng.randint(2, 4), rng.randint(0, 2))
+                facts = maker.multi(rng.randint(2, 4), rng.randint(0, 2), short)
             elif family == "two_hop":
-                facts = maker.two_hop(rng.randint(1, 2))
+                facts = maker.two_hop(rng.randint(1, 2), short)
             else:
-                facts = maker.simple(family, rng.randint(1, 3), False, absent)
+                facts = maker.simple(family, rng.randint(1, 3), False, absent, short)
             absent = 0
             sets.append(facts)
             budget -= 16 * len(facts.statements)
         return merge(sets)
 
-    def worded_facts(self, count: int, one_template: bool, absent: int) -> FactSet:
+    def worded_facts(self, count: int, one_template: bool, absent: int, short: bool | None) -> FactSet:
         """About ``count`` statements of one relation, or of two that make chains, from the wordings."""
         rng = self.rng
         kind = rng.choices(list(WORDED_KINDS), list(WORDED_KINDS.values()))[0]
         if kind == "multi":
             values = rng.randint(2, 4)
-            return self.worded.multi(values, max(0, min(3, count - values)))
+            return self.worded.multi(values, max(0, min(3, count - values)), short)
         if kind == "two_hop":
-            return self.worded.two_hop(max(1, count // 2))
-        return self.worded.simple(count, one_template, absent)
+            return self.worded.two_hop(max(1, count // 2), short)
+        return self.worded.simple(count, one_template, absent, short)
 
     def sample(self, length: int, simple: bool = False) -> Sample:
         """One sample of at most ``length`` tokens."""
@@ -169,7 +168,7 @@ class Sampler:
         facts = self.facts(length, simple)
         questions = list(facts.questions)
         rng.shuffle(questions)
-        limit = max(1, int(length * rng.uniform(0.2, 0.7) / 28))
+        limit = max(1, int(length * rng.uniform(0.2, 0.7) / 32))
         questions = questions[:limit]
         own_line = rng.random() < 0.2
         ending = rng.choice((".txt", ".md", ".pdf", ".html", " " + self.maker.pools.number(1, 2)))
@@ -177,7 +176,7 @@ class Sampler:
         head = self.encode(title) if rng.random() < 0.5 else []
         pin = rng.random() < 0.45
         depths = [rng.random() for _ in facts.statements]
-        turns = [self.turn(q, depths, facts.statements) for q in questions]
+        turns = [turn(rng, self.tokenizer, q, depths, facts.statements) for q in questions]
         first = turns[0][0]
         around = 8 + len(head) + len(first) * int(pin) + sum(len(t[0]) + len(t[1]) + 4 for t in turns)
         used = around + sum(len(self.encode(s)) + 1 for s in facts.statements)
@@ -223,36 +222,6 @@ class Sampler:
             asks.append((q_span, a_span, [places[i] for i in question.needs]))
         return Sample(ids, weights, value, [q.family for q in questions], asks, pinned, (start, stop), places)
 
-    def turn(
-        self, question: Question, depths: Sequence[float], statements: Sequence[str]
-    ) -> tuple[list[int], list[int], list[float]]:
-        """Question tokens, answer tokens with the end mark and the weights of the latter.
-
-        Args:
-            question: The question.
-            depths: Where in the document each statement stands; several values are told in that order.
-            statements: What the document states.
-        """
-        values, quotes = list(question.values), list(question.quotes)
-        text = question.answer
-        if len(values) > 1:
-            order = sorted(range(len(values)), key=lambda i: depths[question.needs[i]])
-            values, quotes = [values[i] for i in order], [quotes[i] for i in order if quotes]
-            text = " ".join(quotes) if quotes else text.replace(", ".join(question.values), ", ".join(values))
-        # A lower-case word keeps the space it has inside a sentence, so that its tokens can be copied from there; what
-        # stands in quotes has none.
-        quoted = any(f'"{v}' in statements[i] for v in values[:1] for i in question.needs)
-        shift = int(text[:1].islower() and not quoted)
-        encoding = self.tokenizer.encode(" " * shift + text, add_special_tokens=False)
-        # The first two tokens decide between answering and declining.
-        decide = 1.0 if values else 2.0
-        weights = [decide if i < 2 else REST_WEIGHT for i in range(len(encoding.ids))]
-        for start, end in found_in(question, text, values, quotes):
-            a, b = token_span(encoding.offsets, (start + shift, end + shift), 0)
-            for i in range(a, min(b + 1, len(weights))):
-                weights[i] = FIRST_WEIGHT if i == a and values else decide
-        return self.encode(question.text), [*encoding.ids, END], [*weights, 1.0 if question.short else 0.3]
-
     def batch(
         self,
         count: int,
@@ -291,7 +260,7 @@ class Sampler:
         for b in range(count):
             if rng.random() < repeat:
                 half = (length - 2) // 2
-                run = [rng.randrange(16, self.tokenizer.get_vocab_size()) for _ in range(half)]
+                run = [rng.randrange(16, VOCABULARY) for _ in range(half)]
                 ids[b, : 2 + 2 * half] = [BOS, USER, *run, *run]
                 weights[b, 4 + half : 2 + 2 * half] = 0.5
                 asks.append([])
@@ -361,33 +330,3 @@ def tempt(rng: random.Random, sentences: Sequence[str], said: str, share: float)
         return rng.choice(options) if options and rng.random() < share else match[0]
 
     return [re.sub(r"[A-Za-z]{3,}", exchange, sentence) for sentence in sentences]
-
-
-def found_in(question: Question, text: str, values: Sequence[str], quotes: Sequence[str]) -> list[Span]:
-    """Where an answer names what had to be found: its values, what stands between two hops, and where its quotes begin."""
-    spans: list[Span] = []
-    start = 0
-    for n, quote in enumerate(quotes):
-        # Which sentence it is shows in its first words; the rest is copied.
-        spans.append((start, start + min(len(quote), QUOTE_START)))
-        value = values[n] if len(values) > 1 else values[0] if n == len(quotes) - 1 else question.middle
-        at = max(0, quote.lower().find(value.lower()))
-        spans.append((start + at, start + at + len(value)))
-        start += len(quote) + 1
-    if quotes:
-        return spans
-    at = max(0, text.rfind(", ".join(values))) if values and not question.short else 0
-    for v in values or ("text",):
-        start = text.find(v, at)
-        at = start + len(v)
-        spans.append((start, at))
-    if question.middle and not question.short:
-        start = text.find(question.middle)
-        spans.insert(0, (start, start + len(question.middle)))
-    return spans
-
-
-def token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int], shift: int) -> tuple[int, int]:
-    """Tokens that overlap a character span, as a half-open range moved by ``shift``."""
-    inside = [i for i, (a, b) in enumerate(offsets) if a < span[1] and b > span[0]]
-    return (inside[0] + shift, inside[-1] + 1 + shift) if inside else (shift, shift)

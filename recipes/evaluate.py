@@ -20,6 +20,7 @@ from qllm_bench.questions.facts import FAMILIES, WORDED_FAMILIES
 from qllm_bench.scores import CHARS_PER_TOKEN, Score
 from qllm_runtime.samples import story
 from recipes import handwritten
+from recipes.tokenizer import THOUGHTS
 
 SETTINGS = (
     ("books", "canonical", "query_aware"),
@@ -64,15 +65,15 @@ def prompt_ids(tokenizer: Any, case: Case, layout: str) -> list[int]:
 
 
 @torch.no_grad()
-def answer_batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new: int = 110) -> list[str]:
-    """Greedy answers to prompts, left-padded into one batch."""
+def answer_batch(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new: int = 220) -> list[str]:
+    """Greedy answers to prompts without their thoughts, left-padded into one batch."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False)
     texts: list[str] = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return texts
+    return [text.rpartition(THOUGHTS[1])[2] for text in texts]
 
 
 def window_cases(rng: random.Random, prose: Sequence[Prose], tokens: int, per_family: int, wording: str) -> list[Case]:

@@ -31,7 +31,7 @@ def export(checkpoint: Path, tokenizer: Path, folder: Path, config: ReaderConfig
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float16"}
     files = {
         "config.json": {**llama, **config.to_llama(), **tokens},
-        "generation_config.json": {**tokens, "do_sample": False, "max_new_tokens": 96},
+        "generation_config.json": {**tokens, "do_sample": False, "max_new_tokens": 256},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

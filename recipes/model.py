@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.attention import FAR_AWAY, attend, causal_bias
+from recipes.tokenizer import THOUGHTS, VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ReaderConfig:
         max_positions: Context the model is declared for, in tokens; the last minute of training goes up to twice that.
     """
 
-    vocab_size: int = 2048
+    vocab_size: int = VOCABULARY + len(THOUGHTS)
     hidden_size: int = 256
     layers: int = 6
     heads: int = 8

@@ -6,22 +6,27 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIALS = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 BOS, END, PAD, SYSTEM, USER, ASSISTANT = range(6)
+# What stands between them is not part of the answer. Added behind the vocabulary, and plain tokens, as in other models.
+THOUGHTS = ("<think>", "</think>")
+VOCABULARY = 2048
+THINK, ANSWER = VOCABULARY, VOCABULARY + 1
 # A space joins a following lower-case word or mark, but stands alone before capitals and digits,
 # so that names and numbers have the same tokens wherever they stand.
 PATTERN = r"\p{N}| ?\p{Ll}+|\p{Lu}\p{Ll}+|\p{Lu}+| ?[^\s\p{L}\p{N}]+|\p{L}+|\n+|\s"
 CHAT_TEMPLATE = (
     "{{- '<|bos|>' -}}{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think></think>' -}}{%- endif -%}{%- endif -%}"
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
-    """Learn the vocabulary from texts."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> Tokenizer:
+    """Learn the vocabulary from texts, and add the marks of thoughts behind it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -38,6 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in THOUGHTS])
     return tokenizer
 
 

@@ -34,7 +34,7 @@ from recipes.init import GROWN, grow, initialise
 from recipes.lookup import LookupObjective
 from recipes.model import Reader, ReaderConfig
 from recipes.optim import Optimizers
-from recipes.tokenizer import save_tokenizer, train_tokenizer
+from recipes.tokenizer import VOCABULARY, save_tokenizer, train_tokenizer
 
 SEED = 20240607
 SHARES = {"base": 0.32, "trunk": 0.35, "plain": 0.14, "reader": 0.19}
@@ -116,7 +116,7 @@ def quick_check(model: Reader, batch: Batch, device: torch.device) -> dict[str, 
 @torch.no_grad()
 def repetition(model: Reader, device: torch.device) -> float:
     """Share of random tokens predicted right when a run of them is repeated: whether the copying heads are whole."""
-    run = torch.randint(16, model.config.vocab_size, (8, 60), generator=torch.Generator().manual_seed(SEED))
+    run = torch.randint(16, VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(SEED))
     ids = torch.cat((run, run), dim=1).to(device)
     hidden, _ = model(ids, torch.arange(120, device=device).expand(8, -1))
     best = model.logits(hidden[:, 63:-1]).argmax(-1)

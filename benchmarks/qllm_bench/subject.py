@@ -88,7 +88,7 @@ class Example:
     spans: tuple[tuple[int, int], ...] = ()
     closing: str | None = None
     system: str | None = None
-    max_tokens: int = 96
+    max_tokens: int = 256
     reading: str | None = None
 
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from qllm_bench.questions.facts import Question
 from qllm_bench.questions.pools import Pools
 from recipes.attention import attend, causal_bias
-from recipes.batches import FIRST_WEIGHT, Sampler, filler, tempt
+from recipes.batches import Sampler, filler, tempt
 from recipes.evaluate import MODELS, story_prose
 from recipes.feed import Plan, Plans, batches
 from recipes.init import GROWN, grow, initialise
@@ -79,68 +78,6 @@ def test_a_grown_network_computes_what_it_did() -> None:
     assert not torch.allclose(deep(ids, positions)[0], expected)
     grow(deep, shallow.state_dict())
     torch.testing.assert_close(deep(ids, positions)[0], expected)
-
-
-def test_several_values_are_told_in_the_order_of_the_document() -> None:
-    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
-    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
-    values = ("4711", "4213", "pond")
-    question = Question("Which?", "The numbers are 4711, 4213, pond.", values, "multi", False, (2, 0, 1))
-    _, ids, weights = sampler.turn(question, (0.5, 0.2, 0.9), ("", "", ""))
-    assert tokenizer.decode(ids).rstrip("\n").startswith("The numbers are pond, 4213, 4711.")
-    assert len(ids) == len(weights)
-    firsts = [tokenizer.id_to_token(ids[i]) for i in range(len(ids)) if weights[i] == FIRST_WEIGHT]
-    assert firsts == ["\u0120p", "4", "4"]
-
-
-def test_what_had_to_be_found_weighs_most() -> None:
-    """The end of a first hop and values, not what looks like them in the question's words."""
-    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
-    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
-
-    def heavy(question: Question) -> list[str]:
-        _, ids, weights = sampler.turn(question, (0.1, 0.2), ("", ""))
-        return [tokenizer.decode(ids[:i]) for i, weight in enumerate(weights) if weight == FIRST_WEIGHT]
-
-    chain = "The owner of the lamp is Bob. The home of Bob is Bobton."
-    assert heavy(Question("?", chain, ("Bobton",), "two_hop", False, (0, 1), "Bob")) == [
-        "The owner of the lamp is ", "The owner of the lamp is Bob. The home of Bob is ",
-    ]  # fmt: skip
-    assert heavy(Question("?", "Bobton", ("Bobton",), "two_hop", True, (0, 1), "Bob")) == [""]
-    several = Question("?", "The names of pond are pond, lake.", ("pond", "lake"), "multi", False, (0, 1))
-    assert heavy(several) == ["The names of pond are", "The names of pond are pond,"]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_several_values_of_a_sample(seed: int) -> None:
-    """Whatever a sample's text is, the values of an answer stand in it one behind the other."""
-    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
-    sampler = Sampler(seed, tokenizer, story_prose(), ["pond", "gate", "hill"])
-    found = 0
-    for _ in range(100):
-        sample = sampler.sample(512)
-        for family, (_, (a, b), places) in zip(sample.families, sample.asks, strict=True):
-            if family != "multi":
-                continue
-            answer = tokenizer.decode(sample.ids[a:b])
-            stated = [tokenizer.decode(sample.ids[p:q]) for p, q in sorted(places)]
-            told = [v.strip(" .") for v in answer.split(" are ")[-1].split(", ")]
-            assert len(told) == len(stated)
-            assert all(value.lower() in statement.lower() for value, statement in zip(told, stated, strict=True))
-            found += 1
-    assert found > 5
-
-
-def test_quotes_are_told_in_the_order_of_the_document() -> None:
-    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
-    sampler = Sampler(3, tokenizer, story_prose(), ["pond"])
-    statements = ("Ann keeps an owl.", "It is said that Ann also keeps a hare, which sleeps by the stove.")
-    question = Question("Which?", " ".join(statements), ("owl", "hare"), "worded_multi", False, (0, 1), "", statements)
-    _, ids, weights = sampler.turn(question, (0.9, 0.2), statements)
-    assert tokenizer.decode(ids).startswith(f"{statements[1]} {statements[0]}")
-    firsts = [tokenizer.decode(ids[:i]) for i in range(len(ids)) if weights[i] == FIRST_WEIGHT]
-    assert firsts == ["", "It is said that Ann also keeps a", f"{statements[1]} ", f"{statements[1]} Ann keeps an"]
-    assert min(weights) < 1.0
 
 
 def test_prose_with_words_of_the_facts_in_it() -> None:

@@ -60,7 +60,7 @@ class Question:
         short: Whether only the value is asked for.
         needs: Indices of the statements it rests on.
         middle: What is found on the way to the value; a restated answer names it. Empty with one hop.
-        quotes: What a restated answer quotes, in the order of ``needs``; empty when it is put in other words.
+        quotes: What the text says about it, in the order of ``needs``.
     """
 
     text: str
@@ -186,15 +186,29 @@ def in_json(statement: str) -> bool:
 
 
 def quoting(question: Question, statements: Sequence[str]) -> Question:
-    """Let a restated answer quote the statements it rests on, word for word; those in JSON are put in words."""
-    quotes = [statements[i] for i in question.needs]
-    if question.short or not question.values or any(map(in_json, quotes)):
+    """Add what the text says about a question; a restated answer quotes it word for word.
+
+    Entries of JSON and lists of several values are put in words.
+    """
+    if not question.values:
         return question
+    quotes = [statements[i] for i in question.needs]
     for n, quote in enumerate(quotes):
         # Of "The pass key is 12. Remember it." the first sentence will do.
         ends = [end + len(v) + 1 for v in question.values if (end := quote.find(f"{v}. ")) >= 0]
         quotes[n] = quote[: min(ends)] if ends else quote
-    return replace(question, answer=" ".join(quotes), quotes=tuple(quotes))
+    question = replace(question, quotes=tuple(quotes))
+    listed = len(question.values) > 1 and question.answer
+    return (
+        question
+        if question.short or listed or any(map(in_json, quotes))
+        else replace(question, answer=" ".join(quotes))
+    )
+
+
+def told(statements: Sequence[str], questions: Sequence[Question]) -> FactSet:
+    """Statements with their questions, each with what the text says about it."""
+    return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))
 
 
 class FactMaker:
@@ -273,8 +287,8 @@ class FactMaker:
             )
             statements.append(fill(statement, s=subject, a=name, v=value))
             answer = fill(relation.answer, s=subject, a=name, v=value)
-            questions.append(quoting(ask(rng, question, answer, (value,), relation.family, (i,), short), statements))
-        return FactSet(tuple(statements), tuple(questions))
+            questions.append(ask(rng, question, answer, (value,), relation.family, (i,), short))
+        return told(statements, questions)
 
     def multi(self, values: int, distractors: int, short: bool | None = None) -> FactSet:
         """One subject with several values among others with one; the question asks for all."""
@@ -301,9 +315,8 @@ class FactMaker:
             statements.append(fill(template, s=other, a=name, v=value))
             question = fill(rng.choice(relation.questions), s=other, a=name)
             answer = fill(relation.answer, s=other, a=name, v=value)
-            asked = ask(rng, question, answer, (value,), relation.family, (len(statements) - 1,), short)
-            questions.append(quoting(asked, statements))
-        return FactSet(tuple(statements), tuple(questions))
+            questions.append(ask(rng, question, answer, (value,), relation.family, (len(statements) - 1,), short))
+        return told(statements, questions)
 
     def two_hop(self, chains: int, short: bool | None = None) -> FactSet:
         """Several chains of one kind, each with its question."""
@@ -329,13 +342,13 @@ class FactMaker:
             word = "Who" if kind == "name" else "What"
             question = f"{word} is the {role} of {fill(hop.phrase, k=key)}?"
             asked = ask(rng, question, "", (value,), "two_hop", (n, n + 1), short)
-            questions.append(quoting(replace(asked, middle=middle), statements))
+            questions.append(replace(asked, middle=middle))
             if practice:
                 question = f"What is {fill(hop.phrase, k=key)}?"
-                questions.append(quoting(ask(rng, question, "", (middle,), "relation", (n,), short), statements))
+                questions.append(ask(rng, question, "", (middle,), "relation", (n,), short))
                 question = f"{word} is the {role} of {of}?"
-                questions.append(quoting(ask(rng, question, "", (value,), "attribute", (n + 1,), short), statements))
-        return FactSet(tuple(statements), tuple(questions))
+                questions.append(ask(rng, question, "", (value,), "attribute", (n + 1,), short))
+        return told(statements, questions)
 
 
 def merge(sets: list[FactSet]) -> FactSet:

@@ -56,6 +56,9 @@ def is_eval(text: str) -> bool:
     return zlib.crc32(text.encode()) % 5 == 0
 
 
+RUNS = 0.12  # share of the long numbers of training in which digits are repeated: hard to copy
+
+
 class Pools:
     """Draws of one split.
 
@@ -127,7 +130,16 @@ class Pools:
         n = self.rng.randint(low, high)
         if n < 3:
             return str(self.rng.randrange(10 ** (n - 1), 10**n))
+        if not self.evaluation and n > 4 and self.rng.random() < RUNS:
+            return self._draw(lambda: self._with_runs(n))
         return self._draw(lambda: str(self.rng.randrange(10 ** (n - 1), 10**n)))
+
+    def _with_runs(self, n: int) -> str:
+        """A number of ``n`` digits, most of them the same as the one before."""
+        digits = [self.rng.choice("123456789")]
+        while len(digits) < n:
+            digits.append(digits[-1] if self.rng.random() < 0.6 else self.rng.choice("0123456789"))
+        return "".join(digits)
 
     def code(self) -> str:
         """A door or product code."""

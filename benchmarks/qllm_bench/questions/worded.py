@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
 
-from qllm_bench.questions.facts import ABSENT, LONG_SUFFIXES, FactSet, Question, quoting
+from qllm_bench.questions.facts import ABSENT, LONG_SUFFIXES, FactSet, Question, told
 from qllm_bench.questions.kinds import Kinds, called
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.wordings import SLOT, Wording, fill, wordings
@@ -64,6 +66,38 @@ def dress(rng: random.Random, question: str, kind: str, several: bool, short: bo
     return f"{suffix} {question}" if rng.random() < 0.2 else f"{question}{rng.choice('   ' + chr(10))}{suffix}"
 
 
+@dataclass(frozen=True)
+class Relations:
+    """The relations of one split.
+
+    Attributes:
+        every: All of them.
+        several: Those that may have several values.
+        about: Those about a kind of subject.
+        first: Those whose value others are about: first hops.
+        chains: Chains of two hops up to and including those of each of ``first``.
+        second: Second hops about a kind of subject.
+    """
+
+    every: tuple[Wording, ...]
+    several: tuple[Wording, ...]
+    about: Mapping[str, tuple[Wording, ...]]
+    first: tuple[Wording, ...]
+    chains: tuple[int, ...]
+    second: Mapping[str, tuple[Wording, ...]]
+
+
+@cache
+def relations(evaluation: bool) -> Relations:
+    """The relations of one split, sorted by what they are drawn for."""
+    every = wordings(evaluation)
+    about = {kind: tuple(w for w in every if w.subject == kind) for kind in {w.subject for w in every}}
+    second = {kind: tuple(w for w in ws if any("{s}'s" not in q for q in w.questions)) for kind, ws in about.items()}
+    first = tuple(w for w in every if w.noun and second.get(w.value))
+    chains = tuple(accumulate(len(second[w.value]) for w in first))
+    return Relations(every, tuple(w for w in every if w.plural), about, first, chains, second)
+
+
 class Worded:
     """Draws sets of facts from the wordings of one split.
 
@@ -73,18 +107,7 @@ class Worded:
 
     def __init__(self, pools: Pools) -> None:
         self.rng, self.pools, self.kinds = pools.rng, pools, Kinds(pools)
-        self.all = wordings(pools.evaluation)
-        self.several = tuple(w for w in self.all if w.plural)
-        by_subject: dict[str, list[Wording]] = {}
-        for wording in self.all:
-            by_subject.setdefault(wording.subject, []).append(wording)
-        self.by_subject = by_subject
-        self.chains = tuple(
-            (first, second)
-            for first in self.all
-            for second in by_subject.get(first.value, ())
-            if first.noun and any("{s}'s" not in q for q in second.questions)
-        )
+        self.relations = relations(pools.evaluation)
 
     def _parts(self, wording: Wording, before: Mapping[str, str] | None = None) -> dict[str, str]:
         """What the slots of a fact hold; near to those of another fact, if one is given."""
@@ -138,7 +161,7 @@ class Worded:
     def simple(self, count: int, one_template: bool, absent: int = 0, short: bool | None = None) -> FactSet:
         """``count`` facts of one relation, each with its question, and ``absent`` questions without a fact."""
         rng = self.rng
-        wording = rng.choice(self.all)
+        wording = rng.choice(self.relations.every)
         if wording.subject == "none" and wording.slots == ["s"]:
             count, absent = 1, 0
         template = rng.choice(wording.statements)
@@ -161,23 +184,19 @@ class Worded:
                 continue
             statements.append(fill(template if one_template else rng.choice(wording.statements), parts))
             questions.append(self._ask(wording, question, parts, (parts["v"],), (len(statements) - 1,), short))
-            other = rng.choice(self.by_subject[wording.subject])
-            if absent and wording.subject != "none" and other.value != wording.value and rng.random() < 0.5:
+            other = rng.choice(self.relations.about[wording.subject])
+            if absent and wording.subject != "none" and other.value != wording.value and rng.random() < 0.2:
                 # The text names the subject, and says something else of it.
                 wanted = {**self._parts(other), "s": parts["s"]}
                 questions.append(self._ask(other, rng.choice(other.questions), wanted, (), (), short))
-        return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))
+        return told(statements, questions)
 
     def multi(self, values: int, distractors: int, short: bool | None = None) -> FactSet:
         """One subject with several values among others with one; the question asks for all."""
         rng = self.rng
-        wording = rng.choice(self.several)
+        wording = rng.choice(self.relations.several)
         parts = self._parts(wording)
-        found: list[str] = []
-        for _ in range(40):
-            value = self.kinds.draw(wording.value)
-            if len(found) < values and value not in found:
-                found.append(value)
+        found = list(dict.fromkeys(self.kinds.draw(wording.value) for _ in range(4 * values)))[:values]
         template = rng.choice(wording.statements)
         ways = (template,) if rng.random() < 0.5 else wording.statements
         statements = [fill(rng.choice(ways), {**parts, "v": v}) for v in found]
@@ -191,12 +210,13 @@ class Worded:
             statements.append(fill(template, other))
             at = (len(statements) - 1,)
             questions.append(self._ask(wording, rng.choice(wording.questions), other, (other["v"],), at, short))
-        return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))
+        return told(statements, questions)
 
     def two_hop(self, chains: int, short: bool | None = None) -> FactSet:
         """Several chains of two relations, each with its question; some hops are asked for alone."""
         rng = self.rng
-        first, second = rng.choice(self.chains)
+        first = rng.choices(self.relations.first, cum_weights=self.relations.chains)[0]
+        second = rng.choice(self.relations.second[first.value])
         templates = rng.choice(first.statements), rng.choice(second.statements)
         statements: list[str] = []
         questions: list[Question] = []
@@ -224,4 +244,4 @@ class Worded:
                 if rng.random() < 0.4:
                     asked = rng.choice(wording.questions)
                     questions.append(self._ask(wording, asked, parts, (parts["v"],), (at,), short))
-        return FactSet(tuple(statements), tuple(quoting(q, statements) for q in questions))
+        return told(statements, questions)
