@@ -1,11 +1,10 @@
-"""The visible text of an HTML page, with the standard library's parser."""
+"""The visible text of an HTML page."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection
-from html.parser import HTMLParser
+
+from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 
 def _names(text: str) -> frozenset[str]:
@@ -24,157 +23,85 @@ _BLOCK = _names(
 )
 # separated from their neighbours by an empty line
 _SPACED = _names("article blockquote dl figure h1 h2 h3 h4 h5 h6 ol p pre section table ul")
-_VOID = _names("area base br col embed hr img input link meta param source track wbr")
-_FORMATTING = _names("a b big code em font i nobr s small strike strong tt u")
-_HEADINGS = _names("h1 h2 h3 h4 h5 h6")
-_TABLE_PARTS = _names("caption colgroup tbody td tfoot th thead tr")
-
-# Where HTML's parser stops looking for the open element that a tag closes, see
-# https://html.spec.whatwg.org/multipage/parsing.html#tree-construction
-_SPECIAL = _BLOCK | _names(
-    "applet button colgroup dir head hgroup iframe listing marquee noembed noframes noscript object script search "
-    "select style td template textarea th title xmp"
-)
-_SCOPE = _names("applet caption html marquee object table td template th")
-_TABLE_SCOPE = _names("html table template")
-_ITEM_SCOPE = _SPECIAL - _names("address div p")
-_PARAGRAPH_SCOPE = _SCOPE | {"button"}
-_END_SCOPES = {
-    **dict.fromkeys(_SPECIAL, _SCOPE),
-    **dict.fromkeys(_FORMATTING, _SCOPE),
-    **dict.fromkeys(_TABLE_PARTS | {"table"}, _TABLE_SCOPE),
-    **dict.fromkeys(_HIDDEN, _names("")),
-    "li": _SCOPE | _names("ol ul"),
-    "p": _PARAGRAPH_SCOPE,
-}
-# a start tag ends open elements of these names, one after the other, found within a scope
-_SIBLINGS = {
-    "li": ((_names("li"), _ITEM_SCOPE),),
-    **dict.fromkeys(("dd", "dt"), ((_names("dd dt"), _ITEM_SCOPE),)),
-    "option": ((_names("option"), _SPECIAL),),
-    "optgroup": ((_names("option"), _SPECIAL), (_names("optgroup"), _SPECIAL)),
-    **dict.fromkeys(("rp", "rt"), ((_names("rb rp rt"), _SPECIAL | _names("rtc ruby")),)),
-    **dict.fromkeys(("rb", "rtc"), ((_names("rb rp rt"), _SPECIAL | {"ruby"}), (_names("rtc"), _SPECIAL | {"ruby"}))),
-}
-_ENDS_PARAGRAPH = (_BLOCK | _names("dir hgroup listing search xmp")) - _TABLE_PARTS - _names("body html legend")
-# a start tag ends everything that is open inside the nearest of these
-_PARENTS = {
-    **dict.fromkeys(_TABLE_PARTS, _TABLE_SCOPE),
-    "tr": _TABLE_SCOPE | _names("tbody tfoot thead"),
-    **dict.fromkeys(("td", "th"), _TABLE_SCOPE | _names("tbody tfoot thead tr")),
-}
+# children of MathML elements that are set above or below one another, and what stands between them on a line
+_BETWEEN = {
+    "mfrac": "/", "msup": "^", "msub": "_", "mover": "^", "munder": "_", "msubsup": "_^", "munderover": "_^",
+}  # fmt: skip
+_WHOLE_NUMBER = re.compile(r"\s*[-+\u2212]?\d+\s*")
 _INVISIBLE_STYLE = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)", re.IGNORECASE)
+# XHTML ends these at once; to HTML all that follows would be inside
+_EMPTY = re.compile(rf"<({'|'.join(sorted(_HIDDEN - {'svg'}))})((?:\s[^<>]*)?)/>", re.IGNORECASE)
 
 
-class _VisibleText(HTMLParser):
+class _Text:
+    """Text as it is put together, with the white space due ahead of what comes next."""
+
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self._parts: list[str] = []
-        self._open: list[str] = []  # elements, outermost first
-        self._count: Counter[str] = Counter()  # of the open elements
-        self._hidden: int | None = None  # place of the outermost hidden element among the open ones
-        self._breaks = 0  # line breaks due before the next text
-        self._space = False  # a space due before the next text
-        self._cells = 0
+        self._breaks = 0
+        self._space = False
+        self._preformatted = 0  # open elements in which white space stays as it is
+        self._cells = 0  # of the present table row
+        self._row = 0  # number of parts ahead of it
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._end_implied(tag)
-        attributes = dict(attrs)
-        invisible = "hidden" in attributes or _INVISIBLE_STYLE.search(attributes.get("style") or "")
-        if tag not in _VOID:
-            if self._hidden is None and (tag in _HIDDEN or invisible):
-                self._hidden = len(self._open)
-            self._open.append(tag)
-            self._count[tag] += 1
-        if self._hidden is not None:
-            return
+    def __str__(self) -> str:
+        return "".join(self._parts)
+
+    def enter(self, node: LexborNode) -> bool:
+        """Write a text, or what an element begins with; returns whether there is more inside to be seen."""
+        if node.is_text_node:
+            self._add(node.text_content or "")
+            return False
+        tag = node.tag or ""
+        if tag in _HIDDEN or not (node.is_element_node or node.is_document_node):
+            return False
+        attributes = node.attributes
+        if "hidden" in attributes or _INVISIBLE_STYLE.search(attributes.get("style") or ""):
+            return False
         self._line(tag)
+        self._preformatted += tag == "pre"
         if tag == "br":
             self._breaks += 1
         elif tag == "tr":
-            self._cells = 0
+            self._cells, self._row = 0, len(self._parts)
         elif tag in ("td", "th"):
-            if self._cells and not self._breaks:
-                self._parts.append("\t")
+            # a cell whose content ended its line is separated already
+            if self._cells and (not self._breaks or len(self._parts) == self._row):
+                self._space = False
+                self._append("\t")
             self._cells += 1
-            self._space = False
+        elif between := _BETWEEN.get(node.parent.tag or "") if node.parent else None:
+            if place := _ahead(node):
+                self._parts.append(between[place - 1 : place])
+                self._space = False
+        elif tag == "sup" and self._ends_in_digit() and _WHOLE_NUMBER.fullmatch(node.text()):
+            self._parts.append("^")
+        return True
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        # XHTML writes an empty <script/> so, and within these two HTML does as well
-        if tag not in _VOID and (tag in _HIDDEN or self._count["svg"] or self._count["math"]):
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        hidden = self._hidden
-        if tag not in ("body", "html"):  # whatever follows is part of the body still
-            place = self._find(_HEADINGS if tag in _HEADINGS else {tag}, _END_SCOPES.get(tag, _SPECIAL))
-            if place is not None:
-                self._end(place, tag)
-                if place == hidden:
-                    return
-        if self._hidden is None:
-            self._line(tag)
-
-    def _end_implied(self, tag: str) -> None:
-        """End the elements whose end tags may be left out ahead of this start tag."""
-        for names, scope in _SIBLINGS.get(tag, ()):
-            self._cut(self._find(names, scope))
-        if tag in _ENDS_PARAGRAPH:
-            self._cut(self._find({"p"}, _PARAGRAPH_SCOPE))
-        if tag in _PARENTS:
-            parent = self._find(_PARENTS[tag], frozenset())
-            self._cut(None if parent is None else parent + 1)
-
-    def _end(self, place: int, tag: str) -> None:
-        """End an open element, and those inside it; formatting ends by itself where blocks begin inside it."""
-        if tag not in _FORMATTING or not any(name in _SPECIAL for name in self._open[place:]):
-            self._cut(place)
-            return
-        del self._open[place]
-        self._count[tag] -= 1
-        if self._hidden is not None and self._hidden >= place:
-            self._hidden = None if self._hidden == place else self._hidden - 1
-
-    def _find(self, names: Collection[str], scope: Collection[str]) -> int | None:
-        """Place of the innermost open element of these names, unless one of the scope's stands inside it."""
-        if not any(self._count[name] for name in names):
-            return None
-        for place in range(len(self._open) - 1, -1, -1):
-            if self._open[place] in names:
-                return place
-            if self._open[place] in scope:
-                return None
-        return None
-
-    def _cut(self, place: int | None) -> None:
-        """End all open elements from a place on."""
-        if place is None:
-            return
-        self._count.subtract(self._open[place:])
-        del self._open[place:]
-        if self._hidden is not None and self._hidden >= place:
-            self._hidden = None
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden is not None or not data:
-            return
-        if self._count["pre"]:
-            self._write(data)
-            return
-        words = data.split()
-        if not words:
-            self._space = True
-            return
-        self._space = self._space or data[0].isspace()
-        self._write(" ".join(words))
-        self._space = data[-1].isspace()
+    def leave(self, node: LexborNode) -> None:
+        """End an element that was entered."""
+        self._line(node.tag or "")
+        self._preformatted -= node.tag == "pre"
 
     def _line(self, tag: str) -> None:
         if tag in _BLOCK:
             self._breaks = max(self._breaks, 2 if tag in _SPACED else 1)
 
-    def _write(self, text: str) -> None:
+    def _ends_in_digit(self) -> bool:
+        return not (self._breaks or self._space) and bool(self._parts) and self._parts[-1][-1:].isdigit()
+
+    def _add(self, text: str) -> None:
+        """Add text; outside preformatted elements any white space is one space."""
+        if not self._preformatted:
+            self._space = self._space or text[:1].isspace()
+            ends_in_space = text[-1:].isspace()
+            text = " ".join(text.split())
+        if text:
+            self._append(text)
+            self._space = not self._preformatted and ends_in_space
+
+    def _append(self, text: str) -> None:
+        """Add text as it is, behind the white space that is due."""
         if self._breaks:
             if self._parts:
                 self._parts.append("\n" * min(self._breaks, 2))
@@ -183,18 +110,33 @@ class _VisibleText(HTMLParser):
         self._breaks, self._space = 0, False
         self._parts.append(text)
 
-    def text(self) -> str:
-        return "".join(self._parts)
+
+def _ahead(node: LexborNode) -> int:
+    """Number of elements of the same parent ahead of one, up to three."""
+    count, one = 0, node.prev
+    while one is not None and count < 3:
+        count += one.is_element_node
+        one = one.prev
+    return count
 
 
 def html_to_text(html: str) -> str:
     """The text a reader of the page sees: no scripts, styles or hidden elements; block elements become line breaks.
 
-    Elements end where HTML says so, also without an end tag: a hidden `<p>` or `<li>` hides nothing behind it.
-
-    White space is collapsed as a browser does it, except inside `<pre>`. Table cells are separated by tabs.
+    White space is collapsed as a browser does it, except inside `<pre>`. Table cells are separated by tabs, and what is
+    set above or below by `/`, `^` and `_` (in formulas, and powers of ten in text).
     """
-    parser = _VisibleText()
-    parser.feed(html)
-    parser.close()
-    return parser.text()
+    text = _Text()
+    node: LexborNode | None = LexborHTMLParser(_EMPTY.sub(r"<\1\2></\1>", html)).root
+    while node is not None:
+        if text.enter(node):
+            if node.first_child is not None:
+                node = node.first_child
+                continue
+            text.leave(node)
+        while node is not None and node.next is None:
+            node = node.parent
+            if node is not None:
+                text.leave(node)
+        node = node.next if node is not None else None
+    return str(text)

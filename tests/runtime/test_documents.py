@@ -146,11 +146,34 @@ class TestHtml:
     def test_words_are_neither_joined_nor_split(self):
         assert html_to_text("a<b>b</b>c <i> d</i> e<p>f</p>g<script/>h") == "abc d e\n\nf\n\ngh"
 
+    def test_empty_cells_keep_their_place(self) -> None:
+        page = "<table><tr><th><th>1901<th>1902<tr><td>salt<td><td>7<tr><td><td>8</table>"
+        assert html_to_text(page) == "\t1901\t1902\nsalt\t\t7\n\t8"
+
     def test_formulas_are_text(self) -> None:
         formula = (
             "<math><semantics><mi>E</mi><mo>=</mo><mi>m</mi><mspace/><annotation>E = m</annotation></semantics></math>"
         )
         assert html_to_text(f"<p>Here {formula} holds.") == "Here E=m holds."
+
+    @pytest.mark.parametrize(
+        ("page", "text"),
+        [
+            ("<math><mfrac><mn>1</mn> <mn>2</mn></mfrac><mi>x</mi></math>", "1/2x"),
+            ("<math><msubsup><mi>x</mi><mn>1</mn><mn>2</mn></msubsup></math>", "x_1^2"),
+            ("<p>4.2 &times; 10<sup>5</sup> cells, 10<sup>&minus;3</sup> g", "4.2 \u00d7 10^5 cells, 10^\u22123 g"),
+            ("<p>the 1<sup>st</sup> of May <sup>2</sup>", "the 1st of May 2"),
+        ],
+    )
+    def test_numbers_above_and_below_do_not_run_together(self, page: str, text: str) -> None:
+        assert html_to_text(page) == text
+
+    def test_what_xhtml_ends_at_once_hides_nothing(self) -> None:
+        page = "<html xmlns='http://www.w3.org/1999/xhtml'><head><title/><script src='a.js'/></head><p>seen</p></html>"
+        assert html_to_text(page) == "seen"
+
+    def test_deep_pages(self) -> None:
+        assert html_to_text("<div>" * 20_000 + "deep") == "deep"
 
     @pytest.mark.parametrize(
         ("page", "text"),
@@ -176,7 +199,7 @@ class TestHtml:
             ("<p><svg><path d='m0'><g/><title>no</title></svg>seen", "seen"),
             ("<h1 hidden>no</h2>seen", "seen"),
             ("<p hidden>no</body></html>no", ""),
-            ("<div><pre>a\n b</div>c\n  d", "a\n b\nc d"),
+            ("<div><pre>a\n b</div>c\n  d", "a\n b\n\nc d"),
         ],
     )
     def test_a_hidden_element_hides_itself_only(self, page: str, text: str) -> None:
