@@ -6,13 +6,15 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import attrgetter
 
 from qllm_bench.questions.facts import ABSENT, LONG_SUFFIXES, FactSet, Question, told
 from qllm_bench.questions.kinds import Kinds, called
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.wordings import SLOT, Wording, fill, wordings
 
+CLUSTER = attrgetter("cluster")
 # Words that are no part of a name.
 SMALL = frozenset(("the", "of", "at", "in", "near", "and"))
 # How a user asks for the value alone; {k} is what the value is.
@@ -74,6 +76,7 @@ class Relations:
         every: All of them.
         several: Those that may have several values.
         about: Those about a kind of subject.
+        clusters: Those of a cluster.
         first: Those whose value others are about: first hops.
         chains: Chains of two hops up to and including those of each of ``first``.
         second: Second hops about a kind of subject.
@@ -82,6 +85,7 @@ class Relations:
     every: tuple[Wording, ...]
     several: tuple[Wording, ...]
     about: Mapping[str, tuple[Wording, ...]]
+    clusters: Mapping[str, tuple[Wording, ...]]
     first: tuple[Wording, ...]
     chains: tuple[int, ...]
     second: Mapping[str, tuple[Wording, ...]]
@@ -92,10 +96,11 @@ def relations(evaluation: bool) -> Relations:
     """The relations of one split, sorted by what they are drawn for."""
     every = wordings(evaluation)
     about = {kind: tuple(w for w in every if w.subject == kind) for kind in {w.subject for w in every}}
+    clusters = {name: tuple(group) for name, group in groupby(sorted(every, key=CLUSTER), CLUSTER)}
     second = {kind: tuple(w for w in ws if any("{s}'s" not in q for q in w.questions)) for kind, ws in about.items()}
     first = tuple(w for w in every if w.noun and second.get(w.value))
     chains = tuple(accumulate(len(second[w.value]) for w in first))
-    return Relations(every, tuple(w for w in every if w.plural), about, first, chains, second)
+    return Relations(every, tuple(w for w in every if w.plural), about, clusters, first, chains, second)
 
 
 class Worded:
@@ -168,6 +173,7 @@ class Worded:
         statements: list[str] = []
         questions: list[Question] = []
         asked: set[str] = set()
+        subjects: set[str] = set()
         parts: dict[str, str] | None = None
         for i in range(count + absent):
             for _ in range(20):
@@ -184,12 +190,31 @@ class Worded:
                 continue
             statements.append(fill(template if one_template else rng.choice(wording.statements), parts))
             questions.append(self._ask(wording, question, parts, (parts["v"],), (len(statements) - 1,), short))
-            other = rng.choice(self.relations.about[wording.subject])
-            if absent and wording.subject != "none" and other.value != wording.value and rng.random() < 0.2:
-                # The text names the subject, and says something else of it.
-                wanted = {**self._parts(other), "s": parts["s"]}
-                questions.append(self._ask(other, rng.choice(other.questions), wanted, (), (), short))
+            if wording.subject != "none" and parts["s"] not in subjects:
+                subjects.add(parts["s"])
+                self._beside(wording, parts["s"], bool(absent), short, statements, questions)
         return told(statements, questions)
+
+    def _beside(
+        self, wording: Wording, subject: str, absent: bool, short: bool | None, statements: list[str],
+        questions: list[Question],
+    ) -> None:  # fmt: skip
+        """Add what else is told of a subject that a fact was just stated of, and questions for it, told or not."""
+        rng = self.rng
+        siblings = [w for w in self.relations.clusters[wording.cluster] if w is not wording]
+        untold = [w for w in siblings if rng.random() < 0.6]
+        for other in siblings:
+            if other in untold:
+                continue
+            parts = {**self._parts(other), "s": subject}
+            statements.append(fill(rng.choice(other.statements), parts))
+            if rng.random() < 0.6:
+                at = (len(statements) - 1,)
+                questions.append(self._ask(other, rng.choice(other.questions), parts, (parts["v"],), at, short))
+        other = rng.choice(untold or self.relations.about[wording.subject])
+        if absent and (untold or other.value != wording.value) and rng.random() < (0.4 if untold else 0.2):
+            parts = {**self._parts(other), "s": subject}
+            questions.append(self._ask(other, rng.choice(other.questions), parts, (), (), short))
 
     def multi(self, values: int, distractors: int, short: bool | None = None) -> FactSet:
         """One subject with several values among others with one; the question asks for all."""

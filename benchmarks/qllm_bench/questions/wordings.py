@@ -1,4 +1,4 @@
-"""A thousand relations, each stated and asked for in several ways: the files ``wordings/*.txt``.
+"""Thousands of relations, each stated and asked for in several ways: the files ``wordings/*.txt``.
 
 The files hold one relation after the other::
 
@@ -45,9 +45,14 @@ class Wording:
     plural_answer: str = ""
 
     @property
+    def cluster(self) -> str:
+        """Relations of one cluster are told of the same subject and easily confused; others are their own cluster."""
+        return self.name.partition(".")[0]
+
+    @property
     def held_out(self) -> bool:
         """Whether it is asked in evaluation only."""
-        return zlib.crc32(self.name.encode()) % 8 == 0
+        return zlib.crc32(self.cluster.encode()) % 8 == 0
 
     @property
     def slots(self) -> list[str]:
