@@ -15,7 +15,8 @@ from qllm_runtime.types import Document, Mode
 
 app = typer.Typer(
     name="qllm",
-    help="Ask questions of whole documents. A document is a .txt, .md, .html or .pdf file, or - for standard input.",
+    help="Ask questions of whole documents. A document is a .txt, .md, .html or .pdf file, or any other file of text; a "
+    "folder stands for all files in it, - for standard input.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -43,7 +44,7 @@ def _root(
 @app.command()
 @takes_options
 def ask(
-    document: Annotated[str, typer.Argument(help="File, or - for standard input.", show_default=False)],
+    document: Annotated[str, typer.Argument(help="File, folder, or - for standard input.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask of it.", show_default=False)],
     *,
     options: Options,
@@ -58,8 +59,7 @@ def ask(
 
     if not question.strip():
         raise InvalidRequestError("The question is empty.")
-    names = [document, *(options.more or ())]
-    documents = _load(names)
+    names, documents = _load([document, *(options.more or ())])
     llm = options.open()
     asked: dict[str, Any] = {"mode": mode, "system": options.system, **options.asked}
     if json_output:
@@ -80,7 +80,7 @@ def ask(
 @app.command()
 @takes_options
 def chat(
-    document: Annotated[str, typer.Argument(help="File to talk about.", show_default=False)], *, options: Options
+    document: Annotated[str, typer.Argument(help="File or folder to talk about.", show_default=False)], *, options: Options
 ) -> None:
     """Hold a conversation over one reading of the documents.
 
@@ -89,14 +89,14 @@ def chat(
     """
     from qllm_runtime import conversation
 
-    names = [document, *(options.more or ())]
-    if "-" in names:
+    given = [document, *(options.more or ())]
+    if "-" in given:
         raise DocumentError("`qllm chat` takes its questions from standard input; give the document as a file.")
     if sys.stdin is None:  # closed by the shell
         raise InvalidRequestError(
             "Standard input is closed: there are no questions to read; leave it open or use `qllm ask`."
         )
-    documents = _load(names)
+    names, documents = _load(given)
     conversation.hold(options.open(), documents, names, options.system, options.asked)
 
 
@@ -122,9 +122,11 @@ def models(
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
 
-def _load(names: Sequence[str]) -> list[Document]:
-    from qllm_runtime.documents import load_document
+def _load(given: Sequence[str]) -> tuple[list[str], list[Document]]:
+    """What the documents named on the command line are called, and the documents; those of a folder one by one."""
+    from qllm_runtime.folders import load_path
 
-    if names.count("-") > 1:
+    if given.count("-") > 1:
         raise DocumentError("Standard input can be read only once; name - once.")
-    return [load_document(name) for name in names]
+    documents = [document for name in given for document in load_path(name)]
+    return [document.metadata["source"] for document in documents], documents

@@ -14,8 +14,9 @@ from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import Blob
 
 from qllm_runtime import types
-from qllm_runtime.documents import document_from_bytes, load_document
+from qllm_runtime.documents import document_from_bytes
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
+from qllm_runtime.folders import load_path
 
 if TYPE_CHECKING:
     from qllm_runtime.document_memory import DocumentMemory
@@ -124,7 +125,7 @@ def find_handle(memory_id: str, engine_key: str) -> DocumentHandle:
 
 
 Documents = str | Path | types.Document | LangChainDocument | Blob | BaseLoader
-"""What can be read: text, a path (.txt, .md, .html, .pdf), a document, a blob, a loader."""
+"""What can be read: text, a path (a file of text, HTML or PDF, or a folder of them), a document, a blob, a loader."""
 
 
 def to_documents(source: Documents | Iterable[Documents]) -> list[types.Document]:
@@ -139,6 +140,8 @@ def to_documents(source: Documents | Iterable[Documents]) -> list[types.Document
             loose += item.load()
         elif isinstance(item, types.Document | LangChainDocument):
             loose.append(item)
+        elif isinstance(item, Path):
+            loose += load_path(item)
         else:
             loose.append(_read(item))
     documents: list[types.Document] = []
@@ -163,8 +166,6 @@ def _each(source: Documents | Iterable[Documents]) -> Iterable[Documents]:
 
 
 def _read(item: Any) -> types.Document:
-    if isinstance(item, Path):
-        return load_document(item)
     if isinstance(item, Blob):
         title = Path(str(item.path)).name if item.path else None
         read = document_from_bytes(item.as_bytes(), item.mimetype, title)

@@ -75,6 +75,19 @@ def qllm(capfd):
 
 
 class TestAsk:
+    def test_folder(self, qllm, model, tmp_path):
+        (tmp_path / "src").mkdir()
+        (tmp_path / "src" / "fog.py").write_text(PROSE)
+        (tmp_path / "read me.md").write_text("# Fog\n\nThe fog came and went.")
+        (tmp_path / "data.bin").write_bytes(b"\0\1")
+        status, out, err = qllm("ask", tmp_path, "Who was abroad?", "--model", model, "--max-tokens", 8, "--json")
+        assert status == 0
+        assert "1 of 3 files" in err and "data.bin" in err
+        sources = json.loads(out)["sources"]
+        assert sources and {s["document"] for s in sources} <= {
+            str(tmp_path / name) for name in ("src/fog.py", "read me.md")
+        }
+
     def test_json(self, qllm, model, book, tmp_path):
         page = tmp_path / "page.html"
         page.write_text("<p>The <b>fog</b> came &amp; went.</p>")
@@ -184,7 +197,8 @@ class TestBadInput:
 
     def test_missing_things(self, qllm, model, book, tmp_path):
         self.refused(qllm("ask", tmp_path / "none.txt", "Who?"), "no file")
-        self.refused(qllm("ask", tmp_path, "Who?"), "directory")
+        (tmp_path / "empty").mkdir()
+        self.refused(qllm("ask", tmp_path / "empty", "Who?"), "directory")
         self.refused(qllm("ask", "", "Who?"), "empty")
         self.refused(qllm("ask", book, "Who?", "--document", tmp_path / "none.txt"), "no file")
         self.refused(qllm("ask", "Who?"), "question")

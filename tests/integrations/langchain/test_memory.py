@@ -364,6 +364,15 @@ def test_pages_of_a_pdf_are_cited(tmp_path: Path) -> None:
         assert citation["extras"]["page"] == 1
 
 
+def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "whale.md").write_text("Call me Ishmael.")
+    (tmp_path / "code.py").write_text("whale = 'white'")
+    llm = QLLMChat.from_engine(FakeEngine())
+    with llm.add_documents(tmp_path) as handle:
+        assert [document.title for document in handle.documents] == ["code.py", "sub/whale.md"]
+
+
 def test_a_stuff_documents_chain_works_unmodified(tiny: QLLMChat) -> None:
     books = [Document(page_content=BOOK), Document(page_content="{braces} " + OTHER)]
     chain = create_stuff_documents_chain(tiny, QLLM_STUFF_PROMPT)

@@ -1,0 +1,84 @@
+"""Folders, code bases among them, as one document per file."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from qllm_runtime.documents import load_document
+from qllm_runtime.errors import DocumentError
+from qllm_runtime.types import Document
+
+_NAMED = 3  # files left out that a warning names
+
+
+def load_path(path: str | Path) -> list[Document]:
+    """Read the file or the folder at a path, or standard input for `-`; see `load_document` and `load_folder`.
+
+    Raises:
+        DocumentError: What is there cannot be read.
+    """
+    try:
+        folder = str(path) not in ("", "-") and Path(path).is_dir()
+    except (OSError, ValueError):  # reading it will say what is wrong with the name
+        folder = False
+    return load_folder(path) if folder else [load_document(path)]
+
+
+def load_folder(path: str | Path) -> list[Document]:
+    """Read every text, HTML and PDF file below a folder.
+
+    In a git checkout those are the files that git does not ignore; elsewhere all but hidden ones (`.name`) and what lies in
+    hidden folders. Files that hold no text are left out, and a warning says which.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The documents, sorted by path, each titled with its path below the folder; `metadata["source"]` begins with `path`.
+
+    Raises:
+        DocumentError: Unreadable, or without a document in it.
+    """
+    folder = Path(path)
+    try:
+        files = sorted(name for name in _tracked(folder) or _visible(folder) if (folder / name).is_file())
+    except OSError as error:
+        raise DocumentError(f"Cannot read the folder {str(path)!r}: {error.strerror or error}.") from error
+    documents: list[Document] = []
+    left_out: list[str] = []
+    for name in files:
+        try:
+            document = load_document(folder / name)
+        except DocumentError as error:
+            left_out.append(str(error))
+        else:
+            documents.append(replace(document, title=name.as_posix()))
+    if not documents:
+        reason = f": {left_out[0]}" if left_out else "."
+        raise DocumentError(f"There is no text, HTML or PDF file in the directory {str(path)!r}{reason}")
+    if left_out:
+        more = f" And {len(left_out) - _NAMED} more." if len(left_out) > _NAMED else ""
+        warnings.warn(
+            f"{len(left_out)} of {len(files)} files in {str(path)!r} are left out. {' '.join(left_out[:_NAMED])}{more}",
+            stacklevel=2,
+        )
+    return documents
+
+
+def _tracked(folder: Path) -> list[Path]:
+    """Files below a folder that git tracks or would track; none outside of a checkout or where there is no git."""
+    command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [Path(name.decode("utf-8", "surrogateescape")) for name in listed.split(b"\0") if name]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files below a folder with no hidden part in their paths."""
+    names = (path.relative_to(folder) for path in folder.rglob("*"))
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
