@@ -80,7 +80,9 @@ def ask(
 @app.command()
 @takes_options
 def chat(
-    document: Annotated[str, typer.Argument(help="File or folder to talk about.", show_default=False)], *, options: Options
+    document: Annotated[str, typer.Argument(help="File or folder to talk about.", show_default=False)],
+    *,
+    options: Options,
 ) -> None:
     """Hold a conversation over one reading of the documents.
 
