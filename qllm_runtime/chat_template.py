@@ -51,7 +51,8 @@ class Abilities:
     Attributes:
         system: A leading system turn stays where it is; otherwise its text goes ahead of the first user turn's.
         more_systems: Further system turns; otherwise they are merged into the leading one.
-        repeats: Two turns of one role in a row; otherwise they are merged.
+        repeats: Two turns of one role in a row; otherwise they are merged, and an empty user turn opens what an
+            assistant turn would.
         tools: The list of tools; otherwise it is described in the system turn.
         tool_turns: Calls and results; otherwise they become text.
         as_parts: Contents have to be lists of typed parts, not strings.
@@ -156,11 +157,20 @@ def _fit(messages: Sequence[Message], able: Abilities) -> list[Message]:
     alternating: list[Message] = []
     for message in fitted:
         last = alternating[-1] if alternating else None
-        if last and last.role == message.role != "tool" and not message.extras and not last.extras:
-            alternating[-1] = replace(last, segments=join(last.segments, message.segments))
+        if last and last.role == message.role != "tool" and {*message.extras, *last.extras} <= {"name"}:
+            alternating[-1] = Message(last.role, join(_named(last), _named(message)))
         else:
             alternating.append(message)
+    first = next((i for i, message in enumerate(alternating) if message.role != "system"), 0)
+    if alternating[first].role == "assistant":
+        alternating.insert(first, Message("user", ()))
     return alternating
+
+
+def _named(message: Message) -> tuple[Segment, ...]:
+    """What a message says, with the name of who says it where there is one."""
+    name = message.extras.get("name")
+    return (Segment("text", f"{name}: "), *message.segments) if name else message.segments
 
 
 def _render(

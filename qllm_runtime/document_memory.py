@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 from qllm_runtime.errors import ClosedError, InvalidRequestError
 from qllm_runtime.types import Document
 
 if TYPE_CHECKING:
+    from qllm_runtime.config import MemoryConfig
     from qllm_runtime.inference import Inference
     from qllm_runtime.prompt import Prompt
     from qllm_runtime.seam import MemoryCache
@@ -24,6 +26,8 @@ class DocumentMemory:
         id: Unique name.
         documents: What was read.
         system: System text that was read ahead of the documents.
+        config: Layout of the blocks; questions are answered with it.
+        template_kwargs: Variables of the chat template that were set.
         n_tokens: Tokens read.
     """
 
@@ -34,10 +38,14 @@ class DocumentMemory:
         prompt: Prompt,
         cache: MemoryCache,
         inference: Inference,
+        config: MemoryConfig,
+        template_kwargs: Mapping[str, Any],
     ) -> None:
         self.id = f"mem-{uuid.uuid4().hex[:16]}"
         self.documents = documents
         self.system = system
+        self.config = config
+        self.template_kwargs = dict(template_kwargs)
         self.n_tokens = len(prompt.ids)
         self._prompt = prompt
         self._cache: MemoryCache | None = cache

@@ -156,11 +156,17 @@ class QLLM:
         turns: Sequence[Turn],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         memory: DocumentMemory | None = None,
     ) -> int:
         """Tokens of a whole conversation as the model would read it (read_once layout), documents and tools included."""
         turns = with_memory(turns, memory)
-        return len(build_prompt(self._need_tokenizer(), turns, query=None, mode="read_once", tools=tools).ids)
+        if memory is not None:
+            template_kwargs = {**memory.template_kwargs, **(template_kwargs or {})}
+        prompt = build_prompt(
+            self._need_tokenizer(), turns, query=None, mode="read_once", tools=tools, template_kwargs=template_kwargs
+        )
+        return len(prompt.ids)
 
     def _need_tokenizer(self) -> Any:
         if self._loaded is None or self._loaded.tokenizer is None:
@@ -176,6 +182,7 @@ class QLLM:
         *,
         system: str | None = None,
         after: DocumentMemory | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
     ) -> DocumentMemory:
@@ -184,29 +191,36 @@ class QLLM:
         Args:
             documents: One or several.
             system: System text ahead of them.
-            after: Continue this memory instead of starting anew; its documents come first and it stays as it was.
+            after: Continue this memory instead of starting anew; its documents come first and it stays as it was, with its
+                system text, template variables and layout.
+            template_kwargs: Further variables for the chat template.
             progress: Called with (tokens read, tokens in all).
             cancel: Set it to stop within one chunk.
 
         Raises:
             DocumentError: No document, or one without text.
+            InvalidRequestError: `after` was read with another system text or other template variables.
             CancelledError: `cancel` was set.
             OutOfMemoryError: The message names the setting to lower.
         """
         inference = self._inference
         whole = as_documents(documents)
+        config, variables = self.memory, dict(template_kwargs or {})
         if after is not None:
+            if system not in (None, after.system) or (variables and variables != after.template_kwargs):
+                raise InvalidRequestError(
+                    "What is to be continued was read with another system text or other template_kwargs; leave them out, or "
+                    "read all documents anew."
+                )
             whole = (*after.documents, *whole)
-            system = after.system
-        prompt = build_reading(self._need_tokenizer(), whole, system=system)
+            system, config, variables = after.system, after.config, after.template_kwargs
+        prompt = build_reading(self._need_tokenizer(), whole, system=system, template_kwargs=variables)
         cancelled = never if cancel is None else cancel.is_set
         with inference.request(cancelled):
             reading = None if after is None else after.contents(inference)
-            cache, known = answering.resume(inference, self.memory, prompt, reading)
-            answering.feed(
-                inference, cache, prompt.ids[known:], self.memory, len(prompt.ids), known, progress, cancelled
-            )
-        return DocumentMemory(whole, system, prompt, cache, inference)
+            cache, known = answering.resume(inference, config, prompt, reading)
+            answering.feed(inference, cache, prompt.ids[known:], config, len(prompt.ids), known, progress, cancelled)
+        return DocumentMemory(whole, system, prompt, cache, inference, config, variables)
 
     # ------------------------------------------------------------------ questions
 

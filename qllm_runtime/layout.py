@@ -78,7 +78,7 @@ def lay_out(turns: Sequence[Turn], query: str | None, mode: Mode) -> list[Messag
             documents.append((*title, Segment("document", document.text, number)))
             number += 1
         span = found[1] if found and found[0] == index else None
-        own = _own_text(own_text(turn), span)
+        own = _own_text(turn.text, span)
         question = (Segment("query", query),) if query and ahead == index else ()
         order = (question, *documents, own) if mode == "query_aware" else (*documents, question, own)
         messages.append(Message(turn.role, join(*order), turn.extras))
@@ -95,11 +95,6 @@ def insert(message: Message, text: str, *, after_documents: bool = False) -> Mes
     return replace(message, segments=join(segments[:cut], (Segment("text", text),), rest))
 
 
-def own_text(turn: Turn) -> str:
-    """The turn's text without its documents and without empty parts."""
-    return SEPARATOR.join(part for part in turn.content if isinstance(part, str) and part)
-
-
 def _own_text(text: str, query: tuple[int, int] | None) -> tuple[Segment, ...]:
     if query is None:
         return (Segment("text", text),) if text else ()
@@ -112,7 +107,7 @@ def _find(turns: Sequence[Turn], query: str) -> tuple[int, tuple[int, int]] | No
     """Index of the latest user turn that asks `query`, and where in its own text."""
     users = [(i, turn) for i, turn in enumerate(turns) if turn.role == "user"]
     for index, turn in reversed(users):
-        text, start = own_text(turn), 0
+        text, start = turn.text, 0
         if text == query:
             return index, (0, len(text))
         spans = []
@@ -124,7 +119,7 @@ def _find(turns: Sequence[Turn], query: str) -> tuple[int, tuple[int, int]] | No
         if spans:
             return index, spans[-1]
     for index, turn in reversed(users):
-        start = own_text(turn).rfind(query)
+        start = turn.text.rfind(query)
         if start >= 0:
             return index, (start, start + len(query))
     return None

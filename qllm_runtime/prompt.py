@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from qllm_runtime.chat_template import abilities, render, template_of
 from qllm_runtime.layout import Message, Segment, insert, lay_out
 from qllm_runtime.tokenization import SegmentTokenizer, concatenate
 from qllm_runtime.tool_text import describe_tools
+from qllm_runtime.toolcalls import call_format
 from qllm_runtime.types import Document, Mode, Turn
 
 __all__ = ["DocumentSpan", "Prompt", "Segment", "build_prompt", "build_reading", "renders_tools"]
@@ -63,6 +64,26 @@ class Prompt:
         ahead = tuple(span for span in self.query_spans if span[1] <= self.read_end)
         return Prompt(self.ids[: self.read_end], ahead, self.document_spans, self.read_end)
 
+    def begins_with(self, read: Prompt) -> bool:
+        """Whether its first tokens are those that were read."""
+        return np.array_equal(self.ids[: len(read.ids)], read.ids)
+
+    def on_top_of(self, read: Prompt) -> Prompt:
+        """This prompt with its beginning, up to the documents that were read, as it was read."""
+        end = self.document_spans[len(read.document_spans) - 1].end
+        shift = len(read.ids) - end
+        later = self.document_spans[len(read.document_spans) :]
+        return replace(
+            self,
+            ids=np.concatenate([read.ids, self.ids[end:]]),
+            query_spans=tuple((a + shift, b + shift) for a, b in self.query_spans if a >= end),
+            document_spans=(
+                *read.document_spans,
+                *(replace(span, start=span.start + shift, end=span.end + shift) for span in later),
+            ),
+            read_end=self.read_end + shift,
+        )
+
 
 def build_prompt(
     tokenizer: Any,
@@ -73,6 +94,7 @@ def build_prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    tools_as_text: bool = False,
     read: Prompt | None = None,
 ) -> Prompt:
     """Lay out and tokenise a conversation.
@@ -96,6 +118,7 @@ def build_prompt(
         tools: Tools in the format of OpenAI functions.
         template_kwargs: Further variables for the chat template.
         add_generation_prompt: End with the opening of an assistant turn.
+        tools_as_text: Describe the tools as text even if the template writes them itself.
         read: What `build_reading` made of the first documents, which are then not tokenised again.
 
     Raises:
@@ -104,14 +127,20 @@ def build_prompt(
         UnsupportedModelError: Not a fast tokenizer.
     """
     messages = lay_out(turns, query, mode)
-    return _build(tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt, known=read)
+    return _build(tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt, tools_as_text, known=read)
 
 
-def build_reading(tokenizer: Any, documents: Sequence[Document], *, system: str | None) -> Prompt:
+def build_reading(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    *,
+    system: str | None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:
     """The beginning of every "read_once" prompt with these documents and this system text: up to the documents' end."""
     turns = [Turn("system", (system,))] if system else []
     messages = lay_out([*turns, Turn("user", tuple(documents))], None, "read_once")
-    return _build(tokenizer, messages, "read_once", None, None, False, reading=True)
+    return _build(tokenizer, messages, "read_once", None, template_kwargs, False, reading=True)
 
 
 def renders_tools(tokenizer: Any) -> bool:
@@ -129,14 +158,16 @@ def _build(
     tools: Sequence[Mapping[str, Any]] | None,
     template_kwargs: Mapping[str, Any] | None,
     add_generation_prompt: bool,
+    tools_as_text: bool = False,
     reading: bool = False,
     known: Prompt | None = None,
 ) -> Prompt:
-    template = template_of(tokenizer, tools)
+    template = template_of(tokenizer, None if tools_as_text else tools)
     segmenter = SegmentTokenizer.of(tokenizer, template)
     able = abilities(tokenizer, template)
-    if tools and not able.tools:
-        messages = _with_tools_as_text(messages, describe_tools(tools), mode)
+    if tools and (tools_as_text or not able.tools):
+        messages = _with_tools_as_text(messages, describe_tools(tools, call_format(template)), mode)
+        tools = None
     segments = render(
         tokenizer,
         template,

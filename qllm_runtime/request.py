@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
-import numpy as np
-
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.document_memory import DocumentMemory
@@ -71,6 +69,12 @@ def settle(request: Request) -> Request:
         raise InvalidConfigError(f"mode={request.mode!r} is unknown; known are: {', '.join(get_args(Mode))}.")
     query, source = _query(request)
     memory = request.memory
+    if memory is not None:
+        request = replace(
+            request,
+            config=memory.config,
+            template_kwargs={**memory.template_kwargs, **(request.template_kwargs or {})},
+        )
     mode = request.mode or ("query_aware" if request.config.faithful else DEFAULT_MODE)  # as the published code reads
     return replace(
         request,
@@ -85,7 +89,7 @@ def settle(request: Request) -> Request:
 def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[Turn, ...]:
     """The whole conversation, with the documents of `memory` in its first user turn and its system text ahead.
 
-    A system turn that the memory was not read with follows its documents, ahead of the first question.
+    Leading system turns that the memory was not read with follow its documents, ahead of the first question.
 
     Raises:
         InvalidRequestError: The memory was read with another system text.
@@ -94,12 +98,15 @@ def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[T
     if memory is None:
         return turns
     opening: tuple[Turn, ...] = ()
-    late: tuple[str, ...] = ()
-    if turns and turns[0].role == "system":
-        text, turns = turns[0].text, turns[1:]
-        if memory.system is None:
-            late = (text,)
-        elif memory.system != text:
+    n = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    late = tuple(turn.text for turn in turns[:n])
+    turns = turns[n:]
+    if late and memory.system is not None:
+        if memory.system == late[0]:
+            late = late[1:]
+        elif memory.system == "\n\n".join(late):
+            late = ()
+        else:
             raise InvalidRequestError(
                 "The documents were read with another system text; read them with this one, or leave the system turn out."
             )
@@ -122,6 +129,7 @@ def lay_out(request: Request) -> Prompt:
     """
     assert request.mode is not None
     read = request.reading[0] if request.reading else None
+    given = dict(request.template_kwargs or {})
     build = partial(
         build_prompt,
         request.tokenizer,
@@ -131,13 +139,32 @@ def lay_out(request: Request) -> Prompt:
         tools=request.tools,
         read=read,
     )
-    given = dict(request.template_kwargs or {})
     prompt = build(template_kwargs={"enable_thinking": False, **given} if request.direct else given)
-    if request.direct and read is not None and not np.array_equal(prompt.ids[: len(read.ids)], read.ids):
-        # some templates say ahead of everything whether the model is to think, and the documents were read without
+    # What some templates write ahead of everything, the documents were read without: whether to think, and tools.
+    if request.direct and read is not None and not prompt.begins_with(read):
         prompt = build(template_kwargs=given)
+    if request.tools and read is not None and not prompt.begins_with(read):
+        prompt = build(template_kwargs=given, tools_as_text=True)
+    if read is not None and not prompt.begins_with(read) and _opens_with_documents(request):
+        prompt = prompt.on_top_of(read)  # such as the date, which may be another by now
     _check_fits(prompt, request.config, request.inference)
     return prompt
+
+
+def _opens_with_documents(request: Request) -> bool:
+    """Whether the turns are such that documents read before can stand ahead of everything but the system text.
+
+    Raises:
+        InvalidRequestError: They were read with other variables of the chat template.
+    """
+    memory = request.memory
+    if memory is not None and dict(request.template_kwargs or {}) != memory.template_kwargs:
+        raise InvalidRequestError(
+            f"The documents were read with template_kwargs={memory.template_kwargs}, and the chat template writes something "
+            "else ahead of them now; read them with these, or leave template_kwargs out."
+        )
+    first = next(turn for turn in request.turns if turn.role != "system")
+    return bool(first.documents)
 
 
 def _with_excerpts(turns: tuple[Turn, ...], excerpts: Sequence[Source]) -> tuple[Turn, ...]:

@@ -7,22 +7,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qllm_runtime.layout import Message, Segment, join
+from qllm_runtime.toolcalls import HERMES, CallFormat
 
-TOOL_CALL_FORMAT = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
 
+def describe_tools(tools: Sequence[Mapping[str, Any]], form: CallFormat = HERMES) -> str:
+    """The tools as text: one line of JSON per tool and how to call it.
 
-def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    """The tools as text for the system turn: one line of JSON per tool and how to call it.
-
-    The model is asked for `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; results are shown to it as
-    `<tool_response>...</tool_response>` in a user turn.
+    Args:
+        tools: Tools in the format of OpenAI functions.
+        form: How the model writes calls.
     """
+    call = f'{{"name": ..., "{form.arguments_key}": {{...}}}}'.join((form.begin.strip(), form.end.strip()))
     lines = ["You can call these tools:"]
     for tool in tools:
         function = tool.get("function", tool)
         entry = {key: function[key] for key in ("name", "description", "parameters") if key in function}
         lines.append(json.dumps(entry, ensure_ascii=False))
-    lines.append(f"To call one, write {TOOL_CALL_FORMAT} with its arguments as JSON and nothing else.")
+    lines.append(f"To call one, write {call} with its arguments as JSON and nothing else.")
     return "\n".join(lines)
 
 

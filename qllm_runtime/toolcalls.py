@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ HERMES = CallFormat("<tool_call>\n", "\n</tool_call>", "arguments")
 LLAMA3 = CallFormat("", "", "parameters")
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BARE = re.compile(r'\s*(?:\[\s*)?(?:\{\s*(?:".*)?)?', re.DOTALL)  # how calls without marks begin, or a part of that
+_BETWEEN = re.compile(r"[\s;]*")
 
 
 def call_format(chat_template: str | None) -> CallFormat:
@@ -67,7 +70,7 @@ class CallSplitter:
     def feed(self, piece: str) -> Iterator[str | ToolCall]:
         """Take in a piece of the answer and give out what is decided."""
         self._buffer += piece
-        while self._started or self._buffer.lstrip()[:1] not in ("", "{", "["):
+        while self._started or not self._may_be_bare():
             start = self._buffer.find(_OPEN)
             if start < 0:
                 yield from self._text(len(self._buffer) - _undecided(self._buffer))
@@ -99,12 +102,19 @@ class CallSplitter:
             self._started, self._after_call = True, False
             yield text
 
+    def _may_be_bare(self) -> bool:
+        """Whether what came so far may begin calls without marks, or is nothing yet."""
+        return _OPEN not in self._buffer and _BARE.fullmatch(self._buffer) is not None
+
     def _bare(self) -> list[ToolCall]:
-        try:
-            value = json.loads(self._buffer)
-        except ValueError:
-            return []
-        items = value if isinstance(value, list) else [value]
+        text, at, items = self._buffer.strip(), 0, []
+        while at < len(text):
+            try:
+                value, at = json.JSONDecoder().raw_decode(text, at)
+            except ValueError:
+                return []
+            items += value if isinstance(value, list) else [value]
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
         if not all(isinstance(item, dict) and item.get("name") in self._names for item in items):
             return []
         return [_read_call(json.dumps(item, ensure_ascii=False)) for item in items]

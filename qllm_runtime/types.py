@@ -53,8 +53,8 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The ordinary text of the turn, documents left out."""
-        return "\n\n".join(part for part in self.content if isinstance(part, str))
+        """The ordinary text of the turn, without its documents and empty parts."""
+        return "\n\n".join(part for part in self.content if isinstance(part, str) and part)
 
     @property
     def documents(self) -> tuple[Document, ...]:

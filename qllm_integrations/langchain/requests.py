@@ -163,9 +163,16 @@ class ChatRequests(ChatSettings):
             documents, system = call.request.documents, call.request.system
 
             def read() -> DocumentMemory:
-                return call.engine.read(documents, system=system, progress=call.progress, cancel=call.cancel)
+                return call.engine.read(
+                    documents,
+                    system=system,
+                    template_kwargs=call.template_kwargs,
+                    progress=call.progress,
+                    cancel=call.cancel,
+                )
 
-            call.memory, call.creates_memory = self.shared.kept(key, documents, system, read, call.cancel)
+            read_as = repr((key, sorted(call.template_kwargs.items())))
+            call.memory, call.creates_memory = self.shared.kept(read_as, documents, system, read, call.cancel)
             call.progress = None
             call.request = call.request.without_documents()
         if call.memory is not None:

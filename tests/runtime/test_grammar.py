@@ -259,6 +259,26 @@ def test_processors_share_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     assert write(second, noise(1, end=3.0)) == expected
 
 
+@pytest.mark.parametrize("opening", ["[Note] Look.\n", "{thinking} ", "[1] ", '{"a": 1} '])
+def test_calls_behind_brackets_are_found(opening: str) -> None:
+    splitter = CallSplitter(["rest"])
+    parts = [*splitter.feed(opening + '<tool_call>{"name": "rest"}</tool_call>'), *splitter.finish()]
+    assert parts == [opening.rstrip(), ToolCall("rest", {}, "{}")]
+
+
+def test_bare_calls_one_after_the_other() -> None:
+    splitter = CallSplitter(["rest", "look"])
+    text = '{"name": "rest"}\n{"name": "look", "parameters": {"at": "x"}}; {"name": "rest"}'
+    assert [call.name for call in [*splitter.feed(text), *splitter.finish()]] == ["rest", "look", "rest"]
+
+
+@pytest.mark.parametrize("text", ["[1] It says so.", "{Ann} it was", "[[x]] and"])
+def test_text_that_begins_with_a_bracket_streams(text: str) -> None:
+    splitter = CallSplitter(["rest"])
+    pieces = [piece for letter in text for piece in splitter.feed(letter)]
+    assert len(pieces) > len(text) // 2
+
+
 def test_random_pieces_never_change_what_is_found() -> None:
     rng = random.Random(0)
     texts = [
@@ -267,6 +287,9 @@ def test_random_pieces_never_change_what_is_found() -> None:
         '{"name": "rest", "parameters": {}}',
         '[{"name": "rest"}, {"name": "look", "arguments": "{\\"at\\": \\"x\\"}"}]',
         "a <tool_cal",
+        '[Note] Look.\n<tool_call>{"name": "rest"}</tool_call>',
+        '{thinking} <tool_call>{"name": "rest"}</tool_call>',
+        '{"name": "rest"}\n{"name": "look", "parameters": {"at": "x"}}; {"name": "rest"}',
         "<tool_call>{oops</tool_call> after",
         "  plain  ",
         "",

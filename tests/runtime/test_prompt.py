@@ -253,6 +253,20 @@ class TestTemplates:
             "<|im_start|>user\nU3<|im_end|>\n<|im_start|>model\n"
         )
 
+    def test_names_and_a_leading_answer_survive_a_strict_template(self, backends):
+        tokenizer = wrap(backends["byte-level"], GEMMA)
+        turns = [
+            Turn("assistant", ("A0",)),
+            Turn("user", ("U1",), {"name": "bob"}),
+            Turn("user", ("U2",), {"name": "al"}),
+        ]
+        turns += [Turn("user", ("U3",))]
+        text = tokenizer.decode(build_prompt(tokenizer, turns, query="U3", mode="query_aware").ids)
+        assert text == (
+            "<s><|im_start|>user\n<|im_end|>\n<|im_start|>model\nA0<|im_end|>\n"
+            "<|im_start|>user\nbob: U1\n\nal: U2\n\nU3<|im_end|>\n<|im_start|>model\n"
+        )
+
     @pytest.mark.parametrize(
         ("template", "verb"),
         [
