@@ -65,7 +65,12 @@ class ToolCallPart:
     arguments: Mapping[str, Any]
 
 
-Part = Text | DocumentPart | MemoryPart | ToolResultPart | ToolCallPart
+@dataclass(frozen=True)
+class CutOffCallPart:
+    """A tool call inside the content of an AI message that never became whole."""
+
+
+Part = Text | DocumentPart | MemoryPart | ToolResultPart | ToolCallPart | CutOffCallPart
 
 
 def parse_content(content: str | list[Any], where: str) -> list[Part]:
@@ -120,6 +125,8 @@ def _parse_block(block: Any, where: str) -> list[Part]:
         return [ToolResultPart(str(block.get("tool_use_id", "")), tuple(result))]
     if kind in ("tool_use", "tool_call", "function_call"):
         return [ToolCallPart(_string(block, "id", where), str(block.get("name", "")), _call_arguments(block, where))]
+    if kind in ("tool_call_chunk", "invalid_tool_call"):
+        return [_unfinished_call(block, where)]
     if kind == "refusal":
         return [Text(_text(block, "refusal", where))]
     if kind in _UNREADABLE:
@@ -150,8 +157,24 @@ def _call_arguments(block: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return arguments
 
 
+def _unfinished_call(block: Mapping[str, Any], where: str) -> Part:
+    """A `tool_call_chunk`, a call if it holds all of one, or an `invalid_tool_call`."""
+    name = _string(block, "name", where)
+    if block["type"] == "tool_call_chunk" and name:
+        try:
+            arguments = json.loads(_string(block, "args", where) or "")
+        except ValueError:
+            arguments = None
+        if isinstance(arguments, dict):
+            return ToolCallPart(_string(block, "id", where), name, arguments)
+    return CutOffCallPart()
+
+
 def _file(block: Mapping[str, Any], where: str) -> Part:
-    """A `text-plain` or `file` block of LangChain."""
+    """A `text-plain` or `file` block of LangChain, or a `file` block of OpenAI, with everything under `file`."""
+    if nested := _mapping(block, "file", where):
+        known = {"base64": nested.get("file_data"), **{key: nested.get(key) for key in ("file_id", "filename")}}
+        block = {**block, **{key: value for key, value in known.items() if value is not None}}
     extras = _mapping(block, "extras", where)
     title = block.get("title") or extras.get("title") or extras.get("filename") or block.get("filename")
     if block.get("text") is not None:

@@ -229,8 +229,8 @@ class QLLMChat(ChatRequests):
         """Read documents once, to ask many questions of them.
 
         Args:
-            documents: Text, `pathlib.Path`s (.txt, .md, .html, .pdf), LangChain documents, blobs, loaders, or several
-                of them. Pages of one PDF become one document again; citations carry the page.
+            documents: Text, `pathlib.Path`s (files of text, HTML or PDF, or folders of them), LangChain documents, blobs,
+                loaders, or several of them. Pages of one PDF become one document again; citations carry the page.
             system: System prompt that the questions will be asked with; it stands ahead of the documents.
             show_progress: Show a bar in tokens on stderr.
             progress: Called with (tokens read, tokens in all). Inside a tool or chain, the callback handlers of its run
@@ -274,7 +274,7 @@ class QLLMChat(ChatRequests):
         shown = self.show_progress if show_progress is None else show_progress
         engine, whole = self._engine(self.model), to_documents(documents)
         told = progress_of(len(whole), reporter=reporter, bar=shown, own=progress)
-        memory = engine.read(whole, system=system, progress=told, cancel=cancel)
+        memory = engine.read(whole, system=system, template_kwargs=self.template_kwargs, progress=told, cancel=cancel)
         return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
 
     def with_memory(self, handle: DocumentHandle) -> Self:
@@ -356,13 +356,20 @@ class QLLMChat(ChatRequests):
         messages: Sequence[BaseMessage],
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
     ) -> int:
-        """Number of tokens of the prompt: chat template, documents, memories and tools included."""
-        request = translate(messages, memory_id=self.file_id)
+        """Number of tokens of the prompt: chat template, documents, memories and tools included; 0 without messages."""
+        if not messages:
+            return 0  # `trim_messages` asks this
+        request = translate(messages, memory_id=self.file_id, to_answer=False)
         engine, memory = self._engine(self.model), None
         if request.memory_id is not None:
             handle = find_handle(request.memory_id, self._engine_key(self.model))
             engine, memory, request = handle.engine, handle.memory, request.opened_by_user()
-        return engine.count_prompt_tokens(request.turns, tools=tool_forms.to_openai(tools or ()) or None, memory=memory)
+        return engine.count_prompt_tokens(
+            request.turns,
+            tools=tool_forms.to_openai(tools or ()) or None,
+            template_kwargs=self.template_kwargs,
+            memory=memory,
+        )
 
     def close(self) -> None:
         """Close the document memories and release the models loaded here; later calls raise `ClosedError`.

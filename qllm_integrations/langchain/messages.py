@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from langchain_core.messages import (
@@ -18,6 +19,7 @@ from langchain_core.messages import (
 )
 
 from qllm_integrations.langchain.blocks import (
+    CutOffCallPart,
     DocumentPart,
     MemoryPart,
     Part,
@@ -78,8 +80,9 @@ class Request:
 
     @property
     def system(self) -> str | None:
-        """Text of the leading system turn."""
-        return self.turns[0].text if self.turns[0].role == "system" else None
+        """Text of the leading system turns, an empty line between them."""
+        leading = takewhile(lambda turn: turn.role == "system", self.turns)
+        return "\n\n".join(turn.text for turn in leading if turn.text) or None
 
 
 @dataclass
@@ -105,7 +108,7 @@ class _Reader:
             extras = {"tool_call_id": getattr(message, "tool_call_id", None), "name": message.name}
             self._add("tool", self._content(parts, where), {key: value for key, value in extras.items() if value})
         else:
-            self._add("system", _only_text(parts, where, "a system message"), {})
+            self._add("system", _only_text(parts, where, "a system message", "\n\n"), {})
 
     def _read_user(self, parts: list[Part], extras: dict[str, Any], where: str) -> None:
         for part in parts:
@@ -126,10 +129,10 @@ class _Reader:
 
     def _read_assistant(self, message: BaseMessage, parts: list[Part], where: str) -> None:
         calls = [part for part in parts if isinstance(part, ToolCallPart)]
-        text = _only_text([part for part in parts if not isinstance(part, ToolCallPart)], where, "an AI message")
+        spoken = [part for part in parts if not isinstance(part, ToolCallPart | CutOffCallPart)]
+        text = _only_text(spoken, where, "an AI message", "")  # as `BaseMessage.text` has it
         known = [(call["id"], call["name"], call["args"]) for call in getattr(message, "tool_calls", [])]
-        ids = {call_id for call_id, _, _ in known}
-        known += [(call.id, call.name, call.arguments) for call in calls if call.id not in ids]
+        known += [(call.id, call.name, call.arguments) for call in calls if not _is_among(call, known)]
         extras = {"tool_calls": [_openai_call(*call) for call in known]} if known else {}
         self._add("assistant", text, extras)
 
@@ -166,6 +169,7 @@ def translate(
     query: str | None = None,
     memory_id: str | None = None,
     instruction: str | None = None,
+    to_answer: bool = True,
 ) -> Request:
     """Turn messages into a request.
 
@@ -179,6 +183,7 @@ def translate(
         query: Explicit question.
         memory_id: Document memory that the request is asked of, unless the messages name one.
         instruction: Text to add to the last user turn, not part of the question (e.g. a JSON schema to follow).
+        to_answer: Whether messages without any content are an error; they are none where tokens are counted.
 
     Raises:
         InvalidRequestError: Nothing to answer, an unsupported block, or more than one memory.
@@ -189,7 +194,7 @@ def translate(
     reader = _Reader(has_document=memory_id is not None)
     for number, message in enumerate(messages, start=1):
         reader.read(message, f"message {number} ({message.type})")
-    if not any(turn.content or turn.extras for turn in reader.turns):
+    if to_answer and not any(turn.content or turn.extras for turn in reader.turns):
         raise InvalidRequestError("The messages are empty; ask a question.")
     memory_ids = list(dict.fromkeys(reader.memory_ids or ([memory_id] if memory_id else [])))
     if len(memory_ids) > 1:
@@ -231,11 +236,19 @@ def _join(texts: Sequence[Text]) -> str:
     return "\n\n".join(text.text for text in texts)
 
 
-def _only_text(parts: Sequence[Part], where: str, what: str) -> tuple[str, ...]:
+def _only_text(parts: Sequence[Part], where: str, what: str, between: str) -> tuple[str, ...]:
     if not all(isinstance(part, Text) for part in parts):
         raise InvalidRequestError(f"{where}: {what} holds text only; documents belong in a human or tool message.")
-    text = "\n\n".join(part.text for part in parts if isinstance(part, Text) and part.text)
+    text = between.join(part.text for part in parts if isinstance(part, Text) and part.text)
     return (text,) if text else ()
+
+
+def _is_among(call: ToolCallPart, known: Sequence[tuple[str | None, str, Any]]) -> bool:
+    """Whether a call is one of those known by (id, name, arguments); calls without an id are told by the rest."""
+    return any(
+        call.id == other if call.id and other else (call.name, dict(call.arguments)) == (name, arguments)
+        for other, name, arguments in known
+    )
 
 
 def _openai_call(call_id: str | None, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _call_id() -> str:
 
 
 def content_blocks(message: AIMessage) -> list[types.ContentBlock]:
-    """Standard content blocks of a message: a thought, its text with the citations, then the tool calls."""
+    """Standard content blocks of a message: a thought, its text with the citations, the tool calls, the invalid ones."""
     if not isinstance(message.content, str):
         raise NotImplementedError  # LangChain's own reading of block lists applies
     blocks: list[types.ContentBlock] = []
@@ -166,6 +166,9 @@ def content_blocks(message: AIMessage) -> list[types.ContentBlock]:
             for call in message.tool_calls
         ]
         blocks += cast("list[types.ContentBlock]", calls)
+        blocks += [
+            cast(types.ContentBlock, {**call, "type": "invalid_tool_call"}) for call in message.invalid_tool_calls
+        ]
     return blocks
 
 

@@ -171,7 +171,7 @@ class ChatRequests(ChatSettings):
                     cancel=call.cancel,
                 )
 
-            read_as = repr((key, sorted(call.template_kwargs.items())))
+            read_as = repr((key, sorted((call.template_kwargs or {}).items())))
             call.memory, call.creates_memory = self.shared.kept(read_as, documents, system, read, call.cancel)
             call.progress = None
             call.request = call.request.without_documents()

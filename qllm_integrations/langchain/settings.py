@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import UnionType
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from langchain_core.language_models import LangSmithParams, ModelProfile
 from langchain_core.language_models.chat_models import BaseChatModel
@@ -152,9 +152,13 @@ class ChatSettings(BaseChatModel):
             known = {name for field, info in cls.model_fields.items() for name in (field, info.alias) if name}
             for name in sorted(values.keys() - known):
                 warn_unknown(f"{cls.__name__} has no parameter", name, known)
-            values = {
-                key: value for key, value in values.items() if value is not None or key not in ("max_retries", "stop")
+            required = {
+                name
+                for field, info in cls.model_fields.items()
+                if type(None) not in get_args(info.annotation)
+                for name in (field, info.alias)
             }
+            values = {key: value for key, value in values.items() if value is not None or key not in required}
         return values
 
     @field_validator("stop", mode="before")

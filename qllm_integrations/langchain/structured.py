@@ -17,6 +17,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
+from qllm_integrations.langchain.tools import convert, inlined
 from qllm_runtime.errors import InvalidRequestError
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
@@ -130,6 +131,7 @@ def structured(
         raise InvalidRequestError(f"Unknown method {method!r}; use 'json_schema', 'function_calling' or 'json_mode'.")
     if schema is None and method != "json_mode":
         raise InvalidRequestError(f"method={method!r} needs a schema; only 'json_mode' works without one.")
+    schema, strict = _unwrapped(schema, strict)
     schema_class = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
     trace = (
         {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
@@ -158,16 +160,44 @@ def to_json_schema(schema: Schema, strict: bool | None = None) -> dict[str, Any]
     """JSON schema of a pydantic class (1 or 2), a TypedDict, an OpenAI function or tool, or a JSON schema.
 
     Raises:
-        InvalidRequestError: None of these.
+        InvalidRequestError: None of these, or a dictionary that says nothing about the values.
     """
     if isinstance(schema, Mapping) and not _FUNCTION & schema.keys() and _KEYWORDS & schema.keys():
         return dict(schema)  # LangChain's conversion would drop keywords and refuse a schema without a title
     try:
-        return convert_to_json_schema(schema, strict=strict)  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError) as error:
+        shape = convert_to_json_schema(convert(schema, strict))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"{schema!r:.80} is not a schema ({error}); pass a pydantic class, a TypedDict or a JSON schema."
         ) from None
+    if shape.keys() <= {"title", "description"}:
+        raise InvalidRequestError(
+            f"{schema!r:.80} says nothing about the values; pass a JSON schema, with 'type' and 'properties' for an object."
+        )
+    return shape
+
+
+def _unwrapped(schema: Schema | None, strict: bool | None) -> tuple[Schema | None, bool | None]:
+    """The schema in OpenAI's `response_format` or in the body of one, by its name, and whether it is strict.
+
+    Raises:
+        InvalidRequestError: A `response_format` without a schema.
+    """
+    if not isinstance(schema, Mapping):
+        return schema, strict
+    body: Any = schema
+    if wrapped := schema.get("type") == "json_schema":  # in Chat Completions the body is nested, in Responses it is not
+        body = schema.get("json_schema", {key: value for key, value in schema.items() if key != "type"})
+    inner = body.get("schema") if isinstance(body, Mapping) else None
+    if isinstance(inner, Mapping) and not (_KEYWORDS | _FUNCTION) & body.keys():
+        names = {"title": body.get("name"), "description": body.get("description")}
+        named = {**inner, **{key: value for key, value in names.items() if value}}
+        return named, body.get("strict") if strict is None else strict
+    if wrapped:
+        raise InvalidRequestError(
+            f"{schema!r:.80} holds no schema; use {{'type': 'json_schema', 'json_schema': {{'name', 'schema'}}}}."
+        )
+    return schema, strict
 
 
 def _tool(schema: Schema) -> Schema:
@@ -178,13 +208,17 @@ def _tool(schema: Schema) -> Schema:
     """
     shape = to_json_schema(schema)
     plain = shape == schema
+    if plain:
+        shape = inlined(shape)
     if shape.get("type", "object") != "object" or (plain and not {"type", "properties"} & shape.keys()):
         raise InvalidRequestError(
             f"{schema!r:.80} does not describe an object, and the arguments of a tool are one; use method='json_schema', or "
             "an object with a property for the value."
         )
-    if not plain or "properties" in shape or "title" not in shape:
+    if not plain:
         return schema
+    if "properties" in shape or "title" not in shape:
+        return shape
     # LangChain's conversion would drop everything but the title of an object whose properties have no names
     named = {"name": shape.pop("title"), "description": shape.pop("description", ""), "parameters": shape}
     return {"type": "function", "function": named}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from langchain_core.tools import BaseTool
+from langchain_core.tools import BaseTool, create_schema_from_function
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from qllm_runtime.errors import InvalidRequestError
 
 AnyTool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
 ToolChoice = str | bool | Mapping[str, Any] | None
+_DEFINITIONS = ("$defs", "definitions")
 
 
 def to_openai(tools: Sequence[AnyTool], strict: bool | None = None) -> list[dict[str, Any]]:
@@ -23,9 +27,9 @@ def to_openai(tools: Sequence[AnyTool], strict: bool | None = None) -> list[dict
     converted: list[dict[str, Any]] = []
     for tool in tools:
         try:
-            openai = convert_to_openai_tool(tool, strict=strict)
+            openai = convert(tool, strict)
             name: Any = openai["function"]["name"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"{_describe(tool)} cannot be used as a tool ({error}); pass a function, a pydantic class, a BaseTool "
                 "or a dictionary with name and parameters."
@@ -35,6 +39,85 @@ def to_openai(tools: Sequence[AnyTool], strict: bool | None = None) -> list[dict
         if openai not in converted:
             converted.append(openai)
     return converted
+
+
+def convert(tool: AnyTool, strict: bool | None = None) -> dict[str, Any]:
+    """One tool in OpenAI's form, a schema that refers to itself with its definitions.
+
+    LangChain writes references out, and "anything" in place of those that lead back to where they stand.
+
+    Raises:
+        KeyError, TypeError, ValueError, RecursionError: Not a tool; from LangChain's conversion.
+    """
+    if isinstance(tool, Mapping):
+        return convert_to_openai_tool(inlined(tool), strict=strict)
+    converted = convert_to_openai_tool(tool, strict=strict)
+    own = _own_schema(tool)
+    if own is None or not _is_recursive(own):
+        return converted
+    function = {key: converted["function"][key] for key in ("name", "description") if key in converted["function"]}
+    parameters = {key: value for key, value in inlined(own).items() if key not in ("title", "description")}
+    return convert_to_openai_tool({**function, "parameters": parameters}, strict=strict)
+
+
+def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON schema whose top is no mere reference into its own definitions."""
+    whole, seen = dict(schema), set[str]()
+    while isinstance(reference := whole.get("$ref"), str) and reference not in seen:
+        seen.add(reference)
+        target: Any = whole
+        for part in reference.split("/")[1:]:
+            target = target.get(part) if isinstance(target, Mapping) else None
+        if not reference.startswith("#/") or not isinstance(target, Mapping):
+            break
+        whole.pop("$ref")
+        whole = {**target, **whole}
+    return whole
+
+
+def _own_schema(tool: Any) -> Mapping[str, Any] | None:
+    """The JSON schema of a tool's arguments as pydantic writes it; None for what has none."""
+    shape: Any = tool
+    if isinstance(tool, BaseTool):
+        shape = tool.tool_call_schema
+    elif inspect.isroutine(tool):  # as LangChain reads functions
+        shape = create_schema_from_function(
+            tool.__name__,
+            tool,
+            filter_args=(),
+            parse_docstring=True,
+            error_on_invalid_docstring=False,
+            include_injected=False,
+        )
+    if isinstance(shape, Mapping):
+        return shape
+    if not (inspect.isclass(shape) and is_basemodel_subclass(shape)):
+        return None
+    model: Any = shape
+    written: dict[str, Any] = (getattr(model, "model_json_schema", None) or model.schema)()
+    return written
+
+
+def _is_recursive(schema: Mapping[str, Any]) -> bool:
+    uses = {"#": set(_references({key: value for key, value in schema.items() if key not in _DEFINITIONS}))}
+    for key in _DEFINITIONS:
+        if isinstance(definitions := schema.get(key), Mapping):
+            uses |= {f"#/{key}/{name}": set(_references(definition)) for name, definition in definitions.items()}
+    try:
+        TopologicalSorter(uses).prepare()
+    except CycleError:
+        return True
+    return False
+
+
+def _references(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from _references(value)
 
 
 def check_names(tools: Sequence[Mapping[str, Any]]) -> None:

@@ -62,7 +62,13 @@ class FakeEngine:
         self._lock = threading.Lock()
 
     def read(
-        self, documents: Sequence[Document], *, system: str | None = None, progress: Any = None, cancel: Any = None
+        self,
+        documents: Sequence[Document],
+        *,
+        system: str | None = None,
+        template_kwargs: Any = None,
+        progress: Any = None,
+        cancel: Any = None,
     ) -> FakeMemory:
         if isinstance(documents, str | Document):
             documents = [documents]
@@ -228,8 +234,12 @@ class FakeEngine:
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def count_prompt_tokens(self, turns: Sequence[Turn], *, tools: Any = None, memory: Any = None) -> int:
-        prompt = build_prompt(self.tokenizer, turns, query=None, mode="read_once", tools=tools)
+    def count_prompt_tokens(
+        self, turns: Sequence[Turn], *, tools: Any = None, template_kwargs: Any = None, memory: Any = None
+    ) -> int:
+        prompt = build_prompt(
+            self.tokenizer, turns, query=None, mode="read_once", tools=tools, template_kwargs=template_kwargs
+        )
         return len(prompt.ids) + (memory.n_tokens if memory else 0)
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pytest
@@ -212,6 +214,69 @@ def test_a_call_in_content_and_in_tool_calls_counts_once() -> None:
     block = {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": "sea"}}
     turn = translate([HumanMessage("hi"), AIMessage([block], tool_calls=[CALL])]).turns[1]
     assert len(turn.extras["tool_calls"]) == 1
+
+
+def chunk(**fields: Any) -> dict[str, Any]:
+    return {"type": "tool_call_chunk", "index": 101, **fields}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "calls"),
+    [
+        ([chunk(name=None, args='<tool_call>{"name": "look", "arg', id="c1")], []),
+        ([chunk(name="look", args='{"at": "se', id="c1")], []),
+        ([chunk(name="look", args=None, id="c1")], []),
+        ([chunk(name="look", args="[1]", id="c1")], []),
+        ([{"type": "invalid_tool_call", "name": "look", "args": "{}", "id": "c1", "error": "cut off"}], []),
+        ([chunk(name="look", args='{"at": "sea"}', id="c1")], [CALL]),
+        ([chunk(name="look", args='{"at": "sea"}', id=None)], [{**CALL, "id": None}]),
+    ],
+)
+def test_calls_that_were_cut_off_are_passed_over(blocks: list[Any], calls: list[dict[str, Any]]) -> None:
+    ai = AIMessage([{"type": "text", "text": "Hm."}, *blocks])
+    turn = translate([HumanMessage("hi"), ai, HumanMessage("Go on.")]).turns[1]
+    assert turn.text == "Hm."
+    functions = [call["function"] for call in turn.extras.get("tool_calls", [])]
+    assert functions == [{"name": call["name"], "arguments": call["args"]} for call in calls]
+    if calls:
+        known = translate([HumanMessage("hi"), AIMessage(blocks, tool_calls=[CALL])]).turns[1]
+        assert known.extras["tool_calls"] == [{"id": "c1", "type": "function", "function": functions[0]}]
+    for message in (HumanMessage(blocks), ToolMessage(blocks, tool_call_id="c1")):
+        with pytest.raises(InvalidRequestError, match="no place"):
+            translate([message])
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+def test_a_conversation_goes_on_after_a_call_that_was_cut_off(version: str | None) -> None:
+    engine = FakeEngine(reply='Hm. <tool_call>{"name": "look", "arguments": {"at": "se')
+    look = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
+    llm = QLLMChat.from_engine(engine, output_version=version).bind_tools([look])
+    whole, streamed = llm.invoke("hi"), reduce(add, llm.stream("hi"))
+    for ai in (whole, streamed):
+        llm.invoke([HumanMessage("hi"), ai, HumanMessage("Go on.")])
+        assert [turn.text for turn in engine.calls[-1]["turns"]] == ["hi", "Hm.", "Go on."]
+        assert not engine.calls[-1]["turns"][1].extras
+    for ai in [whole] if version else [whole, streamed]:
+        assert [block["type"] for block in ai.content_blocks] == ["text", "invalid_tool_call"]
+        assert ai.content_blocks[1]["args"] == ai.invalid_tool_calls[0]["args"]
+
+
+def test_the_text_of_an_answer_stays_as_it_was() -> None:
+    pieces = [{"type": "text", "text": "Call me"}, {"type": "text", "text": " Ishmael."}]
+    ai = AIMessage(pieces)
+    system, human, answer = translate([SystemMessage(pieces), HumanMessage(pieces), ai]).turns
+    assert answer.text == ai.text == "Call me Ishmael."
+    assert system.text == human.text == "Call me\n\n Ishmael."
+
+
+def test_all_leading_system_turns_are_the_system_text() -> None:
+    human = HumanMessage([plain(text=BOOK, cache_control={"type": "ephemeral"}), TEXT])
+    for texts, system in ((["A"], "A"), (["A", "B"], "A\n\nB"), (["", "A"], "A"), ([""], None), ([], None)):
+        messages = [*map(SystemMessage, texts), human]
+        assert translate([*messages, AIMessage("Hm."), SystemMessage("Late.")]).system == system
+        engine = FakeEngine()
+        QLLMChat.from_engine(engine).invoke(messages)
+        assert engine.calls[0]["memory"].system == system
 
 
 def test_reasoning_and_cache_marks_are_passed_over() -> None:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -179,6 +180,16 @@ def test_ls_params() -> None:
     assert QLLMChat()._get_ls_params(model="x")["ls_model_name"] == "x"
     if hasattr(QLLMChat, "_add_version"):  # langchain-core 1.5 and newer
         assert "qllm-integrations" in QLLMChat().metadata["lc_versions"]
+
+
+def test_none_stands_for_the_default() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        QLLMChat(model="m", temperature=0, max_tokens=None, timeout=None, max_retries=2)
+        names = [name for name in QLLMChat.model_fields if name not in ("shared", "profile", "metadata")]
+        default, given = QLLMChat(), QLLMChat(**dict.fromkeys(names))
+    assert {name: getattr(given, name) for name in names} == {name: getattr(default, name) for name in names}
+    assert given.max_tokens == 256
 
 
 def test_configurable_fields(tiny_path: str) -> None:
