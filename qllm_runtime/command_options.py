@@ -60,19 +60,28 @@ class Options:
     def open(self) -> QLLM:
         """Load the model and lay out its memory."""
         chosen = {name: getattr(self, name) for name in _MEMORY if getattr(self, name) is not None}
-        if self.memory_config is not None:  # an inconsistent file should not cost the time to load a model
-            MemoryConfig.from_yaml(self.memory_config)
+        stored = None
+        if self.memory_config is not None:
+            # once, as it may be a pipe, and first, as an inconsistent file should not cost the time to load a model
+            stored = _changed(MemoryConfig.from_yaml(self.memory_config), chosen)
         quiet()
         from qllm_runtime.engine import QLLM
 
         llm = QLLM.from_pretrained(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
-        if self.memory_config is not None:
-            llm.memory = MemoryConfig.from_yaml(self.memory_config, **chosen)
+        if stored is not None:
+            llm.memory = stored
             return llm
         if "n_local" in chosen:
             chosen["exec_block_size"] = min(llm.memory.exec_block_size, chosen["n_local"])
         llm.memory = llm.memory.replace(**chosen)
         return llm
+
+
+def _changed(stored: MemoryConfig, chosen: dict[str, Any]) -> MemoryConfig:
+    """The settings of a file with those of the command line in their place; what neither names has its default."""
+    if "n_local" in chosen and "exec_block_size" not in stored.model_fields_set:
+        chosen = {"exec_block_size": min(stored.exec_block_size, chosen["n_local"]), **chosen}
+    return MemoryConfig(**{**stored.model_dump(exclude_unset=True), **chosen})
 
 
 def takes_options(command: Callable[..., None], kind: type[Any] = Options) -> Callable[..., None]:

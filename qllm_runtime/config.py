@@ -129,17 +129,22 @@ class MemoryConfig(BaseModel):
     )
 
     def __init__(self, **data: Any) -> None:
-        if data.get("faithful"):
-            data.setdefault("summary", "published")
-        size = data.get("block_size", type(self).model_fields["block_size"].default)
-        if "repr_topk" not in data and isinstance(size, int):
-            every_key = data.get("summary", "max") == "max"
-            data["repr_topk"] = max(1, size if every_key else min(size, _PUBLISHED_REPRESENTATIVES))
         try:
             super().__init__(**data)
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc'])) or 'MemoryConfig'}: {e['msg']}" for e in error.errors()]
             raise InvalidConfigError("Invalid memory configuration: " + "; ".join(lines)) from None
+
+    @model_validator(mode="after")
+    def _fill(self) -> MemoryConfig:
+        """Defaults that follow from other fields; these stay unset (`model_fields_set`)."""
+        filled = self.__dict__  # the model is frozen
+        if self.faithful and "summary" not in self.model_fields_set:
+            filled["summary"] = "published"
+        if "repr_topk" not in self.model_fields_set:
+            every_key = self.summary == "max"
+            filled["repr_topk"] = self.block_size if every_key else min(self.block_size, _PUBLISHED_REPRESENTATIVES)
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:

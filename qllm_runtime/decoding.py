@@ -20,6 +20,8 @@ from transformers import (
 from qllm_runtime.errors import InvalidConfigError
 from qllm_runtime.types import Sampling, TokenLogprob
 
+_GREEDY = 1e-6  # temperatures below it
+
 
 def check_sampling(sampling: Sampling) -> None:
     """Refuse settings out of range.
@@ -47,7 +49,7 @@ def check_sampling(sampling: Sampling) -> None:
         value = getattr(sampling, name)
         try:
             fine = rule(value)
-        except TypeError:
+        except (TypeError, ValueError):  # numpy arrays raise the latter
             fine = False
         if not fine:
             raise InvalidConfigError(f"{name}={value!r} is out of range: it must be {expected}.")
@@ -61,7 +63,7 @@ class Sampler:
     """Chooses the next token of one row.
 
     Args:
-        sampling: Settings; greedy at temperature 0.
+        sampling: Settings; greedy at temperatures below 1e-6 (float32 may not hold logits divided by less).
         processors: Further processors; they see unmodified logits, before any truncation.
     """
 
@@ -70,22 +72,22 @@ class Sampler:
         self.processors = tuple(processors)
         chain: list[Any] = []
         if sampling.repetition_penalty is not None and sampling.repetition_penalty != 1:
-            chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            chain.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
         chain.extend(processors)
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.temperature < _GREEDY
         if not self._greedy:
             if sampling.temperature != 1:
                 chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k is not None:
-                chain.append(TopKLogitsWarper(sampling.top_k))
+                chain.append(TopKLogitsWarper(int(sampling.top_k)))
             if sampling.top_p is not None and sampling.top_p < 1:
-                chain.append(TopPLogitsWarper(sampling.top_p))
+                chain.append(TopPLogitsWarper(float(sampling.top_p)))
             if sampling.min_p:
-                chain.append(MinPLogitsWarper(sampling.min_p))
+                chain.append(MinPLogitsWarper(float(sampling.min_p)))
         self._chain = LogitsProcessorList(chain)
         self._generator: torch.Generator | None = None
-        self._seed = sampling.seed
-        self._n_logprobs = sampling.logprobs
+        self._seed = None if sampling.seed is None else int(sampling.seed)
+        self._n_logprobs = None if sampling.logprobs is None else int(sampling.logprobs)
         self.ids: list[int] = []
 
     def choose(self, logits: torch.Tensor) -> int:

@@ -24,6 +24,13 @@ _BYTE_ORDER_MARKS = (
 _HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _MEDIA_TYPES = ("image/", "audio/", "video/", "font/")
+# what browsers read under a declared name (https://encoding.spec.whatwg.org), where Python knows it as something narrower
+_WIDER = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874",
+    "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949",
+}  # fmt: skip
+# ways of spelling text in Python's own notation or in names of hosts
+_NO_CHARSETS = ("unicode-escape", "raw-unicode-escape", "idna", "punycode", "undefined")
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 # control characters that no text file holds (tab, line feed, form feed, return and escape excepted)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
@@ -32,10 +39,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 def load_document(path: str | Path) -> Document:
     r"""Read a document from a file, or from standard input for `-`.
 
-    `.html` becomes its visible text, `.pdf` the text of its pages (needs the extra `pdf`); every other file must be
-    text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Text is kept exactly as stored: `Document.text` equals
-    `bytes.decode("utf-8")` (or "utf-16"), so a UTF-8 byte-order mark is its first character and `\r\n` stays two.
-    Character spans in sources refer to this text.
+    `.html` becomes its visible text (in the encoding that a `<meta>` tag names, UTF-8 without one), `.pdf` the text of its
+    pages (needs the extra `pdf`); every other file must be text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark.
+    Text is kept exactly as stored: `Document.text` equals `bytes.decode("utf-8")` (or "utf-16"), so a UTF-8 byte-order
+    mark is its first character and `\r\n` stays two. Character spans in sources refer to this text.
 
     Args:
         path: File, or "-" for standard input.
@@ -75,14 +82,14 @@ def load_document(path: str | Path) -> Document:
     if suffix == ".pdf" and data and not _is_pdf(data):
         raise DocumentError(f"{name!r} is named .pdf but is not a PDF file.")
     mime_type = "text/html" if suffix in _HTML_SUFFIXES else None
-    return _document(data, repr(name), _join_surrogates(file.name), {"source": name}, mime_type)
+    return _document(data, repr(name), join_surrogates(file.name), {"source": name}, mime_type)
 
 
 def document_from_bytes(data: bytes, mime_type: str | None = None, title: str | None = None) -> Document:
     """A document from the bytes of a file and its MIME type.
 
     The content decides where it can: bytes that start as a PDF are one whatever the type says, and text declared as PDF
-    is read as text. A `charset` parameter of the type is honoured.
+    is read as text. A `charset` parameter of the type is honoured, as browsers do: latin-1 is read as windows-1252.
 
     Args:
         data: The bytes of the file.
@@ -128,19 +135,18 @@ def _parse_type(mime_type: str | None) -> tuple[str, str | None]:
 
 def _declared_charset(data: bytes) -> str | None:
     found = _META_CHARSET.search(data[:2048])
-    return found.group(1).decode("ascii") if found else None
+    if not found:
+        return None
+    charset = found.group(1).decode("ascii")
+    # whoever could read the tag does not read UTF-16
+    return "utf-8" if charset.lower().startswith(("utf-16", "utf-32")) else charset
 
 
 def _decode(data: bytes, name: str, charset: str | None = None) -> str:
     encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
-    if encoding is None and charset is not None:
-        try:
-            encoding = codecs.lookup(charset).name
-        except LookupError:
-            raise DocumentError(
-                f"{_sentence(name)} declares the unknown encoding {charset!r}; convert it to UTF-8."
-            ) from None
-    encoding = encoding or "utf-8"
+    if encoding is None:
+        marked = data.startswith(codecs.BOM_UTF8)
+        encoding = "utf-8" if charset is None or marked else _codec(charset, name)
     if encoding == "utf-8":
         _refuse_binary(data, name)
     try:
@@ -157,6 +163,20 @@ def _decode(data: bytes, name: str, charset: str | None = None) -> str:
     if "\0" in text or len(_CONTROL.findall(text[:65536])) * 20 > min(len(text), 65536):
         raise DocumentError(f"{_sentence(name)} is binary, not text.")
     return text
+
+
+def _codec(charset: str, name: str) -> str:
+    """The codec of Python that reads what is declared as `charset`."""
+    try:
+        codec = codecs.lookup(charset.lower().removeprefix("x-")).name
+        if codec in _NO_CHARSETS:
+            raise LookupError
+        "".encode(codec)  # a LookupError where it makes no text of bytes, as hex
+    except (LookupError, ValueError):
+        raise DocumentError(
+            f"{_sentence(name)} declares the unknown encoding {charset!r}; convert it to UTF-8."
+        ) from None
+    return _WIDER.get(codec, codec)
 
 
 def _refuse_binary(data: bytes, name: str) -> None:
@@ -187,7 +207,7 @@ def _pdf_text(data: bytes, name: str) -> tuple[str, tuple[int, ...]]:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise DocumentError(f"{_sentence(name)} is protected by a password; save it without one.")
-        pages = [_join_surrogates(page.extract_text()) for page in reader.pages]
+        pages = [join_surrogates(page.extract_text()) for page in reader.pages]
     except DocumentError:
         raise
     except Exception as error:  # a damaged file makes pypdf raise nearly anything
@@ -203,7 +223,7 @@ def _pdf_text(data: bytes, name: str) -> tuple[str, tuple[int, ...]]:
     return "\n\n".join(pages), tuple(starts)
 
 
-def _join_surrogates(text: str) -> str:
+def join_surrogates(text: str) -> str:
     """Characters outside the basic plane that are spelled as two halves, as one; lone halves as U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from qllm_runtime.documents import load_document
+from qllm_runtime.documents import join_surrogates, load_document
 from qllm_runtime.errors import DocumentError
 from qllm_runtime.types import Document
 
@@ -30,21 +30,23 @@ def load_path(path: str | Path) -> list[Document]:
 def load_folder(path: str | Path) -> list[Document]:
     """Read every text, HTML and PDF file below a folder.
 
-    In a git checkout those are the files that git does not ignore; elsewhere all but hidden ones (`.name`) and what lies in
-    hidden folders. Files that hold no text are left out, and a warning says which.
+    In a git checkout those are the files that git does not ignore, with those of submodules and of other checkouts inside
+    of it; elsewhere all but hidden ones (`.name`) and what lies in hidden folders. Files that hold no text are left out, and
+    a warning says which.
 
     Args:
         path: The folder.
 
     Returns:
-        The documents, sorted by path, each titled with its path below the folder; `metadata["source"]` begins with `path`.
+        The documents, sorted by path, each titled with its path below the folder (U+FFFD for what is not UTF-8 in it);
+        `metadata["source"]` begins with `path`.
 
     Raises:
         DocumentError: Unreadable, or without a document in it.
     """
     folder = Path(path)
     try:
-        files = sorted(name for name in _tracked(folder) or _visible(folder) if (folder / name).is_file())
+        files = sorted(name for name in set(_tracked(folder) or _visible(folder)) if (folder / name).is_file())
     except OSError as error:
         raise DocumentError(f"Cannot read the folder {str(path)!r}: {error.strerror or error}.") from error
     documents: list[Document] = []
@@ -55,7 +57,7 @@ def load_folder(path: str | Path) -> list[Document]:
         except DocumentError as error:
             left_out.append(str(error))
         else:
-            documents.append(replace(document, title=name.as_posix()))
+            documents.append(replace(document, title=join_surrogates(name.as_posix())))
     if not documents:
         reason = f": {left_out[0]}" if left_out else "."
         raise DocumentError(f"There is no text, HTML or PDF file in the directory {str(path)!r}{reason}")
@@ -68,14 +70,23 @@ def load_folder(path: str | Path) -> list[Document]:
     return documents
 
 
-def _tracked(folder: Path) -> list[Path]:
-    """Files below a folder that git tracks or would track; none outside of a checkout or where there is no git."""
+def _tracked(folder: Path) -> list[Path] | None:
+    """Files below a folder that git tracks or would track, some more than once; None outside of a checkout or without git."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
     except (OSError, subprocess.CalledProcessError):
-        return []
-    return [Path(name.decode("utf-8", "surrogateescape")) for name in listed.split(b"\0") if name]
+        return None
+    files: list[Path] = []
+    for name in (Path(name.decode("utf-8", "surrogateescape")) for name in listed.split(b"\0") if name):
+        nested = folder / name
+        if nested.is_symlink() or not (nested / ".git").exists():
+            files.append(name)
+            continue
+        # git names a checkout inside of another one, but not what is in it
+        inside = _tracked(nested)
+        files.extend(name / file for file in (_visible(nested) if inside is None else inside))
+    return files
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
@@ -27,10 +28,23 @@ _SPACED = _names("article blockquote dl figure h1 h2 h3 h4 h5 h6 ol p pre sectio
 _BETWEEN = {
     "mfrac": "/", "msup": "^", "msub": "_", "mover": "^", "munder": "_", "msubsup": "_^", "munderover": "_^",
 }  # fmt: skip
+# MathML elements that hold text, one symbol each
+_SYMBOLS = _names("mi mn mo mtext ms")
+_OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
+_WORD = re.compile(r"[\w.,]*")
+_WRAPPERS = 16  # elements with a single one inside that are looked through
 _WHOLE_NUMBER = re.compile(r"\s*[-+\u2212]?\d+\s*")
 _INVISIBLE_STYLE = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)", re.IGNORECASE)
 # XHTML ends these at once; to HTML all that follows would be inside
-_EMPTY = re.compile(rf"<({'|'.join(sorted(_HIDDEN - {'svg'}))})((?:\s[^<>]*)?)/>", re.IGNORECASE)
+_EMPTY = "|".join(sorted(_HIDDEN - {"svg"} | _names("textarea xmp noembed noframes")))
+# what is no markup: comments, and elements that hold text only
+_VERBATIM = "script|style|textarea|title|xmp|iframe|noembed|noframes"
+_TO_CLOSE = re.compile(
+    rf"<(?P<empty>{_EMPTY})(?P<attributes>(?:\s[^<>]*)?)/>"
+    r"|<!--(?:-?>|.*?(?:--!?>|\Z))"
+    rf"|<(?P<verbatim>{_VERBATIM})(?:[\s/][^<>]*)?>.*?(?:</(?P=verbatim)(?=[\s/>])|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class _Text:
@@ -43,6 +57,8 @@ class _Text:
         self._preformatted = 0  # open elements in which white space stays as it is
         self._cells = 0  # of the present table row
         self._row = 0  # number of parts ahead of it
+        self._joined = 0  # number of parts behind which no space comes
+        self._enclosed: list[int] = []  # open elements that a parenthesis was put ahead of
 
     def __str__(self) -> str:
         return "".join(self._parts)
@@ -73,13 +89,21 @@ class _Text:
         elif between := _BETWEEN.get(node.parent.tag or "") if node.parent else None:
             if place := _ahead(node):
                 self._parts.append(between[place - 1 : place])
-                self._space = False
+                self._joined = len(self._parts)
+            if _is_compound(node):
+                self._append("(")
+                self._joined = len(self._parts)
+                self._enclosed.append(node.mem_id)
         elif tag == "sup" and self._ends_in_digit() and _WHOLE_NUMBER.fullmatch(node.text()):
             self._parts.append("^")
         return True
 
     def leave(self, node: LexborNode) -> None:
         """End an element that was entered."""
+        if self._enclosed and self._enclosed[-1] == node.mem_id:
+            self._enclosed.pop()
+            self._parts.append(")")
+            self._space = False
         self._line(node.tag or "")
         self._preformatted -= node.tag == "pre"
 
@@ -105,7 +129,7 @@ class _Text:
         if self._breaks:
             if self._parts:
                 self._parts.append("\n" * min(self._breaks, 2))
-        elif self._space and self._parts and not self._parts[-1].endswith(("\n", "\t", " ")):
+        elif self._space and len(self._parts) > self._joined and not self._parts[-1].endswith(("\n", "\t", " ")):
             self._parts.append(" ")
         self._breaks, self._space = 0, False
         self._parts.append(text)
@@ -120,14 +144,51 @@ def _ahead(node: LexborNode) -> int:
     return count
 
 
+def _is_compound(node: LexborNode) -> bool:
+    """Whether a part of a formula has more than one element inside, and no parentheses around them yet."""
+    for _ in range(_WRAPPERS):
+        if node.tag in _SYMBOLS:
+            return False
+        inside = [child for child in node.iter(include_text=True) if _is_seen(child)]
+        if len(inside) != 1:
+            return len(inside) > 1 and not _is_enclosed([child.text(deep=False).strip() for child in inside])
+        (node,) = inside
+        if node.is_text_node:
+            text = (node.text_content or "").strip()
+            return not (_WORD.fullmatch(text) or _is_enclosed(text))
+    return False
+
+
+def _is_seen(node: LexborNode) -> bool:
+    if node.is_text_node:
+        return bool((node.text_content or "").strip())
+    return node.is_element_node and node.tag not in _HIDDEN and node.tag != "mspace"
+
+
+def _is_enclosed(symbols: Sequence[str]) -> bool:
+    """Whether the first symbol opens the parenthesis that the last one closes."""
+    depth = 0
+    for at, symbol in enumerate(symbols):
+        depth += (symbol in _OPENING) - (symbol in _CLOSING)
+        if depth <= 0:
+            return at > 0 and at == len(symbols) - 1
+    return False
+
+
+def _close(found: re.Match[str]) -> str:
+    name = found["empty"]
+    return f"<{name}{found['attributes']}></{name}>" if name else found[0]
+
+
 def html_to_text(html: str) -> str:
     """The text a reader of the page sees: no scripts, styles or hidden elements; block elements become line breaks.
 
     White space is collapsed as a browser does it, except inside `<pre>`. Table cells are separated by tabs, and what is
-    set above or below by `/`, `^` and `_` (in formulas, and powers of ten in text).
+    set above or below by `/`, `^` and `_` (in formulas, where parentheses keep together what has several elements, and in
+    powers of ten in text).
     """
     text = _Text()
-    node: LexborNode | None = LexborHTMLParser(_EMPTY.sub(r"<\1\2></\1>", html)).root
+    node: LexborNode | None = LexborHTMLParser(_TO_CLOSE.sub(_close, html)).root
     while node is not None:
         if text.enter(node):
             if node.first_child is not None:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from qllm_runtime.inference import Inference
@@ -19,6 +26,9 @@ from qllm_runtime.seam import is_out_of_memory
 
 _BUILTIN = Path(__file__).parent / "models"
 BUILTIN_MODELS = ("reader", "reader-plain")
+_HINT = "Give a local folder, a Hugging Face hub id that this machine can reach, or 'reader'."
+_AGAIN = "Download or save the model again."
+_NAMED = 3  # weights that an error names
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +72,7 @@ def load(
         trust_remote_code: Passed on to transformers.
 
     Raises:
-        ModelNotFoundError: Nothing could be loaded under this name.
+        ModelNotFoundError: Nothing could be loaded under this name, or weights or the tokenizer are missing or damaged.
         UnsupportedModelError: transformers does not know the architecture, or it has no causal language model.
         InvalidConfigError: Unknown device or dtype.
         OutOfMemoryError: The weights do not fit.
@@ -106,30 +116,86 @@ def _load(
 ) -> tuple[PreTrainedModel, Any]:
     common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust}
     common = {k: v for k, v in common.items() if v}
-    hint = "Give a local folder, a Hugging Face hub id that this machine can reach, or 'reader'."
+    config = _config(where, common)
+    tokenizer = _tokenizer(where, common)
+    return _network(where, config, place, dtype, common), tokenizer
+
+
+def _config(where: str, common: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(where, **common)
     except (OSError, ValueError) as error:
         known = "model type" not in str(error)
         if known or not Path(where).exists():
-            raise ModelNotFoundError(f"No model {where!r}: {_first_line(error)} {hint}") from error
+            raise ModelNotFoundError(f"No model {where!r}: {_reason(error)}. {_HINT}") from error
         raise UnsupportedModelError(
-            f"transformers does not know the architecture of {where!r}: {_first_line(error)}"
+            f"transformers does not know the architecture of {where!r}: {_reason(error)}."
         ) from error
+    except Exception as error:  # what a damaged file makes the code of each architecture raise
+        raise ModelNotFoundError(f"Cannot load the configuration of {where!r}: {_reason(error)}. {_AGAIN}") from error
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise UnsupportedModelError(
+            f"{where!r} is no causal language model of transformers: its model type is {config.model_type!r}."
+        )
+    return config
+
+
+def _tokenizer(where: str, common: dict[str, Any]) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
-        network = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, **common)
+        return AutoTokenizer.from_pretrained(where, **common)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ModelNotFoundError(
+            f"Cannot load the tokenizer of {where!r}: {_reason(error)}. Put its files (tokenizer.json, "
+            "tokenizer_config.json) next to the weights, or download or save the model again."
+        ) from error
+
+
+def _network(
+    where: str, config: PreTrainedConfig, place: torch.device, dtype: torch.dtype | str, common: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **common
+        )
         network = network.to(place).eval()
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise OutOfMemoryError(f"The weights of {where!r} do not fit on {place}: {_first_line(error)}") from error
-        raise ModelNotFoundError(f"Cannot load {where!r}: {_first_line(error)}") from error
     except (OSError, ImportError, SafetensorError) as error:
-        raise ModelNotFoundError(f"Cannot load {where!r}: {_first_line(error)} {hint}") from error
-    except ValueError as error:
-        raise UnsupportedModelError(f"{where!r} is no causal language model: {_first_line(error)}") from error
-    return network, tokenizer
+        raise ModelNotFoundError(f"Cannot load {where!r}: {_reason(error)}. {_HINT}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"The weights of {where!r} do not fit on {place}: {_reason(error)}.") from error
+        raise ModelNotFoundError(f"Cannot load {where!r}: {_reason(error)}. {_AGAIN}") from error
+    _check_complete(where, network, info)
+    return network
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _check_complete(where: str, network: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse weights that the checkpoint does not hold; transformers makes them up at random.
+
+    It does not count tied weights as missing; buffers are computed where a checkpoint leaves them out.
+    """
+    learned = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    missing = sorted(learned.intersection(info["missing_keys"]))
+    if missing:
+        raise ModelNotFoundError(
+            f"The checkpoint {where!r} is incomplete, {len(missing)} of its weights are missing: {_some(missing)}. {_AGAIN}"
+        )
+    mismatched = [
+        f"{name} {list(has)} instead of {list(needs)}" for name, has, needs in sorted(info["mismatched_keys"])
+    ]
+    if mismatched:
+        raise ModelNotFoundError(
+            f"{len(mismatched)} weights of {where!r} have other shapes than config.json says: {_some(mismatched)}. {_AGAIN}"
+        )
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:_NAMED]) + (", ..." if len(items) > _NAMED else "")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says first, and what kind of error it is where it says too little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(" .,:")
+    bare = isinstance(error, LookupError | ArithmeticError | AttributeError | TypeError)
+    return f"{type(error).__name__}: {text}" if bare or not text else text

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from qllm_runtime import cli
+from qllm_runtime.command_options import Options
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.errors import InvalidConfigError
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -140,6 +143,31 @@ class TestAsk:
         assert json.loads(qllm("ask", book, "Who?", *options)[1])["policy"] == "streaming"
         assert json.loads(qllm("ask", book, "Who?", *options, "--policy", "infllm")[1])["policy"] == "infllm"
         assert qllm("ask", book, "Who?", "--model", model, "--max-tokens", 1, "--n-local", 16, "--n-init", 0)[0] == 0
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="/dev/fd")
+    def test_settings_from_a_pipe(self, qllm, model, book):
+        reader, writer = os.pipe()
+        os.write(writer, b"policy: streaming\nn_local: 64\nexec_block_size: 32\n")
+        os.close(writer)
+        options = ["--model", model, "--max-tokens", 1, "--json", "--memory-config", f"/dev/fd/{reader}"]
+        status, out, err = qllm("ask", book, "Who?", *options)
+        os.close(reader)
+        assert status == 0, err
+        assert json.loads(out)["policy"] == "streaming"
+
+    def test_options_next_to_a_file(self, model, tmp_path):
+        config = tmp_path / "memory.yaml"
+
+        def memory(text, **chosen):
+            config.write_text(text)
+            return Options(model=model, memory_config=str(config), **chosen).open().memory
+
+        assert memory("topk: 4", n_local=128) == MemoryConfig(topk=4, n_local=128, exec_block_size=128)
+        assert memory("topk: 4", n_local=256) == MemoryConfig(topk=4, n_local=256)
+        assert memory("summary: mean", n_local=64, block_size=2).repr_topk == 2
+        assert memory("faithful: true", summary="published") == MemoryConfig(faithful=True)
+        with pytest.raises(InvalidConfigError, match="exec_block_size"):  # it was asked for
+            memory("exec_block_size: 256", n_local=128)
 
     def test_pdf_and_standard_input(self, model, book, tmp_path):
         pytest.importorskip("pypdf")

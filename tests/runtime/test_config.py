@@ -86,6 +86,20 @@ def test_frozen_and_replaced() -> None:
     assert all(field.description for field in MemoryConfig.model_fields.values())
 
 
+def test_defaults_follow_from_values_as_they_are_understood() -> None:
+    for size in (64, 64.0, "64"):
+        assert MemoryConfig(block_size=size).repr_topk == 64  # type: ignore[arg-type]
+        assert MemoryConfig(block_size=size, summary="mean").repr_topk == 4  # type: ignore[arg-type]
+    assert MemoryConfig(block_size=2, summary="mean").repr_topk == 2
+    for faithful in (True, "true", 1):
+        config = MemoryConfig(faithful=faithful)  # type: ignore[arg-type]
+        assert (config.summary, config.repr_topk) == ("published", 4)
+    config = MemoryConfig(faithful="false")  # type: ignore[arg-type]
+    assert (config.summary, config.repr_topk) == ("max", 64)
+    assert "repr_topk" not in config.model_fields_set
+    assert MemoryConfig(**config.model_dump()) == config
+
+
 def test_policies_without_blocks_need_no_block_settings() -> None:
     for policy in ("streaming", "lm-infinite", "full"):
         config = MemoryConfig(policy=policy, topk=0, n_local=8)  # exec_block_size is larger

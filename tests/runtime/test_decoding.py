@@ -5,11 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
+import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm_runtime.decoding import TextStream
+from qllm_runtime.decoding import Sampler, TextStream
+from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.types import Sampling
 
 TEXTS = st.text(alphabet="abthe é😀👩\u200d\n", max_size=24)
 STOPS = st.lists(st.text(alphabet="abthe é😀", min_size=1, max_size=4), max_size=3)
@@ -84,3 +89,35 @@ def test_what_may_become_a_stop_string_is_held_back() -> None:
 def test_special_tokens_are_not_shown() -> None:
     ids = tokenizer()("ab", add_special_tokens=False).input_ids
     assert "".join(written([ids[0], 2, ids[1]], [])[0]) == "ab"
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-38, 1e-7])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    for scale in (1.0, 1e6):
+        logits = scale * torch.tensor([1.0, 3.0, -2.0, float("-inf")])
+        sampler = Sampler(Sampling(temperature=temperature, top_p=0.9, top_k=3, min_p=0.1, seed=1))
+        assert [sampler.choose(logits) for _ in range(5)] == [1] * 5
+
+
+def test_settings_of_any_number_type() -> None:
+    logits = torch.linspace(-1, 1, 16)
+    usual = Sampling(
+        temperature=1.5, top_k=3, top_p=0.5, min_p=0.25, repetition_penalty=2.0, seed=3, logprobs=2, max_tokens=4
+    )
+    other: Any = {
+        "temperature": np.float32(1.5),
+        "top_k": np.int64(3),
+        "top_p": np.float32(0.5),
+        "min_p": np.float16(0.25),
+        "repetition_penalty": 2,
+        "seed": np.uint8(3),
+        "logprobs": np.int32(2),
+        "max_tokens": np.int64(4),
+    }
+    expected, sampler = Sampler(usual), Sampler(Sampling(**other))
+    for _ in range(8):
+        assert sampler.choose(logits) == expected.choose(logits)
+        assert sampler.logprob(None) == expected.logprob(None)
+    many: Any = np.array([1, 2])
+    with pytest.raises(InvalidConfigError, match="top_p"):
+        Sampler(Sampling(top_p=many))

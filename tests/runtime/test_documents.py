@@ -3,7 +3,9 @@
 import codecs
 import io
 import os
+import re
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from qllm_runtime.documents import document_from_bytes, load_document
 from qllm_runtime.errors import DocumentError
 from qllm_runtime.html_text import html_to_text
 
+SUM = "<mi>a</mi><mo>+</mo><mi>b</mi>"
 TRICKY = "First line \r\n\tnaïve 👩‍🚀 ‮mixed\u00a0\x0c\rlast line  \n\n"
 
 
@@ -161,6 +164,21 @@ class TestHtml:
         [
             ("<math><mfrac><mn>1</mn> <mn>2</mn></mfrac><mi>x</mi></math>", "1/2x"),
             ("<math><msubsup><mi>x</mi><mn>1</mn><mn>2</mn></msubsup></math>", "x_1^2"),
+            ("<math><mfrac><mrow>a+b</mrow><mrow>c+d</mrow></mfrac></math>", "(a+b)/(c+d)"),
+            (f"<math><mfrac><mrow>{SUM}</mrow><mrow><mi>c</mi></mrow></mfrac><mi>x</mi></math>", "(a+b)/cx"),
+            (f"<math><mfrac>\n<mrow>\n{SUM}\n</mrow>\n<mrow>\n{SUM}\n</mrow>\n</mfrac></math>", "(a+b)/(a+b)"),
+            (f"<math><msup><mi>x</mi><mrow>{SUM}</mrow></msup></math>", "x^(a+b)"),
+            (f"<math><msub><mi>x</mi><mstyle><mrow>{SUM}</mrow></mstyle></msub></math>", "x_(a+b)"),
+            (f"<math><msup><mrow><mo>(</mo>{SUM}<mo>)</mo></mrow><mn>2</mn></msup></math>", "(a+b)^2"),
+            (
+                f"<math><msup><mrow><mo>(</mo>{SUM}<mo>)</mo><mo>(</mo><mo>)</mo></mrow><mn>2</mn></msup></math>",
+                "((a+b)())^2",
+            ),
+            ("<math><msup><mrow>(a+b)</mrow><mn>2</mn></msup></math>", "(a+b)^2"),
+            (f"<math><munderover><mo>&sum;</mo><mrow>{SUM}</mrow><mi>n</mi></munderover></math>", "\u2211_(a+b)^n"),
+            ("<math><mfrac><mfrac><mn>1</mn><mn>2</mn></mfrac><mn>3</mn></mfrac></math>", "(1/2)/3"),
+            (f"<p>Half <math><mfrac><mrow>{SUM}</mrow><mn>2</mn></mfrac></math> of it", "Half (a+b)/2 of it"),
+            ("<math><mfrac><mrow><mspace/><mn>1.5</mn></mrow><mtext>a b</mtext></mfrac></math>", "1.5/a b"),
             ("<p>4.2 &times; 10<sup>5</sup> cells, 10<sup>&minus;3</sup> g", "4.2 \u00d7 10^5 cells, 10^\u22123 g"),
             ("<p>the 1<sup>st</sup> of May <sup>2</sup>", "the 1st of May 2"),
         ],
@@ -172,8 +190,38 @@ class TestHtml:
         page = "<html xmlns='http://www.w3.org/1999/xhtml'><head><title/><script src='a.js'/></head><p>seen</p></html>"
         assert html_to_text(page) == "seen"
 
+    @pytest.mark.parametrize("name", ["textarea", "xmp", "noembed", "noframes", "title", "iframe", "TextArea"])
+    def test_what_xhtml_ends_at_once_holds_nothing(self, name: str) -> None:
+        assert html_to_text(f"<div>seen<{name} class='a'/><b>as well</b></div><p>after</p>") == "seenas well\n\nafter"
+
+    @pytest.mark.parametrize(
+        ("page", "text"),
+        [
+            ("<script>w('<script/>'); no()</script>seen", "seen"),
+            ("<SCRIPT type='a'>w('<Script/><script />'); no()</script >seen<script/>too", "seentoo"),
+            ("<style>/* <style/> */ no {}</style>seen", "seen"),
+            ("<script>'<script/>' no", ""),
+            ("<script>'<title/>'</scripts>no</script>seen<title/>too", "seentoo"),
+            ("<xmp><script/></xmp>seen", "<script/>seen"),
+            ("<!-- <script> -->seen<script/>too<!--> <script/> too", "seentoo too"),
+            ("<p>seen<!-- <style>", "seen"),
+        ],
+    )
+    def test_what_is_no_markup_stays_as_it_is(self, page: str, text: str) -> None:
+        assert html_to_text(page) == text
+
+    @pytest.mark.parametrize(
+        "part", ["<script ", "<script>", "<script/>", "<!--", "<title", "<textarea/ ", "<!-- <xmp>"]
+    )
+    def test_pages_that_end_nothing(self, part: str) -> None:
+        begun = time.monotonic()
+        html_to_text(part * 50_000)
+        assert time.monotonic() - begun < 20
+
     def test_deep_pages(self) -> None:
         assert html_to_text("<div>" * 20_000 + "deep") == "deep"
+        assert html_to_text("<math>" + "<msup>" * 2_000 + "deep") == "deep"
+        assert html_to_text("<math>" + "<mfrac><mrow><mi>x</mi>" * 300).startswith("(x(x")
 
     @pytest.mark.parametrize(
         ("page", "text"),
@@ -216,6 +264,52 @@ class TestHtml:
             load_document(file(b"<script>1</script>", "a.html"))
         with pytest.raises(DocumentError, match="unknown encoding 'klingon'"):
             load_document(file(b"<meta charset=klingon>x", "a.html"))
+
+    @pytest.mark.parametrize(
+        "charset", ["hex", "rot13", "zlib", "base64", "unicode_escape", "idna", "undefined", "..", "x-"]
+    )
+    def test_encodings_that_are_none(self, file, charset):
+        with pytest.raises(DocumentError, match=rf"a\.html. declares the unknown encoding '{re.escape(charset)}'"):
+            load_document(file(f"<meta charset={charset}>x".encode(), "a.html"))
+        with pytest.raises(DocumentError, match="unknown encoding"):
+            document_from_bytes(b"x", f"text/plain; charset={charset}")
+
+    @pytest.mark.parametrize(
+        ("declared", "encoding", "text"),
+        [
+            ("iso-8859-1", "cp1252", "it\u2019s 5 \u20ac"),
+            ("latin1", "cp1252", "\u201cs\u201d"),
+            ("us-ascii", "cp1252", "caf\u00e9 \u2013"),
+            ("iso-8859-9", "cp1254", "\u201c\u0131\u201d"),
+            ("gb2312", "gb18030", "\u6731\u9555\u57fa \u20ac"),
+            ("GBK", "gb18030", "\u3400"),
+            ("shift_jis", "cp932", "\u2460 \u9ad9"),
+            ("x-sjis", "cp932", "\u65e5\u672c"),
+            ("euc-kr", "cp949", "\ub625\ubc29\uac01\ud558"),
+            ("koi8-r", "koi8-r", "\u043c\u0438\u0440"),
+        ],
+    )
+    def test_names_of_encodings_mean_what_browsers_read(self, file, declared, encoding, text):
+        page = f"<meta charset={declared}>{text}"
+        assert load_document(file(page.encode(encoding), "a.html")).text == text
+        assert document_from_bytes(text.encode(encoding), f"text/html; charset={declared}").text == text
+        assert document_from_bytes(text.encode(encoding), f"text/plain; charset={declared}").text == text
+        assert load_document(file(codecs.BOM_UTF8 + page.encode(), "a.html")).text == text
+
+    def test_utf_16_in_a_tag_is_utf_8(self, file):
+        for charset in ("utf-16", "UTF-16LE", "utf-16be"):
+            assert (
+                load_document(file(f"<meta charset='{charset}'>Gr\u00fc\u00dfe".encode(), "a.html")).text
+                == "Gr\u00fc\u00dfe"
+            )
+        assert (
+            document_from_bytes("Gr\u00fc\u00dfe".encode("utf-16-le"), "text/html; charset=utf-16").text
+            == "Gr\u00fc\u00dfe"
+        )
+
+    def test_bytes_that_an_encoding_lacks(self, file):
+        with pytest.raises(DocumentError, match="not valid CP1252: byte 0x81 at offset 26"):
+            load_document(file(b"<meta charset=iso-8859-1>a\x81", "a.html"))
 
 
 class TestPdf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,87 @@ def test_links_that_lead_nowhere_or_round_in_circles(tmp_path: Path) -> None:
     os.symlink(tmp_path / "none", tmp_path / "broken")
     os.symlink(tmp_path, tmp_path / "circle")
     assert [d.title for d in load_folder(tmp_path)] == ["a.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+@pytest.mark.parametrize("checkout", [False, True])
+def test_names_that_are_not_utf8(tmp_path: Path, checkout: bool) -> None:
+    if checkout:
+        git(tmp_path, "init", "-q")
+    write(tmp_path, a_txt="seen")
+    name = os.fsdecode(b"n\xff.txt")
+    (tmp_path / name).write_text("seen")
+    documents = load_folder(tmp_path)
+    assert [d.title for d in documents] == ["a.txt", "n\ufffd.txt"]
+    assert documents[1].metadata["source"] == str(tmp_path / name)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    settings = ["user.name=a", "user.email=a@b.c", "protocol.file.allow=always", "init.defaultBranch=main"]
+    options = [word for setting in settings for word in ("-c", setting)]
+    subprocess.run(["git", "-C", str(folder), *options, *arguments], check=True, capture_output=True)
+
+
+def repository(folder: Path, **files: str | bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    git(folder, "init", "-q")
+    write(folder, **files)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "x")
+    return folder
+
+
+def test_files_in_conflict_come_once(tmp_path: Path) -> None:
+    repository(tmp_path, a_txt="one")
+    git(tmp_path, "checkout", "-q", "-b", "other")
+    write(tmp_path, a_txt="two")
+    git(tmp_path, "commit", "-q", "-a", "-m", "x")
+    git(tmp_path, "checkout", "-q", "main")
+    write(tmp_path, a_txt="three")
+    git(tmp_path, "commit", "-q", "-a", "-m", "x")
+    with pytest.raises(subprocess.CalledProcessError):
+        git(tmp_path, "merge", "other")
+    (document,) = load_folder(tmp_path)
+    assert document.title == "a.txt" and "<<<<<<<" in document.text
+
+
+def test_checkouts_inside_of_a_checkout(tmp_path: Path) -> None:
+    library = repository(tmp_path / "library", l_txt="seen", sub__m_txt="seen", _gitignore="*.log\n")
+    top = repository(tmp_path / "top", a_txt="seen")
+    git(top, "submodule", "add", "-q", str(library), "deps/module")
+    repository(top / "clone", n_txt="seen", _hidden="seen")
+    repository(top / "clone" / "inner", o_txt="seen")
+    write(top, deps__module__x_log="no", clone__p_txt="seen, not tracked yet")
+    os.symlink(library, top / "link")
+    documents = load_folder(top)
+    assert [d.title for d in documents] == [
+        ".gitmodules",
+        "a.txt",
+        "clone/.hidden",
+        "clone/inner/o.txt",
+        "clone/n.txt",
+        "clone/p.txt",
+        "deps/module/.gitignore",
+        "deps/module/l.txt",
+        "deps/module/sub/m.txt",
+    ]
+    assert documents[-1].metadata["source"] == str(top / "deps/module/sub/m.txt")
+
+
+def test_nothing_but_a_clone(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    git(top, "init", "-q")
+    repository(top / "clone", n_txt="seen")
+    assert [d.title for d in load_folder(top)] == ["clone/n.txt"]
+
+
+def test_a_submodule_whose_repository_is_gone(tmp_path: Path) -> None:
+    library = repository(tmp_path / "library", l_txt="seen")
+    top = repository(tmp_path / "top", a_txt="seen")
+    git(top, "submodule", "add", "-q", str(library), "module")
+    (top / "module" / ".git").write_text("gitdir: ../nowhere\n")
+    assert [d.title for d in load_folder(top)][-1] == "module/l.txt"
+    (top / "module" / ".git").unlink()  # not checked out
+    (top / "module" / "l.txt").unlink()
+    assert [d.title for d in load_folder(top)] == [".gitmodules", "a.txt"]

@@ -1,0 +1,119 @@
+"""Models from folders that are whole, and from folders that are not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from qllm_runtime.errors import ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
+from qllm_runtime.loading import _check_complete, load
+
+Edit = Callable[[Path], Any]
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def configured(**settings: Any) -> Edit:
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+    return edit
+
+
+def without(*names: str) -> Edit:
+    """Leave weights out."""
+
+    def edit(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        weights = {name: weight for name, weight in load_file(file).items() if name not in names}
+        save_file(weights, file, metadata={"format": "pt"})
+
+    return edit
+
+
+def written(name: str, content: str) -> Edit:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def removed(*names: str) -> Edit:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without("lm_head.weight"), r"1 of its weights are missing: lm_head\.weight\. Download"),
+        (without(Q, "model.norm.weight"), rf"2 of its weights are missing: {Q}, model\.norm\.weight"),
+        (configured(num_hidden_layers=3), r"9 of its weights .*: model\.layers\.2\.\S+, \S+, \S+, \.\.\."),
+        (configured(vocab_size=300), r"other shapes .*: lm_head\.weight \[264, 32\] instead of \[300, 32\]"),
+        (configured(hidden_size="256"), "configuration of .*'hidden_size'.* expected int"),
+        (configured(num_attention_heads=0), "Cannot load the configuration of .*ZeroDivisionError"),
+        (configured(rope_parameters={"rope_type": "spiral"}), "spiral"),
+        (written("tokenizer.json", "{}"), "Cannot load the tokenizer of "),
+        (written("tokenizer.json", "{"), "Cannot load the tokenizer of "),
+        (written("tokenizer_config.json", "[]"), "Cannot load the tokenizer of "),
+        (removed("tokenizer.json"), r"Cannot load the tokenizer of .*\. Put its files \(tokenizer\.json"),
+        (removed("tokenizer.json", "tokenizer_config.json"), "Cannot load the tokenizer of "),
+        (removed("model.safetensors"), r"model\.safetensors"),
+        (written("generation_config.json", "[]"), "Cannot load .*TypeError"),
+        (
+            lambda folder: (removed("model.safetensors")(folder), written("pytorch_model.bin", "x")(folder)),
+            "Cannot load",
+        ),
+    ],
+)
+def test_what_is_broken_is_named(folder: Path, edit: Edit, message: str) -> None:
+    edit(folder)
+    with pytest.raises(ModelNotFoundError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_causal_language_model(folder: Path) -> None:
+    removed("tokenizer.json", "tokenizer_config.json")(folder)
+    written("config.json", '{"model_type": "vit"}')(folder)
+    with pytest.raises(UnsupportedModelError, match=r"no causal language model .*'vit'"):
+        load(folder)
+
+
+def test_tied_weights_are_not_missing(folder: Path) -> None:
+    without("lm_head.weight")(folder)
+    configured(tie_word_embeddings=True)(folder)
+    network: Any = load(folder).inference.model
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    assert torch.equal(network.lm_head.weight, tiny.model().model.embed_tokens.weight)
+    without("model.embed_tokens.weight")(folder)
+    del network
+    with pytest.raises(ModelNotFoundError, match="embed_tokens"):
+        load(folder)
+
+
+def test_buffers_may_be_missing() -> None:
+    network: Any = torch.nn.BatchNorm1d(2)
+    _check_complete("m", network, {"missing_keys": {"running_mean"}, "mismatched_keys": set()})
+    with pytest.raises(ModelNotFoundError, match="weights are missing: bias"):
+        _check_complete("m", network, {"missing_keys": {"running_mean", "bias"}, "mismatched_keys": set()})
+
+
+def test_memory_that_runs_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("qllm_runtime.loading.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(OutOfMemoryError, match="do not fit on cpu: MemoryError"):
+        load(folder)
