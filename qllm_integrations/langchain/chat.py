@@ -328,8 +328,8 @@ class QLLMChat(ChatRequests):
         """Answers of a schema, enforced while decoding.
 
         Args:
-            schema: Pydantic class (1 or 2; gives instances), TypedDict, JSON schema or OpenAI function (give
-                dictionaries).
+            schema: Pydantic class (1 or 2; gives instances), TypedDict, JSON schema, OpenAI function or `response_format`
+                (give dictionaries).
             method: "json_schema" shows the schema to the model and enforces it; "json_mode" enforces it without showing
                 it (the prompt says what is wanted; no schema: any JSON object); "function_calling" forces a tool call.
             include_raw: Give a dictionary with `raw`, `parsed` and `parsing_error` instead of raising parsing errors.
