@@ -82,13 +82,13 @@ class Asker:
     def ask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
         """The whole answer."""
         messages = self.messages(query, nodes)
-        memory = self.memory(nodes, messages)
+        memory = self.memory(nodes, system_text(messages))
         return self.llm.chat(messages, **self.arguments(query, memory, options))
 
     async def aask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
         """The whole answer, without blocking the event loop."""
         messages = self.messages(query, nodes)
-        memory = await self.amemory(nodes, messages)
+        memory = await self.amemory(nodes, system_text(messages))
         return await self.llm.achat(messages, **self.arguments(query, memory, options))
 
     def stream(
@@ -96,7 +96,7 @@ class Asker:
     ) -> Generator[str, None, None]:
         """The answer piece by piece; `sources` are filled with the last one."""
         messages = self.messages(query, nodes)
-        memory = self.memory(nodes, messages)
+        memory = self.memory(nodes, system_text(messages))
         responses = self.llm.stream_chat(messages, **self.arguments(query, memory, options))
         return _texts(responses, lambda last: sources.fill(last, nodes, top))
 
@@ -105,7 +105,7 @@ class Asker:
     ) -> AsyncGenerator[str, None]:
         """The answer piece by piece, without blocking the event loop."""
         messages = self.messages(query, nodes)
-        memory = await self.amemory(nodes, messages)
+        memory = await self.amemory(nodes, system_text(messages))
         responses = await self.llm.astream_chat(messages, **self.arguments(query, memory, options))
         return _atexts(responses, lambda last: sources.fill(last, nodes, top))
 
@@ -121,34 +121,49 @@ class Asker:
 
     def opened(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """The messages with the system prompts of model and engine ahead, all leading system text in one message."""
-        rest = list(messages)
-        texts = [text for text in (self.llm.system_prompt, self.system_prompt) if text]
-        while rest and rest[0].role is MessageRole.SYSTEM:
-            texts.append(rest.pop(0).content or "")
-        opening = [ChatMessage("\n\n".join(texts), role=MessageRole.SYSTEM)] if texts else []
-        return [*opening, *rest]
+        leading, rest = split_system(messages)
+        texts = [self.llm.system_prompt, self.system_prompt, *(message.content for message in leading)]
+        return [*_system("\n\n".join(text for text in texts if text)), *rest]
+
+    def chatted(
+        self, messages: Sequence[ChatMessage], nodes: Sequence[BaseNode]
+    ) -> tuple[list[ChatMessage], str | None]:
+        """A conversation about nodes with the system prompts ahead, and the system text to read the nodes under.
+
+        What the history's own system messages say (a summary, what a memory recalls) may change with every turn: a kept
+        memory is not read under it, and it follows the nodes.
+        """
+        if self.mode == "query_aware" or not nodes:
+            return self.opened(messages), None
+        opening = self.opened(())
+        return [*opening, *messages], system_text(opening)
 
     def memory(
-        self, nodes: Sequence[BaseNode], messages: Sequence[ChatMessage] = (), cancel: threading.Event | None = None
+        self, nodes: Sequence[BaseNode], system: str | None, cancel: threading.Event | None = None
     ) -> DocumentMemory | None:
-        """The kept memory of the nodes for these messages, read now if need be; None when each question reads them."""
+        """The kept memory of the nodes under this system text, read now if need be; None when each question reads them."""
         if self.mode == "query_aware" or not nodes:
             return None
         started = time.perf_counter()
         documents = [engine_document(node) for node in nodes]
         progress = reading_progress(len(documents), self.show_progress or self.llm.show_progress)
-        opening = next(iter(messages or self.opened(())), None)
-        system = opening.content if opening is not None and opening.role is MessageRole.SYSTEM else None
-        memory, created = self.shelf.get(self.llm.engine, documents, system, progress=progress, cancel=cancel)
+        memory, created = self.shelf.get(
+            self.llm.engine,
+            documents,
+            system,
+            template_kwargs=self.llm.template_kwargs,
+            progress=progress,
+            cancel=cancel,
+        )
         if created:
             report_reading(memory, time.perf_counter() - started)
         return memory
 
-    async def amemory(self, nodes: Sequence[BaseNode], messages: Sequence[ChatMessage]) -> DocumentMemory | None:
+    async def amemory(self, nodes: Sequence[BaseNode], system: str | None) -> DocumentMemory | None:
         """As `memory`, without blocking the event loop."""
         if self.mode == "query_aware" or not nodes:
             return None
-        return await run_in_thread(lambda cancel: self.memory(nodes, messages, cancel))
+        return await run_in_thread(lambda cancel: self.memory(nodes, system, cancel))
 
     def arguments(self, query: str, memory: DocumentMemory | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the call."""
@@ -158,6 +173,17 @@ class Asker:
         if self.show_progress:
             given["show_progress"] = True
         return {**given, **options}
+
+
+def split_system(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[ChatMessage]]:
+    """The leading system messages, and the others."""
+    n = next((i for i, message in enumerate(messages) if message.role is not MessageRole.SYSTEM), len(messages))
+    return list(messages[:n]), list(messages[n:])
+
+
+def system_text(messages: Sequence[ChatMessage]) -> str | None:
+    """What the first message says if it is the system's."""
+    return messages[0].content if messages and messages[0].role is MessageRole.SYSTEM else None
 
 
 def check_question(question: str) -> None:
@@ -186,6 +212,10 @@ def asking_llm(llm: Any) -> tuple[QLLM, type[Any] | None]:
             f"Settings.llm."
         )
     return llm, output_cls
+
+
+def _system(text: str) -> list[ChatMessage]:
+    return [ChatMessage(text, role=MessageRole.SYSTEM)] if text else []
 
 
 def _texts(

@@ -86,11 +86,14 @@ def prepare(
     sampling = options.sampling(llm.sampling_defaults, given)
     engine = llm.engine
     progress = reading_progress(len(request.documents), bool(given.get("show_progress") or llm.show_progress))
+    variables = {**llm.template_kwargs, **(given.get("template_kwargs") or {})}
     held: tuple[Document, ...] = tuple(memory.documents) if memory is not None else ()
     if request.keep and memory is None and given.get("mode") != "query_aware":
         request, system, held = split_kept(request)
         started = time.perf_counter()
-        memory, created = llm.shelf.get(engine, held, system, ttl=request.ttl, progress=progress, cancel=cancel)
+        memory, created = llm.shelf.get(
+            engine, held, system, template_kwargs=variables, ttl=request.ttl, progress=progress, cancel=cancel
+        )
         if created:
             report_reading(memory, time.perf_counter() - started)
     request = _bounded(engine, request)
@@ -114,7 +117,7 @@ def prepare(
         "sampling": sampling,
         "tools": tools,
         "logits_processors": processors,
-        "template_kwargs": {**llm.template_kwargs, **(given.get("template_kwargs") or {})} or None,
+        "template_kwargs": variables or None,
         "progress": progress if memory is None else None,
     }
     return Call(

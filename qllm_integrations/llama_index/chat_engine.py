@@ -72,8 +72,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         if chat_history is not None:
             self._history.set(chat_history)
         asked, nodes = ChatMessage(message), list(self._nodes())
-        messages = self._messages([*self._history.get(input=message), asked], nodes)
-        document_memory = self._asker.memory(nodes, messages)
+        messages, system = self._messages([*self._history.get(input=message), asked], nodes)
+        document_memory = self._asker.memory(nodes, system)
         response = self._asker.llm.chat(messages, **self._asker.arguments(message, document_memory, self._options))
         self._history.put(asked)
         self._history.put(_spoken(response))
@@ -85,8 +85,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         if chat_history is not None:
             await self._history.aset(chat_history)
         asked, nodes = ChatMessage(message), await run_in_thread(lambda cancel: list(self._nodes()))
-        messages = self._messages([*await self._history.aget(input=message), asked], nodes)
-        document_memory = await self._asker.amemory(nodes, messages)
+        messages, system = self._messages([*await self._history.aget(input=message), asked], nodes)
+        document_memory = await self._asker.amemory(nodes, system)
         response = await self._asker.llm.achat(
             messages, **self._asker.arguments(message, document_memory, self._options)
         )
@@ -100,8 +100,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
         if chat_history is not None:
             self._history.set(chat_history)
         asked, nodes, sources = ChatMessage(message), list(self._nodes()), Sources()
-        messages = self._messages([*self._history.get(input=message), asked], nodes)
-        document_memory = self._asker.memory(nodes, messages)
+        messages, system = self._messages([*self._history.get(input=message), asked], nodes)
+        document_memory = self._asker.memory(nodes, system)
         responses = self._asker.llm.stream_chat(
             messages, **self._asker.arguments(message, document_memory, self._options)
         )
@@ -115,7 +115,9 @@ class WholeDocumentChatEngine(BaseChatEngine):
                 yield response
 
         reply = StreamingAgentChatResponse(chat_stream=told(), source_nodes=sources.nodes)
-        reply.write_response_to_history_thread = Thread(target=_write, args=(reply, self._history), daemon=True)
+        reply.write_response_to_history_thread = Thread(
+            target=write_to_history, args=(reply, self._history), daemon=True
+        )
         reply.write_response_to_history_thread.start()
         return reply
 
@@ -128,8 +130,8 @@ class WholeDocumentChatEngine(BaseChatEngine):
             await self._history.aset(chat_history)
         asked, sources = ChatMessage(message), Sources()
         nodes = await run_in_thread(lambda cancel: list(self._nodes()))
-        messages = self._messages([*await self._history.aget(input=message), asked], nodes)
-        document_memory = await self._asker.amemory(nodes, messages)
+        messages, system = self._messages([*await self._history.aget(input=message), asked], nodes)
+        document_memory = await self._asker.amemory(nodes, system)
         responses = await self._asker.llm.astream_chat(
             messages, **self._asker.arguments(message, document_memory, self._options)
         )
@@ -155,17 +157,23 @@ class WholeDocumentChatEngine(BaseChatEngine):
         """The conversation so far."""
         return list(self._history.get_all())
 
-    def _messages(self, conversation: Sequence[ChatMessage], nodes: Sequence[BaseNode]) -> list[ChatMessage]:
-        """System prompts, then the conversation with the documents in its first message, which is the user's."""
+    def _messages(
+        self, conversation: Sequence[ChatMessage], nodes: Sequence[BaseNode]
+    ) -> tuple[list[ChatMessage], str | None]:
+        """System prompts, then the conversation with the documents in its first message, which is the user's.
+
+        Returns:
+            The messages, and the system text that the documents are read under where they are kept.
+        """
         check_question(conversation[-1].content or "")
-        messages = self._asker.opened(conversation)
+        messages, system = self._asker.chatted(conversation, nodes)
         first = next(i for i, message in enumerate(messages) if message.role is not MessageRole.SYSTEM)
         if messages[first].role is not MessageRole.USER:  # a greeting, say
             messages.insert(first, ChatMessage(role=MessageRole.USER, blocks=[]))
         if self._asker.mode == "query_aware":
             blocks = [*(citable_block(node) for node in nodes), *messages[first].blocks]
             messages[first] = messages[first].model_copy(update={"blocks": blocks})
-        return messages
+        return messages, system
 
 
 def _spoken(response: ChatResponse) -> ChatMessage:
@@ -181,7 +189,8 @@ def _reply(response: ChatResponse, nodes: Sequence[BaseNode]) -> AgentChatRespon
     )
 
 
-def _write(reply: StreamingAgentChatResponse, history: BaseMemory) -> None:
+def write_to_history(reply: StreamingAgentChatResponse, history: BaseMemory) -> None:
+    """Drive a streamed reply to its end, in a thread of its own."""
     try:
         reply.write_response_to_history(history)
     except Exception:  # kept in reply.exception, from where response_gen raises it to the consumer

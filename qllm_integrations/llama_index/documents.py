@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import bisect
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -20,29 +19,22 @@ from llama_index.core.schema import (
     TransformComponent,
 )
 
-from qllm_runtime.errors import DocumentError, InvalidRequestError
+from qllm_integrations.llama_index.pages import PAGES_KEY, join, page_label
+from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Document as EngineDocument
 
-#: Metadata of a rejoined document: (label, start offset) of each of its pages.
-PAGES_KEY = "page_offsets"
-#: Between the parts of a rejoined file.
-PAGE_SEPARATOR = "\n\n"
 # a file that was merely read is not a changed file
 _VOLATILE = ("last_accessed_date",)
 _NAMESPACE = uuid.UUID("5f0c9d1e-3a52-4a3e-9a7e-6f1d1c0b7a11")
 
 
-def rejoin(documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
-    """Put the parts of each file together again, in order of appearance.
+def by_file(documents: Sequence[Document]) -> list[list[int]]:
+    """Positions of the documents that are parts of one file, in order of appearance.
 
     Readers hand out one document per page (PDF), slide or section; parts of one file share `metadata["file_path"]`.
-    The whole keeps the id of its first part and the metadata all parts agree on.
-
-    Returns:
-        Each document with the positions of its parts in `documents`.
 
     Raises:
-        DocumentError: A document without text.
+        InvalidRequestError: Something else than documents.
     """
     groups: dict[str, list[int]] = {}
     for position, document in enumerate(documents):
@@ -52,7 +44,18 @@ def rejoin(documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
             )
         path = document.metadata.get("file_path")
         groups.setdefault(f"path:{path}" if path else f"id:{position}", []).append(position)
-    return [(_join([documents[i] for i in positions]), positions) for positions in groups.values()]
+    return list(groups.values())
+
+
+def rejoin(documents: Sequence[Document]) -> list[Document]:
+    """Put the parts of each file together again, in order of appearance.
+
+    The whole keeps the id of its first part and the metadata all parts agree on.
+
+    Raises:
+        DocumentError: A document without text.
+    """
+    return [join([documents[i] for i in positions]) for positions in by_file(documents)]
 
 
 def check_ids(documents: Sequence[Document]) -> None:
@@ -70,49 +73,18 @@ def check_ids(documents: Sequence[Document]) -> None:
         seen.add(document.id_)
 
 
-def _join(parts: list[Document]) -> Document:
-    first = parts[0]
-    texts = [part.get_content(metadata_mode=MetadataMode.NONE) for part in parts]
-    if not any(text.strip() for text in texts):
-        name = first.metadata.get("file_name") or first.metadata.get("file_path") or first.id_
-        raise DocumentError(
-            f"The document {name!r} has no text (an image, or scanned pages?); leave it out or run OCR on it first."
-        )
-    if len(parts) == 1 and "page_label" not in first.metadata:
-        return first
-    metadata = {
-        key: value
-        for key, value in first.metadata.items()
-        if key != "page_label" and all(part.metadata.get(key) == value for part in parts)
-    }
-    offsets, position = [], 0
-    for number, (part, text) in enumerate(zip(parts, texts, strict=True), start=1):
-        offsets.append([str(part.metadata.get("page_label", number)), position])
-        position += len(text) + len(PAGE_SEPARATOR)
-    metadata[PAGES_KEY] = offsets
-    hidden = list(dict.fromkeys([*first.excluded_llm_metadata_keys, PAGES_KEY]))
-    unembedded = list(dict.fromkeys([*first.excluded_embed_metadata_keys, PAGES_KEY]))
-    return Document(
-        id_=first.id_,
-        text=PAGE_SEPARATOR.join(texts),
-        metadata=metadata,
-        excluded_llm_metadata_keys=hidden,
-        excluded_embed_metadata_keys=unembedded,
-    )
-
-
 class WholeDocument(TransformComponent):
     """The transformation that does not split: one node per document, with the document as its source."""
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Wrap documents; nodes that are whole already pass."""
-        return [whole_node(_join([node])) if isinstance(node, Document) else node for node in nodes]
+        return [whole_node(join([node])) if isinstance(node, Document) else node for node in nodes]
 
 
 def whole_node(document: Document) -> TextNode:
     """The node of a document. Its id depends on the document's only, so an update keeps it."""
     return TextNode(
-        id_=str(uuid.uuid5(_NAMESPACE, document.id_)),
+        id_=_node_id(document.id_),
         text=document.get_content(metadata_mode=MetadataMode.NONE),
         metadata=dict(document.metadata),
         excluded_llm_metadata_keys=list(document.excluded_llm_metadata_keys),
@@ -121,9 +93,21 @@ def whole_node(document: Document) -> TextNode:
     )
 
 
+def is_whole(node: BaseNode) -> bool:
+    """Whether this is the node of a whole document, as `whole_node` makes it."""
+    return node.ref_doc_id is not None and node.node_id == _node_id(node.ref_doc_id)
+
+
+def _node_id(ref_doc_id: str) -> str:
+    return str(uuid.uuid5(_NAMESPACE, ref_doc_id))
+
+
 def lasting_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """Metadata that changes only when the file does; as it reads after a round through JSON."""
-    return {key: value for key, value in metadata.items() if key not in _VOLATILE}
+    lasting = {key: value for key, value in metadata.items() if key not in _VOLATILE}
+    if PAGES_KEY in lasting:  # labels and offsets: readers give the pages new ids each time
+        lasting[PAGES_KEY] = [list(page[:2]) for page in lasting[PAGES_KEY]]
+    return lasting
 
 
 def title_of(node: BaseNode) -> str | None:
@@ -141,9 +125,9 @@ def engine_documents(documents: Any) -> list[EngineDocument]:
     """What `QLLM.read` takes, for the engine."""
     items = [documents] if isinstance(documents, (str, EngineDocument, BaseNode)) else list(documents)
     if any(isinstance(item, Document) for item in items):
-        wholes = iter(rejoin([item for item in items if isinstance(item, Document)]))
+        wholes = rejoin([item for item in items if isinstance(item, Document)])
         others = [item for item in items if not isinstance(item, Document)]
-        items = [*(document for document, _ in wholes), *others]
+        items = [*wholes, *others]
     result = []
     for item in items:
         if isinstance(item, str):
@@ -170,11 +154,17 @@ def citable_block(node: BaseNode) -> CitableBlock:
 def passage(node: BaseNode, start: int, end: int, score: float) -> NodeWithScore:
     """A passage of a node as a source: `text == document text[start_char_idx:end_char_idx]`.
 
-    Offsets count in the original document when the node knows where it stands in it, else in the node's own text.
+    Offsets count in the original document when the node is a slice of it and knows which, else in the node's own text;
+    the passage's id says in which: it begins with the id of the document or of the node.
     """
     text = node.get_content(metadata_mode=MetadataMode.NONE)
-    base = getattr(node, "start_char_idx", None) or 0
-    origin = node.ref_doc_id or node.node_id
+    first, last = getattr(node, "start_char_idx", None), getattr(node, "end_char_idx", None)
+    base, origin = 0, node.node_id
+    # parsers that write a text of their own, and postprocessors that replace it, leave other offsets or none
+    if first is not None and last is not None and last - first == len(text):
+        base, origin = first, node.ref_doc_id or node.node_id
+    elif is_whole(node):
+        origin = node.ref_doc_id
     metadata = {key: value for key, value in node.metadata.items() if key != PAGES_KEY}
     label = page_label(node.metadata.get(PAGES_KEY), start, end)
     if label is not None:
@@ -191,16 +181,6 @@ def passage(node: BaseNode, start: int, end: int, score: float) -> NodeWithScore
         relationships={NodeRelationship.SOURCE: source, NodeRelationship.PARENT: node.as_related_node_info()},
     )
     return NodeWithScore(node=found, score=score)
-
-
-def page_label(pages: Sequence[Sequence[Any]] | None, start: int, end: int) -> str | None:
-    """Label of the page a passage stands on, "3-4" when it runs over a page break."""
-    if not pages:
-        return None
-    starts = [int(page[1]) for page in pages]
-    first = max(0, bisect.bisect_right(starts, start) - 1)
-    last = max(first, bisect.bisect_left(starts, end) - 1)
-    return str(pages[first][0]) if first == last else f"{pages[first][0]}-{pages[last][0]}"
 
 
 def _origin(node: BaseNode) -> str:

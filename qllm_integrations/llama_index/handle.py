@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from qllm_runtime.errors import CancelledError, ClosedError
+from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError
 from qllm_runtime.types import Document, Progress
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ class _Kept:
     memory: DocumentMemory
     until: float | None
 
+    @property
+    def family(self) -> tuple[int, str | None, str]:
+        return id(self.engine), self.memory.system, repr(self.memory.template_kwargs)
+
 
 class MemoryShelf:
     """Document memories by what was read, so that the same text is read once.
@@ -33,10 +37,13 @@ class MemoryShelf:
         limit: How many are kept; the one unused for longest goes first. None keeps all.
         steps: Read several documents in about this many steps and keep the memory after each, so that a change
             costs the documents from there on. Each one kept holds a local window of its own and shares the rest.
+        families: For how many ways of reading (engine, system text and template variables) memories are kept; those of the one
+            unused for longest go first. None keeps all.
     """
 
-    def __init__(self, limit: int | None = None, steps: int = 1) -> None:
+    def __init__(self, limit: int | None = None, steps: int = 1, families: int | None = None) -> None:
         self._limit = limit
+        self._families = families
         self._steps = steps
         self._kept: list[_Kept] = []  # last used last
         self._lock = threading.Lock()
@@ -48,6 +55,7 @@ class MemoryShelf:
         documents: Sequence[Document],
         system: str | None,
         *,
+        template_kwargs: Mapping[str, Any] | None = None,
         ttl: float | None = None,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
@@ -57,20 +65,27 @@ class MemoryShelf:
         Raises:
             CancelledError: `cancel` was set, also while waiting for another reading.
         """
-        wanted = tuple(documents)
+        wanted, variables = tuple(documents), dict(template_kwargs or {})
         until = None if ttl is None else time.monotonic() + ttl
         while not self._reading.acquire(timeout=0.05):
             if cancel is not None and cancel.is_set():
                 raise CancelledError("Cancelled while waiting for the documents.")
         try:
-            memory = self._longest(engine, wanted, system)
+            memory = self._longest(engine, wanted, system, variables)
             done = len(memory.documents) if memory is not None else 0
             stride = max(1, -(-len(wanted) // self._steps))
             created = done < len(wanted)
             while done < len(wanted):
                 end = min(len(wanted), (done // stride + 1) * stride)
                 step = _scaled(progress, wanted, end)
-                memory = engine.read(wanted[done:end], system=system, after=memory, progress=step, cancel=cancel)
+                memory = engine.read(
+                    wanted[done:end],
+                    system=system,
+                    template_kwargs=variables,
+                    after=memory,
+                    progress=step,
+                    cancel=cancel,
+                )
                 self._keep(_Kept(engine, memory, until))
                 done = end
             assert memory is not None
@@ -96,14 +111,20 @@ class MemoryShelf:
         return len(self._kept)
 
     def _keep(self, new: _Kept) -> None:
-        """Put a memory last, and let the one unused for longest go where there are too many."""
+        """Put a memory last, and let those unused for longest go where there are too many."""
         with self._lock:
             self._kept = [kept for kept in self._kept if kept.memory is not new.memory]
             self._kept.append(new)
+            # what goes is freed with the last user of each
             if self._limit is not None:
-                del self._kept[: -self._limit]  # freed with the last user of each
+                del self._kept[: -self._limit]
+            if self._families is not None:
+                recent = list(dict.fromkeys(kept.family for kept in reversed(self._kept)))[: self._families]
+                self._kept = [kept for kept in self._kept if kept.family in recent]
 
-    def _longest(self, engine: Engine, wanted: tuple[Document, ...], system: str | None) -> DocumentMemory | None:
+    def _longest(
+        self, engine: Engine, wanted: tuple[Document, ...], system: str | None, variables: dict[str, Any]
+    ) -> DocumentMemory | None:
         """The memory that holds most of the first of these documents."""
         with self._lock:
             now = time.monotonic()
@@ -114,7 +135,7 @@ class MemoryShelf:
                 kept.memory
                 for kept in self._kept
                 if kept.engine is engine
-                and kept.memory.system == system
+                and (kept.memory.system, kept.memory.template_kwargs) == (system, variables)
                 and wanted[: len(kept.memory.documents)] == kept.memory.documents
             ]
         return max(fitting, key=lambda memory: len(memory.documents), default=None)
@@ -129,42 +150,73 @@ def _scaled(progress: Progress | None, wanted: Sequence[Document], end: int) -> 
 
 
 class EngineHandle:
-    """An engine that loads on first use.
+    """An engine that loads on first use, and again when the settings it was loaded with change.
 
     A copy shares it and keeps documents of its own; a pickle carries no weights and loads them again.
 
     Args:
         engine: An engine that stays the caller's: `close` leaves it open.
+        settings: What `engine` was loaded with; it serves no others.
         shelf_limit: Documents kept, see `MemoryShelf`.
     """
 
-    def __init__(self, engine: Engine | None = None, shelf_limit: int = 2) -> None:
+    def __init__(
+        self, engine: Engine | None = None, settings: Mapping[str, Any] | None = None, shelf_limit: int = 2
+    ) -> None:
         self._engine = engine
+        self._settings = dict(settings or {})
         self._borrowed = engine is not None
         self._closed = False
         self._sharing: WeakSet[EngineHandle] = WeakSet((self,))  # open handles of this engine
         self._lock = threading.Lock()
         self.shelf = MemoryShelf(shelf_limit)
 
-    @property
-    def loaded(self) -> Engine | None:
-        """The engine if it is there already."""
-        return self._engine
+    def loaded(self, settings: Mapping[str, Any]) -> Engine | None:
+        """The engine if it is there already, with these settings."""
+        engine = self._engine  # no lock: planning must not wait for a model that loads
+        return None if self._changed(settings) else engine
 
-    def get(self, settings: dict[str, Any]) -> Engine:
+    def get(self, settings: Mapping[str, Any], token: str | None = None) -> Engine:
         """The engine, loaded with `settings` if need be (weights are shared within the process).
+
+        Args:
+            settings: Keyword arguments of `QLLM.from_pretrained`.
+            token: Access token of the hub.
 
         Raises:
             ClosedError: After `close`.
+            InvalidConfigError: The engine is the caller's and has other settings.
         """
         with self._lock:
             if self._closed:
                 raise ClosedError("This QLLM was closed; construct a new one.")
+            changed = self._changed(settings)
+            if self._engine is not None and changed and self._borrowed:
+                raise InvalidConfigError(
+                    f"{', '.join(changed)} cannot change: this QLLM was made of an engine that is loaded. Make another one, "
+                    "with QLLM(model=...) or with from_engine of an engine that has these settings."
+                )
+            if self._engine is not None and changed:
+                self._leave()
             if self._engine is None:
                 from qllm_runtime.engine import QLLM as Engine  # noqa: N811
 
-                self._engine = Engine.from_pretrained(**settings)
+                self._engine = Engine.from_pretrained(**settings, token=token)
+                self._settings = dict(settings)
             return self._engine
+
+    def _changed(self, settings: Mapping[str, Any]) -> list[str]:
+        """Names of settings that are others than the engine was loaded with."""
+        if self._engine is None:
+            return []
+        return [name for name, value in settings.items() if self._settings.get(name) != value]
+
+    def _leave(self) -> None:
+        """Let go of the engine and what it has read; requests that use them now finish, then all is freed."""
+        self._engine = None
+        self._sharing.discard(self)
+        self._sharing = WeakSet((self,))
+        self.shelf.retain(lambda document: False)
 
     def close(self) -> None:
         """Free memories, and an engine loaded here with its last copy; every later use raises ClosedError."""
@@ -178,7 +230,7 @@ class EngineHandle:
 
     def __copy__(self) -> EngineHandle:
         with self._lock:
-            copied = EngineHandle(self._engine)
+            copied = EngineHandle(self._engine, self._settings)
             copied._closed = self._closed
             if self._engine is not None:
                 copied._borrowed = self._borrowed

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,18 @@ from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
-from llama_index.core.data_structs.data_structs import IndexList
-from llama_index.core.indices.base import BaseIndex
+from llama_index.core.indices.registry import INDEX_STRUCT_TYPE_TO_INDEX_CLASS
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, Document, TransformComponent
-from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
-from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index import options
-from qllm_integrations.llama_index.asking import Asker, asking_llm
+from qllm_integrations.llama_index.asking import Asker, asking_llm, system_text
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
-from qllm_integrations.llama_index.documents import (
-    WholeDocument,
-    check_ids,
-    engine_document,
-    lasting_metadata,
-    rejoin,
-    whole_node,
-)
+from qllm_integrations.llama_index.chat_modes import stock_chat_engine
+from qllm_integrations.llama_index.contents import STRUCT_TYPE, IndexContents, WholeDocumentList, stored_struct
+from qllm_integrations.llama_index.documents import WholeDocument, check_ids, rejoin, whole_node
 from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.query_engine import WholeDocumentQueryEngine
 from qllm_integrations.llama_index.retriever import LookupRetriever
@@ -39,9 +32,11 @@ from qllm_runtime.types import Mode
 
 # memories kept while several documents are read one after the other
 _READING_STEPS = 8
+# engines and system prompts whose memories are kept
+_FAMILIES = 4
 
 
-class WholeDocumentIndex(BaseIndex[IndexList]):
+class WholeDocumentIndex(IndexContents):
     """An index of whole documents: no splitter, no embeddings, no vector store.
 
     Pages and sections of one file are put together again. Metadata stays beside the text, so `start_char_idx` and
@@ -51,7 +46,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
     The documents are read with the first question and kept as a memory; later questions read nothing again. Mode
     "read_once" reads them when the index is built already. In mode "query_aware" each question reads them anew, with the
     question in mind. A memory holds the documents of one question, all of them or (response mode "accumulate") one; it
-    stays as long as their texts do.
+    stays as long as their texts do, unless four other models or system prompts were asked with since.
 
     Args:
         nodes: Whole nodes; most users call `from_documents`.
@@ -86,8 +81,6 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         ```
     """
 
-    index_struct_cls = IndexList
-
     def __init__(
         self,
         nodes: Sequence[BaseNode] | None = None,
@@ -95,7 +88,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         llm: Any = None,
         mode: Mode | None = None,
         system_prompt: str | None = None,
-        index_struct: IndexList | None = None,
+        index_struct: WholeDocumentList | None = None,
         storage_context: StorageContext | None = None,
         show_progress: bool = False,
         **kwargs: Any,
@@ -103,7 +96,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         self._llm = llm
         self._mode = mode
         self._system_prompt = system_prompt
-        self._shelf = MemoryShelf(steps=_READING_STEPS)
+        self._shelf = MemoryShelf(steps=_READING_STEPS, families=_FAMILIES)
         super().__init__(
             nodes=nodes,
             index_struct=index_struct,
@@ -136,7 +129,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         options.warn_unknown(kwargs, ("llm", "mode", "system_prompt"), cls.__name__)
         known = {name: kwargs[name] for name in ("llm", "mode", "system_prompt") if name in kwargs}
         storage_context = storage_context or StorageContext.from_defaults()
-        wholes = [document for document, _ in rejoin(documents)]
+        wholes = rejoin(documents)
         check_ids(wholes)
         for document in wholes:
             storage_context.docstore.set_document_hash(document.id_, document.hash)
@@ -148,7 +141,8 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             **known,
         )
         if index._mode == "read_once":
-            index._asker(None).memory(index.whole_nodes())
+            asker = index._asker(None)
+            asker.memory(index.whole_nodes(), system_text(asker.opened(())))
         return index
 
     @classmethod
@@ -164,7 +158,7 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
         """Load an index that `index.storage_context.persist(persist_dir)` wrote; its texts are read anew when asked.
 
         Raises:
-            InvalidRequestError: No index there, or several and no `index_id`.
+            InvalidRequestError: No index of whole documents there, or several and no `index_id`.
         """
         options.warn_unknown(kwargs, ("system_prompt", "show_progress", "callback_manager"), "load")
         if not Path(persist_dir).is_dir():
@@ -178,126 +172,8 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
                 f"The directory {str(persist_dir)!r} holds no index (no {Path(error.filename or '').name}); write one with "
                 "index.storage_context.persist(...)."
             ) from None
-        found = [struct for struct in storage_context.index_store.index_structs() if isinstance(struct, IndexList)]
-        if index_id is not None:
-            found = [struct for struct in found if struct.index_id == index_id]
-        if len(found) != 1:
-            what = f"index {index_id!r}" if index_id else "single index"
-            raise InvalidRequestError(
-                f"{str(persist_dir)!r} holds {len(found)} indices of whole documents, no {what}; name one by index_id."
-            )
-        return cls(index_struct=found[0], storage_context=storage_context, llm=llm, mode=mode, **kwargs)
-
-    # What the index holds
-
-    def whole_nodes(self) -> list[BaseNode]:
-        """The documents as nodes, in order."""
-        return list(self.docstore.get_nodes(list(self.index_struct.nodes)))
-
-    @property
-    def ref_doc_info(self) -> dict[str, RefDocInfo]:
-        """The documents of this index by id."""
-        ids = [node.ref_doc_id for node in self.whole_nodes()]
-        infos = {ref: self.docstore.get_ref_doc_info(ref) for ref in ids if ref is not None}
-        return {ref: info for ref, info in infos.items() if info is not None}
-
-    def _build_index_from_nodes(self, nodes: Sequence[BaseNode], **build_kwargs: Any) -> IndexList:
-        struct = IndexList()
-        for node in nodes:
-            struct.add_node(node)
-        return struct
-
-    def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
-        for node in nodes:
-            if node.node_id not in self.index_struct.nodes:
-                self.index_struct.add_node(node)
-        self._forget()
-
-    def _delete_node(self, node_id: str, **delete_kwargs: Any) -> None:
-        self.index_struct.nodes = [held for held in self.index_struct.nodes if held != node_id]
-        self._forget()
-
-    def insert(self, document: Document, **insert_kwargs: Any) -> None:
-        """Add a document behind the others.
-
-        Raises:
-            InvalidRequestError: The index holds another document of this id.
-        """
-        self._check_new(document)
-        super().insert(document, **insert_kwargs)
-
-    async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
-        """As `insert`."""
-        self._check_new(document)
-        await super().ainsert(document, **insert_kwargs)
-
-    def _check_new(self, document: Document) -> None:
-        known = next((node for node in self.whole_nodes() if node.ref_doc_id == document.id_), None)
-        if known is None:
-            return
-        [new] = WholeDocument()([document])
-        if known.get_content() != new.get_content() or not _same_metadata(known, new):
-            raise InvalidRequestError(
-                f"The index holds another document of the id {document.id_!r}; replace it with update_ref_doc or "
-                "refresh_ref_docs, or give the new one an id_ of its own."
-            )
-
-    def _forget(self) -> None:
-        held = {(document.title, document.text) for document in map(engine_document, self.whole_nodes())}
-        self._shelf.retain(lambda document: (document.title, document.text) in held)
-
-    def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """Bring the index up to date: insert new documents, update changed ones in their place, leave the rest alone.
-
-        A document is recognised by its id, or by its `file_path` (readers give new ids each time). Says which were
-        new or changed. What was read of unchanged texts is kept.
-
-        Raises:
-            InvalidRequestError: Two documents share an id.
-        """
-        refreshed = [False] * len(documents)
-        wholes = rejoin(documents)
-        check_ids([document for document, _ in wholes])
-        for document, positions in wholes:
-            known = self._known(document)
-            if known is not None:
-                if known.get_content() == document.text and _same_metadata(known, document):
-                    continue
-                document.id_ = known.ref_doc_id
-                self.update_ref_doc(document)
-            else:
-                self.insert(document)
-            for position in positions:
-                refreshed[position] = True
-        return refreshed
-
-    async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """As `refresh_ref_docs`, without blocking the event loop."""
-        return await run_in_thread(lambda cancel: self.refresh_ref_docs(documents, **update_kwargs))
-
-    def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """Replace a document; it keeps its place among the others."""
-        order = list(self.index_struct.nodes)
-        super().update_ref_doc(document, **update_kwargs)
-        self._restore(order)
-
-    async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """As `update_ref_doc`."""
-        order = list(self.index_struct.nodes)
-        await super().aupdate_ref_doc(document, **update_kwargs)
-        self._restore(order)
-
-    def _restore(self, order: list[str]) -> None:
-        places = {node_id: place for place, node_id in enumerate(order)}
-        self.index_struct.nodes.sort(key=lambda node_id: places.get(node_id, len(order)))
-        self._storage_context.index_store.add_index_struct(self.index_struct)
-
-    def _known(self, document: Document) -> BaseNode | None:
-        nodes = self.whole_nodes()
-        path = document.metadata.get("file_path")
-        same_id = (node for node in nodes if node.ref_doc_id == document.id_)
-        same_path = (node for node in nodes if path and node.metadata.get("file_path") == path)
-        return next(same_id, None) or next(same_path, None)
+        struct = stored_struct(storage_context, str(persist_dir), index_id)
+        return cls(index_struct=struct, storage_context=storage_context, llm=llm, mode=mode, **kwargs)
 
     # Asking
 
@@ -378,13 +254,21 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
 
         "best" and "context" give a `WholeDocumentChatEngine`: one memory of the documents ("read_once" unless
         `mode` says otherwise), and each message looks up its own passages. The other modes are LlamaIndex's own
-        over this index.
+        over this index: "condense_question" takes the arguments of `as_query_engine`, "condense_plus_context" those of
+        `as_retriever`.
+
+        Raises:
+            InvalidRequestError: There is no such mode.
         """
-        if ChatMode(chat_mode) not in (ChatMode.BEST, ChatMode.CONTEXT):
-            own = {"memory": memory, "chat_history": chat_history, "system_prompt": system_prompt}
-            given = {name: value for name, value in own.items() if value is not None}
-            model, _ = asking_llm(self._llm if llm is None else llm)
-            return super().as_chat_engine(ChatMode(chat_mode), llm=model, **given, **kwargs)
+        try:
+            chosen = ChatMode(chat_mode)
+        except ValueError:
+            names = ", ".join(repr(known.value) for known in ChatMode)
+            raise InvalidRequestError(f"There is no chat_mode {chat_mode!r}; known are {names}.") from None
+        if chosen not in (ChatMode.BEST, ChatMode.CONTEXT):
+            return self._stock_chat_engine(
+                chosen, llm, mode, system_prompt, {"memory": memory, "chat_history": chat_history, **kwargs}
+            )
         known = (*options.ANSWER_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
         options.warn_unknown(kwargs, known, "as_chat_engine")
         return WholeDocumentChatEngine(
@@ -396,10 +280,30 @@ class WholeDocumentIndex(BaseIndex[IndexList]):
             callback_manager=self._callback_manager,
         )
 
+    def _stock_chat_engine(
+        self, chosen: ChatMode, llm: Any, mode: Mode | None, system_prompt: str | None, given: dict[str, Any]
+    ) -> BaseChatEngine:
+        model, _ = asking_llm(self._llm if llm is None else llm)
+        known = {
+            ChatMode.CONDENSE_QUESTION: (*options.ANSWER_FIELDS, *options.parameters(self.as_query_engine)),
+            ChatMode.CONDENSE_PLUS_CONTEXT: options.parameters(self.as_retriever),
+        }
+        if system_prompt is None and "prefix_messages" not in given:  # which stand where it would
+            system_prompt = self._system_prompt
+        return stock_chat_engine(
+            chosen,
+            model,
+            functools.partial(self.as_query_engine, llm, mode=mode, system_prompt=system_prompt),
+            functools.partial(self.as_retriever, llm, mode=mode),
+            system_prompt=system_prompt,
+            given=given,
+            options_of=known,
+        )
+
     def close(self) -> None:
         """Free the memories of the documents now."""
         self._shelf.close()
 
 
-def _same_metadata(known: BaseNode, document: BaseNode) -> bool:
-    return bool(lasting_metadata(known.metadata) == lasting_metadata(document.metadata))
+# for load_index_from_storage
+INDEX_STRUCT_TYPE_TO_INDEX_CLASS[STRUCT_TYPE] = WholeDocumentIndex

@@ -192,7 +192,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         The engine stays yours: `close()` leaves it open.
         """
         llm = cls(model=engine.name, **fields)
-        llm._handle = EngineHandle(engine)
+        llm._handle = EngineHandle(engine, llm._loading)
         return llm
 
     @classmethod
@@ -206,7 +206,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         window = self.context_window
         if window is None:
             full = self.memory is not None and self.memory.policy == "full"
-            engine = self.engine if full else self._handle.loaded
+            engine = self.engine if full else self._handle.loaded(self._loading)
             window = engine.context_window if engine is not None else _BLOCK_MEMORY_WINDOW
         return LLMMetadata(
             context_window=window,
@@ -229,13 +229,18 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
 
     @property
     def engine(self) -> Engine:
-        """The engine, loaded on first use.
+        """The engine, loaded on first use; again after `model`, `revision`, `memory`, `device` or `dtype` was changed.
 
         Raises:
             ClosedError: After :meth:`close`.
+            InvalidConfigError: One of them was changed on a model that `from_engine` made.
         """
-        names = ("model", "revision", "memory", "device", "dtype", "token", "trust_remote_code")
-        return self._handle.get({name: getattr(self, name) for name in names})
+        return self._handle.get(self._loading, self.token)
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        names = ("model", "revision", "memory", "device", "dtype", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def shelf(self) -> MemoryShelf:
@@ -267,7 +272,9 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         started = time.perf_counter()
         whole = engine_documents(documents)
         progress = reading_progress(len(whole), show_progress)
-        memory = self.engine.read(whole, system=system_prompt, progress=progress, cancel=cancel)
+        memory = self.engine.read(
+            whole, system=system_prompt, template_kwargs=self.template_kwargs, progress=progress, cancel=cancel
+        )
         report_reading(memory, time.perf_counter() - started)
         return memory
 

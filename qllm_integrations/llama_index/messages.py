@@ -29,6 +29,12 @@ QUERY_KEY = "query_str"
 #: Key under which a prompt template's output parser hands down the JSON schema it can parse.
 SCHEMA_KEY = "response_schema"
 
+# how LlamaIndex's agents speak in the user's name
+_OBSERVATION = "Observation:"
+_REACT_REPLIES = (_OBSERVATION, "Error while parsing the output:", "FAILURE: Your previous response was empty.")
+_REACT_STEPS = ("Thought:", "Action:")
+_TRANSCRIPT = "<current_conversation>"
+
 _Role = Literal["system", "user", "assistant", "tool"]
 _ROLES: dict[MessageRole, _Role] = {
     MessageRole.SYSTEM: "system",
@@ -70,8 +76,8 @@ def to_request(messages: Sequence[ChatMessage], query: str | None = None, *, wit
 
     The query is, in this order: `query` or the `query_str` of the last user message's `additional_kwargs`
     ("explicit"); the text of the last user message when it holds or follows a document ("message"); the last text
-    any user message has ("fallback"); else nothing ("none"). Tool results, system prompts and format instructions
-    never become the query.
+    any user message has ("fallback"); else nothing ("none"). Tool results (also those an agent reports in the user's
+    name), system prompts and format instructions never become the query; of a transcript it is the last question in it.
 
     Args:
         messages: The conversation.
@@ -246,11 +252,40 @@ def _find_query(
     if query is not None:
         return query, "explicit" if query else "none"
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
-    for rank, i in enumerate(reversed(users)):
-        named = messages[i].additional_kwargs.get(QUERY_KEY)
-        if named and rank == 0:
-            return str(named), "explicit"
-        if turns[i].text.strip():
+    named = messages[users[-1]].additional_kwargs.get(QUERY_KEY) if users else None
+    if named:
+        return str(named), "explicit"
+    spoken = [(turn.role, turn.text) for turn in turns]
+    asked = [i for i in users if not _is_agents(spoken, i)]
+    for rank, i in enumerate(reversed(asked)):
+        text = _asked_inside(messages[i]) if turns[i].text.startswith(_TRANSCRIPT) else turns[i].text
+        if text.strip():
             documents = with_memory or any(turn.documents for turn in turns[: i + 1])
-            return turns[i].text, "message" if documents and rank == 0 else "fallback"
+            return text, "message" if documents and rank == 0 else "fallback"
     return "", "none"
+
+
+def _is_agents(spoken: Sequence[tuple[str, str]], position: int) -> bool:
+    """Whether a user message is what `ReActAgent` says to the model: a tool's result, or a complaint about its form."""
+    if not spoken[position][1].startswith(_REACT_REPLIES):
+        return False
+    before = position - 1
+    while before >= 0 and spoken[before][0] == "user" and spoken[before][1].startswith(_REACT_REPLIES):
+        before -= 1
+    if before < 0 or spoken[before][0] != "assistant":
+        return False
+    step = spoken[before][1].lstrip()
+    # a complaint answers a step that has not the form of one
+    return step.startswith(_REACT_STEPS) or not spoken[position][1].startswith(_OBSERVATION)
+
+
+def _asked_inside(message: ChatMessage) -> str:
+    """The last question in the transcript that agents with an `output_cls` show to the model as one user message."""
+    role, spoken = "", list[tuple[str, str]]()
+    for text in (block.text.strip() for block in message.blocks if isinstance(block, TextBlock)):
+        if text.startswith("<message>"):
+            spoken.append((role, text.removeprefix("<message>").removesuffix("</message>")))
+        elif text.startswith("<") and not text.startswith("</"):
+            role = text.strip("<>")
+    asked = (text for i, (role, text) in enumerate(spoken) if role == "user" and not _is_agents(spoken, i))
+    return next((text for text in reversed(list(asked)) if text.strip()), "")

@@ -17,7 +17,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, QueryBundle
 
 from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index.asking import LOOKUP_TOKENS, Asker, Sources
-from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
+from qllm_integrations.llama_index.streaming import LookupAsyncStreamingResponse, LookupStreamingResponse
 from qllm_integrations.llama_index.structured import parse
 from qllm_runtime.errors import InvalidRequestError
 
@@ -142,10 +142,12 @@ class WholeDocumentQueryEngine(BaseQueryEngine):
     async def _arespond(self, query: str, nodes: list[BaseNode]) -> RESPONSE_TYPE:
         sources = Sources()
         if not nodes and self._mode is not ResponseMode.GENERATION:
-            return async_streaming_response(empty_stream(), sources) if self._streaming else Response(EMPTY_RESPONSE)
+            return (
+                LookupAsyncStreamingResponse(empty_stream(), sources) if self._streaming else Response(EMPTY_RESPONSE)
+            )
         if self._streaming:
             text = await self._asker.astream(query, nodes, sources, top=self._top, **self._options)
-            return async_streaming_response(text, sources)
+            return LookupAsyncStreamingResponse(text, sources)
         if self._mode is ResponseMode.ACCUMULATE:
             return self._accumulated([(node, await self._asker.aask(query, [node], **self._options)) for node in nodes])
         return self._response(await self._asker.aask(query, nodes, **self._options), nodes, sources)

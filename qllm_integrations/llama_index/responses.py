@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -121,8 +122,11 @@ class StreamAssembler:
             "sources": [asdict(source) for source in answer.sources],
         }
         counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        message = self._message(blocks)
+        if self._calls:  # LlamaIndex's programs look for them here before they ask the model's class
+            message.additional_kwargs["tool_calls"] = [_openai_call(call) for call in self._calls]
         return ChatResponse(
-            message=self._message(blocks),
+            message=message,
             delta=delta,
             raw=raw,
             logprobs=_logprobs(answer.logprobs or ()) or None,
@@ -158,6 +162,13 @@ def cut_off(max_tokens: int, what: str) -> InvalidRequestError:
     return InvalidRequestError(
         f"The answer reached max_tokens={max_tokens} before the {what} was complete; raise max_tokens."
     )
+
+
+def _openai_call(call: ToolCallBlock) -> dict[str, Any]:
+    arguments = call.tool_kwargs
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {"id": call.tool_call_id, "type": "function", "function": {"name": call.tool_name, "arguments": arguments}}
 
 
 def _citations(answer: Answer, documents: Sequence[Document]) -> list[CitationBlock]:

@@ -17,13 +17,13 @@ from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import BaseSynthesizer
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryType, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, QueryType, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from qllm_integrations.llama_index.asking import DEFAULT_TEMPLATE, Asker, Sources, asking_llm
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_integrations.llama_index.query_engine import EMPTY_RESPONSE, empty_stream
-from qllm_integrations.llama_index.streaming import LookupStreamingResponse, async_streaming_response
+from qllm_integrations.llama_index.streaming import LookupAsyncStreamingResponse, LookupStreamingResponse
 from qllm_integrations.llama_index.structured import parse
 
 dispatcher = instrument.get_dispatcher(__name__)
@@ -120,7 +120,8 @@ class QLLMSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Answer a question about retrieved nodes."""
         with self._told(query) as (text, tell):
-            wholes, sources, options = self._taken(nodes, response_kwargs)
+            nodes, sources, options = self._taken(nodes, response_kwargs)
+            wholes = [found.node for found in nodes]
             if not nodes:
                 return tell(self._empty(LookupStreamingResponse((text for text in [EMPTY_RESPONSE]), sources)))
             if self._streaming:
@@ -139,13 +140,14 @@ class QLLMSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """As `synthesize`, without blocking the event loop."""
         with self._told(query) as (text, tell):
-            wholes, sources, options = self._taken(nodes, response_kwargs)
+            nodes, sources, options = self._taken(nodes, response_kwargs)
+            wholes = [found.node for found in nodes]
             if not nodes:
-                return tell(self._empty(async_streaming_response(empty_stream(), sources)))
+                return tell(self._empty(LookupAsyncStreamingResponse(empty_stream(), sources)))
             if self._streaming:
                 stream = await self._asker.astream(text, wholes, sources, **options)
                 told = _athen(stream, sources, nodes, additional_source_nodes)
-                return tell(async_streaming_response(told, sources))
+                return tell(LookupAsyncStreamingResponse(told, sources))
             answer = await self._asker.aask(text, wholes, **options)
             return tell(self._whole(answer, wholes, nodes, additional_source_nodes))
 
@@ -165,8 +167,9 @@ class QLLMSynthesizer(BaseSynthesizer):
 
     def _taken(
         self, nodes: Sequence[NodeWithScore], response_kwargs: dict[str, Any]
-    ) -> tuple[list[BaseNode], Sources, dict[str, Any]]:
-        return [found.node for found in nodes], Sources(), {**self._options, **response_kwargs}
+    ) -> tuple[list[NodeWithScore], Sources, dict[str, Any]]:
+        solid = [found for found in nodes if found.node.get_content(metadata_mode=MetadataMode.NONE).strip()]
+        return solid, Sources(), {**self._options, **response_kwargs}
 
     def _empty(self, stream: RESPONSE_TYPE) -> RESPONSE_TYPE:
         return stream if self._streaming else Response(EMPTY_RESPONSE)

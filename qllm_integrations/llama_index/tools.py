@@ -47,6 +47,7 @@ class ToolsMixin:
         if not allow_parallel_tool_calls:
             calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
             response.message.blocks = [block for block in response.message.blocks if block not in calls[1:]]
+            del response.message.additional_kwargs.get("tool_calls", [])[1:]
         return response
 
     def get_tool_calls_from_response(

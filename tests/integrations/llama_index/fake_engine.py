@@ -20,7 +20,10 @@ Script = Callable[[str, Sequence[Document]], str]
 
 
 class FakeMemory:
-    def __init__(self, documents: Sequence[Document], system: str | None) -> None:
+    def __init__(
+        self, documents: Sequence[Document], system: str | None, template_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.template_kwargs = template_kwargs or {}
         self.id = f"memory-{id(self):x}"
         self.documents = tuple(documents)
         self.system = system
@@ -62,11 +65,18 @@ class FakeEngine:
         self.closed = True
 
     def read(
-        self, documents: Any, *, system: str | None = None, after: Any = None, progress: Any = None, cancel: Any = None
+        self,
+        documents: Any,
+        *,
+        system: str | None = None,
+        template_kwargs: Any = None,
+        after: Any = None,
+        progress: Any = None,
+        cancel: Any = None,
     ) -> FakeMemory:
         new = [d if isinstance(d, Document) else Document(d) for d in documents]
         self.read_texts += [document.text for document in new]
-        memory = FakeMemory([*(after.documents if after else ()), *new], system)
+        memory = FakeMemory([*(after.documents if after else ()), *new], system, template_kwargs)
         self.readings.append(memory)
         if progress:
             progress(memory.n_tokens, memory.n_tokens)
