@@ -28,7 +28,7 @@ LATE_WEIGHTS = {
     "multi": 4.5, "two_hop": 5.0,
 }  # fmt: skip
 WORDED = 0.7  # share of the sets of facts that come from the wordings; of these, how many ask for what:
-WORDED_KINDS = {"simple": 0.54, "multi": 0.22, "two_hop": 0.24}
+WORDED_KINDS = {"simple": 0.62, "multi": 0.14, "two_hop": 0.24}
 FILLER = 0.08  # share of samples whose prose is a few short sentences said again and again
 LATE_VALUE_FIRST = 0.4
 LATE_PRACTICE = 0.5
@@ -110,7 +110,7 @@ class Sampler:
     def facts(self, length: int, simple: bool = False) -> FactSet:
         """Facts and questions for a sample of ``length`` tokens; ``simple`` leaves out the hard families."""
         rng, maker = self.rng, self.maker
-        budget = length * rng.uniform(0.12, 0.5)
+        budget = length * rng.uniform(0.12, 0.4)
         short = True if rng.random() < MORE_SHORT else None
         absent = 0 if simple else rng.choices((0, 1, 2), (0.35, 0.4, 0.25))[0]
         families, weights = list(self.weights), list(self.weights.values())
@@ -155,10 +155,8 @@ class Sampler:
         rng = self.rng
         kind = rng.choices(list(WORDED_KINDS), list(WORDED_KINDS.values()))[0]
         if kind == "multi":
-            # Several subjects with several values each, where there is room: every step has to leave out what was told.
-            return merge(
-                [self.worded.multi(rng.randint(2, 5), rng.randint(0, 2), short) for _ in range(max(1, count // 4))]
-            )
+            values = rng.randint(2, 4)
+            return self.worded.multi(values, max(0, min(3, count - values)), short)
         if kind == "two_hop":
             return self.worded.two_hop(max(1, count // 2), short)
         return self.worded.simple(count, one_template, absent, short)

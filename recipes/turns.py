@@ -59,7 +59,7 @@ def turn(
     )
     # The first two tokens decide between answering and declining.
     marked = [max(weight, decide) if i < 2 else weight for i, weight in enumerate(marked)]
-    weights = [*weights, *marked, 1.0 if question.short or len(values) > 1 else 0.3]
+    weights = [*weights, *marked, 1.0 if question.short else 0.3]
     asked = tokenizer.encode(question.text, add_special_tokens=False)
     return list(asked.ids), [*ids, *answer, END], weights
 
