@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qllm_runtime import captured
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.errors import CancelledError, OutOfMemoryError
+from qllm_runtime.errors import CancelledError, InvalidRequestError, OutOfMemoryError
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
@@ -47,6 +47,7 @@ class Inference:
         self.model = model
         self.captures = True
         self._lock = threading.Lock()
+        self._holder: int | None = None  # thread of the request under way
         self._steps: weakref.WeakKeyDictionary[MemoryCache, CapturedSteps] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -74,14 +75,20 @@ class Inference:
 
         Raises:
             OutOfMemoryError: Instead of the many kinds of out-of-memory errors of host and device.
+            InvalidRequestError: A callback of a request makes another one, which would wait for itself.
         """
+        if self._holder == threading.get_ident():
+            raise InvalidRequestError(
+                "A request was made from inside another one (a progress or on_lookup callback); make it afterwards."
+            )
         while not self._lock.acquire(timeout=0.05):
             if cancelled():
                 raise CancelledError("Cancelled while waiting for the model.")
-        training = self.model.training
+        self._holder = threading.get_ident()
+        training = [module for module in self.model.modules() if module.training]
         try:
-            if training:
-                self.model.eval()
+            for module in training:
+                module.training = False
             with torch.inference_mode(), installed(self.model), on_device(self.model.device):
                 yield
         except (MemoryError, RuntimeError) as error:
@@ -89,8 +96,9 @@ class Inference:
                 raise self._out_of_memory(error) from error
             raise
         finally:
-            if training:
-                self.model.train()
+            for module in training:
+                module.training = True
+            self._holder = None
             self._lock.release()
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
@@ -115,7 +123,7 @@ class Inference:
         def make(layer: int, row: int) -> LayerMemory:
             info = facts.layers[layer]
             held = config.n_init + config.n_local + config.block_size + config.exec_block_size
-            frame = info.sliding_window or (reserve if config.policy == "full" else held)
+            frame = info.sliding_window + 1 if info.sliding_window else (reserve if config.policy == "full" else held)
             rotation = facts.rotation(layer, next(info.module.parameters()).device, frame)
             if info.sliding_window is not None:
                 return DenseMemory(rotation, info.sliding_window)
@@ -156,7 +164,9 @@ class Inference:
                 raise CancelledError("Cancelled while reading.")
             parts = [row[start : start + chunk] for row in rows]
             ids = self._batch(cache, parts)
-            decoder(input_ids=ids, attention_mask=stand_in_mask(ids.device), past_key_values=cache, use_cache=True)
+            places = self._places(cache, *ids.shape)
+            mask = stand_in_mask(ids.device)
+            decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places)
             if progress is not None:
                 progress(sum(len(part) for part in parts))
 
@@ -170,9 +180,16 @@ class Inference:
         ids = torch.tensor([[token or 0] for token in tokens], device=self.model.device)
         mask = stand_in_mask(ids.device)
         logits: torch.Tensor = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **self._places(cache, *ids.shape)
         ).logits
         return logits[:, -1]
+
+    def _places(self, cache: MemoryCache, rows: int, n: int) -> dict[str, torch.Tensor]:
+        """Each row's own positions, where there are several: some models scale queries by them."""
+        if rows == 1:
+            return {}
+        starts = torch.tensor([[cache.memories(row)[0].n_seen] for row in range(rows)], device=self.model.device)
+        return {"position_ids": starts + torch.arange(n, device=self.model.device)}
 
     def records(self, cache: MemoryCache) -> bool:
         """Whether steps of this sequence are run from a recording now."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,18 @@ def short_length(config: Any) -> float:
         kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") in _LENGTH_DEPENDENT
     ]
     return min((limit for limit in limits if limit), default=float("inf"))
+
+
+@contextmanager
+def unchanged(module: torch.nn.Module) -> Iterator[None]:
+    """Put back what calls inside the block make a rotary module remember: some kinds keep the longest length they saw."""
+    buffers = dict(module._buffers)
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    try:
+        yield
+    finally:
+        module._buffers.update(buffers)
+        vars(module).update(attributes)
 
 
 class RotaryTable:
@@ -51,7 +65,7 @@ class RotaryTable:
         parameters = getattr(config, "rope_parameters", None) or {}
         if layer_type is not None and layer_type in parameters:
             parameters = parameters[layer_type]
-        kind = parameters.get("rope_type", "default")
+        self.kind = kind = parameters.get("rope_type", "default")
         original = parameters.get("original_max_position_embeddings") or getattr(
             config, "max_position_embeddings", None
         )
@@ -83,7 +97,8 @@ class RotaryTable:
             grown = min(grown, self.comfortable_length)
         positions = torch.arange(grown, device=self._device)[None]
         probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self._device)
-        cos, sin = self._module.forward(probe, positions, *self._args)
+        with unchanged(self._module):
+            cos, sin = self._module.forward(probe, positions, *self._args)
         self._cos, self._sin = cos.float().to(self._device), sin.float().to(self._device)
 
 

@@ -22,10 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
-from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
 from qllm_runtime.memory.dense import DenseMemory
-from qllm_runtime.rotary import ArchitectureRotation, NoRotation, RotaryTable
+from qllm_runtime.rotary import ArchitectureRotation, NoRotation, RotaryTable, unchanged
 
 ATTENTION = "qllm_memory"
 _SELF_TEST_TOKENS = 64
@@ -67,6 +67,11 @@ class ModelFacts:
             short = self.tables[key].comfortable_length
             if short is None or frame <= short:  # one kind of frequencies throughout
                 break
+            if self.tables[key].kind == "dynamic":
+                raise InvalidConfigError(
+                    f"This model's frequencies change with every length beyond {short} tokens (rope_type 'dynamic'), and {frame} "
+                    "are to be in view; lower n_local or topk, or with policy 'full' shorten the text."
+                )
         kind = (*key, type(facts.module), facts.head_dim)
         if kind not in self.rotations:
             self.rotations[kind] = ArchitectureRotation(facts.module, self.tables[key], facts.head_dim)
@@ -242,9 +247,16 @@ def _rotary_module(model: PreTrainedModel) -> torch.nn.Module:
     return rotary
 
 
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """The attention of the model and of its parts (text, vision), as `set_attn_implementation` takes it."""
+    parts = {name: getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {})}
+    found = {"": model.config, **{name: part for name, part in parts.items() if part is not None}}
+    return {name: part._attn_implementation for name, part in found.items()}
+
+
 @contextmanager
 def _hooked(model: PreTrainedModel, rotary: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    previous = model.config._attn_implementation
+    previous = _implementations(model)
     handle = rotary.register_forward_hook(hook)
     model.set_attn_implementation(ATTENTION)
     try:
@@ -252,7 +264,8 @@ def _hooked(model: PreTrainedModel, rotary: torch.nn.Module, hook: Callable[...,
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not route its attention through transformers' AttentionInterface."
             )
-        yield
+        with unchanged(rotary):
+            yield
     finally:
         handle.remove()
         model.set_attn_implementation(previous)
@@ -304,6 +317,12 @@ class _ProbeLayer(CacheLayerMixin):  # type: ignore[misc]
     def note(self, module: Any, query: torch.Tensor, value: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
         batch, heads, n, dim = query.shape
         types = getattr(module.config, "layer_types", None)
+        kind = types[module.layer_idx] if types else None
+        if sliding_window is None and kind in (None, "sliding_attention"):  # some apply it through their mask only
+            sliding_window = getattr(module.config, "sliding_window", None)
+        trained = getattr(module.config, "max_position_embeddings", None)
+        if sliding_window is not None and trained and sliding_window >= trained:
+            sliding_window = None  # all that the model was trained on lies within it, as in Phi-3
         self._found[module.layer_idx] = LayerFacts(
             module=module,
             heads=heads,
@@ -311,7 +330,7 @@ class _ProbeLayer(CacheLayerMixin):  # type: ignore[misc]
             head_dim=dim,
             value_dim=value.shape[-1],
             rotary=bool((query == 0).all(dim=(0, 1, 2)).any()),
-            layer_type=types[module.layer_idx] if types else None,
+            layer_type=kind,
             sliding_window=sliding_window,
         )
         return query.new_zeros(batch, n, heads, value.shape[-1])
@@ -342,7 +361,7 @@ def probe(model: PreTrainedModel) -> ModelFacts:
     n_layers = model.config.get_text_config().num_hidden_layers
     cache = Cache(layers=[_ProbeLayer(facts.layers) for _ in range(n_layers)])
     tokens = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
-    previous = model.config._attn_implementation
+    previous = _implementations(model)
     handle = rotary.register_forward_hook(zeros, with_kwargs=True)
     try:
         model.set_attn_implementation(ATTENTION)
@@ -410,12 +429,13 @@ _examined: weakref.WeakKeyDictionary[PreTrainedModel, ModelFacts] = weakref.Weak
 
 
 def examine(model: PreTrainedModel) -> ModelFacts:
-    """Probe and self-test a model, once.
+    """Probe and self-test a model, once, and again when its rotary embedding was exchanged.
 
     Raises:
         UnsupportedModelError: The architecture cannot be served; the message names it and the reason.
     """
-    if model not in _examined:
+    known = _examined.get(model)
+    if known is None or known.rotary is not _rotary_module(model):
         facts = probe(model)
         self_test(model, facts)
         _examined[model] = facts

@@ -36,6 +36,10 @@ class DenseMemory(SteadyMemory):
         self._rotation = rotation
         self._window = window
         self._capacity = reserve + _ROOM if window is None else window + 4 * _TILE
+        self._most = 2 * _TILE  # tokens taken in at a time
+        if window is not None and rotation.comfortable_length is not None:  # one kind of frequencies in all slots
+            self._capacity = min(self._capacity, max(rotation.comfortable_length, window + 1))
+            self._most = min(self._most, self._capacity - window)
         self._base = 0  # absolute index of the buffers' first slot; a key is rotated at its slot
         self._key: torch.Tensor | None = None
         self._key_raw: torch.Tensor | None = None
@@ -54,8 +58,7 @@ class DenseMemory(SteadyMemory):
             return steady
         if self._window is None:
             return self._append(query, key, value, scoring)
-        step = 2 * _TILE
-        rows = [slice(lo, lo + step) for lo in range(0, query.shape[1], step)]
+        rows = [slice(lo, lo + self._most) for lo in range(0, query.shape[1], self._most)]
         return torch.cat([self._append(query[:, part], key[:, part], value[:, part], scoring) for part in rows])
 
     @override

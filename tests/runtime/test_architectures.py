@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qllm_kernels import rotary
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
-from qllm_runtime.errors import UnsupportedModelError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.block import BlockMemory
@@ -28,6 +28,15 @@ WIDE = MemoryConfig(n_local=128, exec_block_size=16, chunk_size=32, n_init=4, bl
 NARROW = MemoryConfig(
     n_local=16, exec_block_size=8, chunk_size=24, n_init=4, block_size=4, topk=2, repr_topk=2, query_weight=2.0
 )
+
+
+_LONGROPE: dict[str, object] = {
+    "rope_parameters": {
+        "rope_theta": 10000.0, "rope_type": "longrope", "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + i for i in range(8)], "long_factor": [3.0 + 2 * i for i in range(8)],
+    },
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 @cache
@@ -186,22 +195,99 @@ def test_frequencies_that_depend_on_the_length(kind: str) -> None:
         assert_same(ours(short[:, :40], small), stock(model, short[:, :40]))
         if kind == "longrope":
             assert_same(ours(long, dense), stock(model, long))
-        else:
-            ours(long, dense)
+        else:  # stock attention rotates every token by the length at its time
+            with pytest.raises(InvalidConfigError, match="rope_type 'dynamic'"):
+                ours(long, dense)
+
+
+def last_logits(model: PreTrainedModel, ids: torch.Tensor, config: MemoryConfig) -> torch.Tensor:
+    inference = Inference.of(model)
+    with inference.request():
+        cache = inference.cache(config, reserve=ids.shape[1])
+        inference.read(cache, [ids[0, :-1]], config)
+        return inference.step(cache, [int(ids[0, -1])])
+
+
+def test_a_window_as_long_as_the_training_is_none() -> None:
+    """As in Phi-3-mini-128k: its layers get blocks, not a buffer of a quarter of a million tokens."""
+    model = build("phi3", {**_LONGROPE, "sliding_window": 262_144})
+    ids = text(model)
+    cache = Inference.of(model).cache(NARROW)
+    assert all(isinstance(memory, BlockMemory) for memory in cache.memories())
+    assert_same(last_logits(model, ids[:, :30], NARROW.replace(n_local=40)), stock(model, ids[:, :30])[:, -1])
+
+
+def test_a_sliding_window_keeps_one_kind_of_frequencies() -> None:
+    model = build("phi3", {**_LONGROPE, "sliding_window": 40})
+    ids = text(model)
+    dense = [last_logits(model, ids, NARROW.replace(policy="full", chunk_size=size)) for size in (8, 24, 512)]
+    assert_same(dense[0], dense[1])
+    assert_same(dense[0], dense[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("phimoe", {}), ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"] * 2})],
+)
+def test_a_window_that_a_model_applies_through_its_mask_only(kind: str, settings: dict[str, object]) -> None:
+    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    model = build(kind, {**sizes, **settings, "sliding_window": 24, "use_sliding_window": True})
+    ids = text(model, 90)
+    assert_same(last_logits(model, ids, NARROW.replace(policy="full")), stock(model, ids)[:, -1])
+
+
+def test_a_rotary_embedding_that_was_exchanged_is_noticed() -> None:
+    model = build(*SUPPORTED["llama"], seed=5)
+    ids = text(model, 40)
+    last_logits(model, ids, WIDE)
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    assert_same(last_logits(model, ids, WIDE), stock(model, ids)[:, -1])
 
 
 # ---------------------------------------------------------------------- life
 
 
-def hooks(model: PreTrainedModel) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+def test_what_a_request_finds_it_leaves() -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}
+    model = build("llama", {"rope_parameters": rope, "max_position_embeddings": 64})
+    ids = text(model)
+    before = stock(model, ids)
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    config = MemoryConfig(n_init=2, n_local=32, block_size=4, exec_block_size=8, chunk_size=16, topk=2)
+    QLLM(model, memory=config).generate(ids, max_tokens=2)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    assert torch.equal(stock(model, ids), before)
 
 
-def raise_while_installed(model: PreTrainedModel) -> None:
-    attention = model.config._attn_implementation
-    with installed(model):
-        assert model.config._attn_implementation != attention
-        raise ZeroDivisionError
+def test_a_request_within_a_request_is_refused() -> None:
+    model = build(*SUPPORTED["llama"])
+    llm, ids = QLLM(model, memory=NARROW), text(model, 40)
+    with pytest.raises(InvalidRequestError, match="inside another one"):
+        llm.generate(ids, max_tokens=1, progress=lambda done, total: llm.generate(ids, max_tokens=1) and None)
+    assert llm.generate(ids, max_tokens=1)
+
+
+def test_rows_keep_their_own_positions() -> None:
+    rope = {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "llama_4_scaling_beta": 1.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = build("ministral3", {"rope_parameters": rope})
+    ids, config = text(model), WIDE.replace(policy="full")
+    rows = [ids[0, :10], ids[0]]
+    inference = Inference.of(model)
+    with inference.request():
+        cache = inference.cache(config, rows=2, reserve=N)
+        inference.read(cache, [row[:-1] for row in rows], config)
+        both = inference.step(cache, [int(row[-1]) for row in rows])
+    for row, logits in zip(rows, both, strict=True):
+        assert_same(logits, stock(model, row[None])[0, -1])
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
