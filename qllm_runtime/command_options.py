@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -110,6 +111,8 @@ def quiet() -> None:
     """Keep the bars and notices of transformers away."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import huggingface_hub  # importing it sets a level of its own
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger(huggingface_hub.__name__).setLevel(logging.CRITICAL)  # what it says is in the error

@@ -47,7 +47,7 @@ class _Lines:
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        if total and done >= self._next * total:
+        if total and self._next < 2.0 and done >= min(self._next, 1.0) * total:
             print(f"Reading: {done:,}/{total:,} tokens", file=sys.stderr, flush=True)
             self._next = done / total + 0.1 if done < total else 2.0
 
@@ -98,6 +98,8 @@ def summary(answer: Answer) -> str:
     parts = [f"read {read:,} tokens in {timings.read_s:.1f} s ({timings.read_tokens_per_s:,.0f} tokens/s)"]
     if usage.cache_read_tokens:
         parts.append(f"{usage.cache_read_tokens:,} tokens read before")
+    if timings.reread_s:
+        parts.append(f"found and read passages again in {timings.reread_s:.1f} s")
     parts.append(f"wrote {usage.completion_tokens:,} ({timings.decode_tokens_per_s:,.0f} tokens/s)")
     parts.append(f"peak memory {timings.peak_memory_bytes / 2**20:,.0f} MiB")
     if answer.finish_reason == "length":

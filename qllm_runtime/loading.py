@@ -122,6 +122,9 @@ def _load(
 
 
 def _config(where: str, common: dict[str, Any]) -> PreTrainedConfig:
+    is_path = where.startswith((".", "/", "~")) or where.endswith("/")
+    if is_path and not Path(where).is_dir():
+        raise ModelNotFoundError(f"There is no folder {where!r}. {_HINT}")
     try:
         config = AutoConfig.from_pretrained(where, **common)
     except (OSError, ValueError) as error:

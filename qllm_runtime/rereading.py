@@ -89,8 +89,10 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     for piece in answering.run(last_request, cancelled, last_prompt):
         if piece.answer is not None:
             final = _moved_back(piece.answer, found) if alone else piece.answer
-            speed = prompt.read_end / max(read - began, 1e-9) if fresh else draft.timings.read_tokens_per_s
-            timings = replace(final.timings, read_s=final.timings.read_s + drafted - began, read_tokens_per_s=speed)
+            first = read - began if fresh else draft.timings.read_s
+            speed = prompt.read_end / max(first, 1e-9) if fresh else draft.timings.read_tokens_per_s
+            again = drafted - began - first + final.timings.read_s
+            timings = replace(final.timings, read_s=first, reread_s=again, read_tokens_per_s=speed)
             cached = 0 if fresh else draft.usage.cache_read_tokens
             usage = replace(final.usage, prompt_tokens=n, cache_read_tokens=cached)
             piece = replace(piece, answer=replace(final, timings=timings, usage=usage))

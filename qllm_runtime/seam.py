@@ -69,8 +69,8 @@ class ModelFacts:
                 break
             if self.tables[key].kind == "dynamic":
                 raise InvalidConfigError(
-                    f"This model's frequencies change with every length beyond {short} tokens (rope_type 'dynamic'), and {frame} "
-                    "are to be in view; lower n_local or topk, or with policy 'full' shorten the text."
+                    f"This model's frequencies change with every length beyond {short} tokens (rope_type 'dynamic'), and "
+                    f"{frame} are to be in view; lower n_local or topk, or with policy 'full' shorten the text."
                 )
         kind = (*key, type(facts.module), facts.head_dim)
         if kind not in self.rotations:

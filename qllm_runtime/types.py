@@ -138,13 +138,15 @@ class Timings:
     """Seconds, tokens per second and bytes of a request.
 
     Attributes:
-        tokenize_s, read_s, decode_s, total_s: Seconds for tokenising, reading the prompt, writing the answer, all.
+        tokenize_s, read_s, decode_s, total_s: Seconds for tokenising, reading what is new, writing the answer, all.
+        reread_s: Seconds for finding passages (draft and lookups) and reading them again.
         read_tokens_per_s, decode_tokens_per_s: Throughput; 0 when nothing was read or written.
         peak_memory_bytes: Peak of the device (CUDA) or of the process (CPU).
     """
 
     tokenize_s: float = 0.0
     read_s: float = 0.0
+    reread_s: float = 0.0
     decode_s: float = 0.0
     total_s: float = 0.0
     read_tokens_per_s: float = 0.0

@@ -290,6 +290,17 @@ def test_rows_keep_their_own_positions() -> None:
         assert_same(logits, stock(model, row[None])[0, -1])
 
 
+def hooks(model: PreTrainedModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def raise_while_installed(model: PreTrainedModel) -> None:
+    attention = model.config._attn_implementation
+    with installed(model):
+        assert model.config._attn_implementation != attention
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_nothing_is_left_behind(name: str) -> None:
     model = build(*SUPPORTED[name], seed=3)
