@@ -94,6 +94,18 @@ def choices(text: str, known: Sequence[str], what: str) -> list[str]:
     return items
 
 
+def one(text: str, known: Sequence[str], what: str) -> str:
+    """The one item of ``known`` that is named.
+
+    Raises:
+        InvalidRequestError: An unknown one, none, or several.
+    """
+    found = choices(text, known, what)
+    if len(found) > 1 or split_list(text) == ["all"]:
+        raise InvalidRequestError(f"One {what} is taken at a time, not {text!r}; known: {', '.join(known)}.")
+    return found[0]
+
+
 def at_least(value: int, least: int, name: str) -> int:
     """``value``, refused when it is less than ``least``.
 

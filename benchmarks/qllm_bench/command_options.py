@@ -79,6 +79,16 @@ class ModelOptions(MemoryOptions):
         return Subject(self.model, self.revision, self.device, self.dtype, self.changes)
 
 
+def one_order(text: str) -> Order:
+    """The place of the question, checked."""
+    return cast("Order", arguments.one(text, ORDERS, "order"))
+
+
+def one_split(text: str) -> Split:
+    """The split of the documents, checked."""
+    return cast("Split", arguments.one(text, SPLITS, "split"))
+
+
 def orders(text: str) -> list[Order]:
     """Places of the question, checked."""
     return cast("list[Order]", arguments.choices(text, ORDERS, "order"))

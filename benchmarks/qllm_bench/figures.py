@@ -103,14 +103,14 @@ def lines(
 
 
 def intervals(
-    path: Path, groups: Mapping[str, Sequence[tuple[str, Sequence[Mapping[str, Any]]]]], series: Sequence[str]
+    path: Path, groups: Mapping[str, Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]], series: Sequence[str]
 ) -> Path:
     """Scores of named settings as points with their intervals, a panel per group.
 
     Args:
         path: The PNG.
-        groups: Title to (name of the setting, a summary per series).
-        series: What the summaries of a setting are of, e.g. development and test documents.
+        groups: Title to (name of the setting, its summaries by series).
+        series: What summaries are of, e.g. development and test documents; each has its colour whether there are any or not.
     """
     plt = _plot()
     wide = min(3, len(groups))
@@ -124,20 +124,20 @@ def intervals(
         for number, name in enumerate(series):
             shift = (number - (len(series) - 1) / 2) * 0.22
             for y, (_, summaries) in enumerate(rows):
-                if number >= len(summaries):
+                if name not in summaries:
                     continue
-                low, upper = summaries[number]["interval"]
                 colour = _COLOURS[number]
-                axis.plot([low, upper], [y + shift] * 2, color=colour, lw=1.5, label=name if y == 0 else None)
-                axis.plot(summaries[number]["share"], y + shift, "o", ms=4, color=colour)
+                axis.plot(summaries[name]["interval"], [y + shift] * 2, color=colour, lw=1.5, label=name)
+                axis.plot(summaries[name]["share"], y + shift, "o", ms=4, color=colour)
         axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(-0.02, 1.02)
         axis.set_title(title, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     if len(series) > 1:
-        handles = axes.flat[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=len(series), fontsize=8)
+        drawn = {n: line for axis in axes.flat for line, n in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles = {name: drawn[name] for name in series if name in drawn}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(series), fontsize=8)
     return _save(plt, figure, path)
 
 

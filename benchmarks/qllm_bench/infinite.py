@@ -23,6 +23,7 @@ from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Progress
 
 _ROOM = 48  # tokens of template and separators
+_QUESTION = 16  # tokens that a question may have more than that of the least text
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,6 @@ class Questions:
         subject: Its tokenizer measures them.
         plan: What is asked.
         files: What was read for it.
-
-    Raises:
-        LengthError: A length is too short for a task.
     """
 
     def __init__(self, subject: Subject, plan: Plan, files: Files) -> None:
@@ -120,8 +118,6 @@ class Questions:
 
     def _rules(self) -> Iterator[Question]:
         plan = self._plan
-        for task in plan.tasks:
-            self._make(task, 0, min(plan.lengths))
         for tokens in plan.lengths:
             for task in plan.tasks:
                 for number in range(plan.questions or 1):
@@ -132,6 +128,26 @@ class Questions:
             ratio = self._subject.chars_per_token(examples[0].document[:20_000])
             for number, example in enumerate(examples):
                 yield Question(task, number, tokens, round(len(example.document) / ratio), example)
+
+    def check(self, settings: Sequence[Setting]) -> None:
+        """Refuse questions that a setting can't take, all of them before the first is asked.
+
+        Raises:
+            LengthError: A length is too short for a question.
+            InvalidRequestError: A text or a question is too long for a setting.
+        """
+        plan, count = self._plan, self._subject.llm.count_tokens
+        if plan.data is None:
+            shortest, seed = min(plan.lengths), str(plan.seed)
+            pairs = {(question.task, question.number) for question in self.all}
+            found = [plan.suite.shortest(*pair, shortest - _ROOM, count, seed) for pair in sorted(pairs)]
+            longest, slack = max(plan.lengths), _QUESTION
+        else:
+            found = [self.example(question) for question in self.all]
+            dense = any(setting.memory.policy == "full" for setting in settings)  # what alone limits the text
+            longest = _ROOM + max(example.tokens(count) for example in found) if dense else 0
+            slack = 0
+        self._subject.check_fits(settings, longest, slack + max(count(example.question) for example in found))
 
     def example(self, question: Question) -> Example:
         """The question with its text."""
@@ -158,6 +174,28 @@ def case(suite: Suite, example: Example) -> Case:
     )
 
 
+def fingerprint(example: Example) -> str:
+    """Eight hexadecimal digits that change with text, prompt and answers."""
+    text = f"{example.document}\n{example.closing}\n{example.answers}"
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def replaced(row: Mapping[str, Any], files: Files, whole: bool) -> bool:
+    """Whether a row answers a question that its file no longer has.
+
+    Args:
+        row: Of a journal.
+        files: The present questions; of other tasks and lengths nothing is said.
+        whole: Whether those are all of their files.
+    """
+    examples = files.get((row["task"], row["tokens"]))
+    if examples is None:
+        return False
+    if row["number"] >= len(examples):
+        return whole
+    return not row["key"].endswith(f"/{fingerprint(examples[row['number']])}")
+
+
 def jobs(subject: Subject, settings: Sequence[Setting], questions: Questions, plan: Plan) -> list[Job]:
     """Every question under every setting, question by question."""
     found = []
@@ -169,8 +207,7 @@ def jobs(subject: Subject, settings: Sequence[Setting], questions: Questions, pl
             }  # fmt: skip
             key = f"{setting.name}/{setting.order}/{question.task}/{question.tokens}/{question.number}"
             if question.example is not None:
-                text = f"{question.example.document}\n{question.example.closing}\n{question.example.answers}"
-                key += f"/{zlib.crc32(text.encode()):08x}"
+                key += f"/{fingerprint(question.example)}"
             found.append(Job(key, labels, question.size, partial(_ask, subject, setting, questions, plan, question)))
     return found
 
@@ -191,12 +228,8 @@ def bench(
             "policy 'oracle' out."
         )
     settings = [subject.setting(policy, order) for policy in policies for order in orders]
-    if plan.data is None:
-        subject.check_fits(settings, max(plan.lengths))
     questions = Questions(subject, plan, files)
-    if plan.data is not None:
-        longest = max(questions.all, key=lambda question: question.size)
-        subject.check_fits(settings, _ROOM + subject.llm.count_tokens(questions.example(longest).document))
+    questions.check(settings)
     about = {**subject.describe(), **plan.describe(), "memory": subject.base.model_dump()}
     journal = Journal(out, plan.suite.name, about)
     arguments = {
@@ -204,17 +237,17 @@ def bench(
     }  # fmt: skip
     journal.begin(arguments, subject.device)
     run(journal, jobs(subject, settings, questions, plan))
-    report(journal)
+    report(journal, [row for row in journal.rows if not replaced(row, files, plan.questions is None)])
     return journal
 
 
-def report(journal: Journal) -> str:
-    """Write JSON, Markdown and a figure of what the journal holds; returns the Markdown."""
+def report(journal: Journal, chosen: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """Write JSON, Markdown and a figure of the journal's rows, or of some of them; returns the Markdown."""
     tasks = list(published.SUITES[journal.name].tasks)
-    rows = sorted(journal.rows, key=lambda row: (row["tokens"], tasks.index(row["task"])))
+    rows = sorted(journal.rows if chosen is None else chosen, key=lambda row: (row["tokens"], tasks.index(row["task"])))
     by_task = cells(rows, ("policy", "order", "task", "tokens"))
     overall = cells(rows, ("policy", "order", "tokens"))
-    journal.report(overall=overall, by_task=by_task)
+    journal.report(cases=len(rows), overall=overall, by_task=by_task)
     lengths = sorted({row["tokens"] for row in rows})
     names = {n: short(n) if n else "score" for n in lengths}
     text = "\n\n".join(
@@ -227,7 +260,10 @@ def report(journal: Journal) -> str:
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     shown = [task for task in tasks if any(row["task"] == task for row in rows)]
     if lengths == [0]:
-        panels = {task: [(f"{c['policy']}, {c['order']}", [c]) for c in by_task if c["task"] == task] for task in shown}
+        panels = {
+            task: [(f"{c['policy']}, {c['order']}", {"score": c}) for c in by_task if c["task"] == task]
+            for task in shown
+        }
         figures.intervals(path.with_suffix(".png"), panels, ["score"])
     else:
         maps: dict[str, dict[tuple[int, Any], Any]] = {}

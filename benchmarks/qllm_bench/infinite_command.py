@@ -29,7 +29,7 @@ def infinite(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Prompt lengths in tokens, e.g. 1k,16k,1M; of BABILong's files, e.g. 4k. [default: 1k,4k,16k]"
+            help="Prompt lengths in tokens, e.g. 1k,16k,1M; of BABILong's files, e.g. 4k. [default: 1k,4k,16k; of RULER 4k,16k]"
         ),
     ] = None,
     questions: Annotated[
@@ -53,7 +53,7 @@ def infinite(
     from qllm_bench import published
     from qllm_bench.subject import POLICIES
 
-    chosen = published.SUITES[arguments.choices(suite, list(published.SUITES), "suite")[0]]
+    chosen = published.SUITES[arguments.one(suite, list(published.SUITES), "suite")]
     policies = arguments.choices(policy, POLICIES, "policy")
     places = orders(order)
     names = list(chosen.tasks)
@@ -76,7 +76,9 @@ def infinite(
 
 def _lengths(suite: Suite, lengths: str | None, data: str | None) -> list[int]:
     if data is None:
-        return arguments.lengths("1k,4k,16k" if lengths is None else lengths)
+        # RULER's common words alone take almost 4k tokens
+        usual = "4k,16k" if suite.name == "ruler" else "1k,4k,16k"
+        return arguments.lengths(usual if lengths is None else lengths)
     if suite.by_length:
         return arguments.lengths("4k" if lengths is None else lengths)
     if lengths is not None:

@@ -6,21 +6,61 @@ import json
 import os
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from qllm_bench.environment import environment
 from qllm_runtime.errors import DocumentError, InvalidRequestError
 
 Row = dict[str, Any]
+_FIRST = b'{"subject": '
+
+
+class _Lock:
+    """Keeps other processes off a file for as long as it lives."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, descriptor)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequestError(
+                f"{path} is being written by another process; wait until it has ended, or give another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+
+#: By device and inode: the journals of one process share a lock.
+_locks: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
+
+
+def _locked(path: Path) -> _Lock:
+    lock = None
+    if path.exists():
+        lock = _locks.get((path.stat().st_dev, path.stat().st_ino))
+    if lock is None:
+        lock = _Lock(path)
+        _locks[path.stat().st_dev, path.stat().st_ino] = lock
+    return lock
 
 
 class Journal:
     """The results of one benchmark, ``<out>/<name>.jsonl``.
 
     Three kinds of lines: ``{"subject": ...}`` (the first: what is measured), ``{"run": ...}`` (one per start: date, arguments,
-    machine) and results, each with its ``key``. A file that is there is continued; a last line that was cut off is dropped.
+    machine) and results, each with its ``key``. A file that is there is continued; a last line
+    that was cut off is dropped, and of rows with one key the first counts. One process at a time has it.
 
     Args:
         out: Folder, made when it isn't there.
@@ -32,7 +72,7 @@ class Journal:
         rows: Results so far, in order of appearance.
 
     Raises:
-        InvalidRequestError: The file holds results of another subject.
+        InvalidRequestError: The file holds results of another subject, or another process has it.
         DocumentError: The file is no journal, or the folder can't be written.
     """
 
@@ -40,17 +80,20 @@ class Journal:
         self.name = name
         self.path = out / f"{name}.jsonl"
         self.subject: Row = json.loads(json.dumps(subject))
-        self.rows: list[Row] = []
-        self.runs: list[Row] = []
         try:
             out.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path)
             lines = self._lines()
             if not lines:
                 self._write({"subject": self.subject})
         except OSError as error:
             raise DocumentError(f"Cannot keep results in {str(out)!r}: {error.strerror or error}.") from None
+        self.runs = [line for line in lines[1:] if "run" in line]
+        rows: dict[str, Row] = {}
         for line in lines[1:]:
-            (self.runs if "run" in line else self.rows).append(line)
+            if "run" not in line:
+                rows.setdefault(line["key"], line)
+        self.rows = list(rows.values())
         before = lines[0]["subject"] if lines else self.subject
         if before != self.subject:
             different = sorted(k for k in {*before, *self.subject} if before.get(k) != self.subject.get(k))
@@ -58,24 +101,24 @@ class Journal:
             raise InvalidRequestError(
                 f"{self.path} holds results of {was}; give another --out, or remove the file to start anew."
             )
-        self.keys = {row["key"] for row in self.rows}
+        self.keys = set(rows)
 
     def _lines(self) -> list[Row]:
         """What the file holds; cuts a line off that was being written when the run ended."""
-        if not self.path.exists():
-            return []
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self.path, whole)
         try:
             lines = [json.loads(line) for line in data[:whole].splitlines()]
             if lines and ("subject" not in lines[0] or not all("run" in x or "key" in x for x in lines[1:])):
+                raise ValueError
+            if not whole and not data.startswith(_FIRST[: len(data)]):
                 raise ValueError
         except (ValueError, TypeError):
             raise DocumentError(
                 f"{self.path} is no journal of this benchmark; give another --out, or remove it."
             ) from None
+        if whole < len(data):
+            os.truncate(self.path, whole)
         return lines
 
     def _write(self, line: Row) -> None:

@@ -18,9 +18,9 @@ from qllm_bench.command_options import (
     Seed,
     SplitName,
     Text,
+    one_split,
     orders,
     show,
-    splits,
 )
 from qllm_runtime.command_options import takes_options
 
@@ -66,5 +66,5 @@ def needle(
         families=arguments.choices(families, (*FAMILIES, *WORDED_FAMILIES), "family") if families else bench.SIMPLE,
         seed=seed,
     )
-    library = Library(splits(split)[0], text)
+    library = Library(one_split(split), text)
     show(bench.bench(options.open(), library, plan, counts, policies, places, options.out).path)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qllm_bench import figures, tables
 from qllm_bench.harness import Job, Label, run
@@ -14,8 +15,9 @@ from qllm_bench.journal import Journal
 from qllm_bench.needle import Haystacks, Plan, ask
 from qllm_bench.prose import Library, Split
 from qllm_bench.scores import summarise
-from qllm_bench.subject import Setting, Subject
+from qllm_bench.subject import ORDERS, Setting, Subject
 from qllm_bench.sweeps import BASE, Named, fitting, identity
+from qllm_runtime.errors import InvalidRequestError
 
 WITHIN = "within the window"
 
@@ -64,16 +66,35 @@ def bench(
         )
     about = {**subject.describe(), "prose": libraries[0].name, "tokens": tokens, **plan.describe()}
     journal = Journal(out, "policies", {**about, "memory": subject.base.model_dump()})
+    _check_order(journal, sweeps)
     names = {sweep: [[name, identity(s)] for name, s in named] for sweep, named in sweeps.items()}
     arguments = {"documents": plan.documents, "splits": list(haystacks), "sweeps": names, WITHIN: identity(reference)}
     journal.begin(arguments, subject.device)
     try:
-        within = jobs(subject, [reference], references, near)
-        run(journal, [*within, *jobs(subject, settings, haystacks, plan)])
+        todo = [*jobs(subject, [reference], references, near), *jobs(subject, settings, haystacks, plan)]
+        # within the window a setting may be the reference itself
+        run(journal, list({job.key: job for job in todo}.values()))
     finally:
         subject.forget()
     report(journal)
     return journal
+
+
+def _check_order(journal: Journal, sweeps: Mapping[str, Sequence[Named]]) -> None:
+    """Refuse results whose base, apart from memory settings that the subject names, has the question elsewhere.
+
+    Raises:
+        InvalidRequestError: There are some.
+    """
+    [now, *_] = [setting for named in sweeps.values() for name, setting in named if name == BASE]
+    sweeps_before = [settings for line in journal.runs for settings in line["run"]["arguments"]["sweeps"].values()]
+    before = {key for settings in sweeps_before for name, key in settings if name == BASE}
+    if before - {identity(now)}:
+        was = [order for order in ORDERS if identity(replace(now, order=order)) in before - {identity(now)}]
+        raise InvalidRequestError(
+            f"{journal.path} holds results of --order {' or '.join(was) or '(unknown)'} (now {now.order}), which its tables "
+            "would mix; give another --out, or remove the file to start anew."
+        )
 
 
 def report(journal: Journal) -> str:
@@ -105,12 +126,12 @@ def report(journal: Journal) -> str:
     path = journal.path
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     groups = {
-        sweep: [(row["setting"], [row[split] for split in splits if split in row]) for row in rows]
+        sweep: [(row["setting"], {split: row[split] for split in splits if split in row}) for row in rows]
         for sweep, rows in sections.items()
         if sweep != "budget"
     }
     if groups:
-        figures.intervals(path.with_name("policies_settings.png"), groups, splits)
+        figures.intervals(path.with_name("policies_settings.png"), groups, get_args(Split))
     if "budget" in sections:
         panels: dict[str, dict[str, list[tuple[float, Any]]]] = {}
         for row in sections["budget"]:

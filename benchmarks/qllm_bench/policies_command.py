@@ -15,7 +15,7 @@ from qllm_bench.command_options import (
     Needles,
     Seed,
     Text,
-    orders,
+    one_order,
     show,
     splits,
 )
@@ -63,7 +63,7 @@ def policies(
     if len(lengths) != 1:
         raise InvalidRequestError("--tokens takes one length.")
     chosen = arguments.choices(sweep, SWEEPS, "sweep") if sweep != "none" else []
-    [place, *_] = orders(order)
+    place = one_order(order)
     plan = questions.Plan(
         lengths=lengths,
         documents=arguments.at_least(documents, 1, "--documents"),

@@ -24,6 +24,7 @@ from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Progress
 
 _ROOM = 48  # tokens of template and separators
+_QUESTION = 16  # tokens that other questions may have more than those of the shortest documents
 _TRIES = 6  # until a document fills its length to 2 %
 
 
@@ -63,6 +64,16 @@ class Documents:
         self._count, self._library, self._plan = subject.llm.count_tokens, library, plan
         self._ratio = subject.chars_per_token(library.sample())
         self.of = lru_cache(maxsize=2)(self._make)
+
+    def check(self) -> int:
+        """Make all documents of the shortest length; returns the tokens that a question may have.
+
+        Raises:
+            InvalidRequestError: The facts of one of them alone are longer.
+        """
+        shortest = min(self._plan.lengths)
+        cases = [case for number in range(self._plan.documents) for case in self.of(shortest, number)]
+        return _QUESTION + max(self._count(case.question) for case in cases)
 
     def _make(self, tokens: int, number: int) -> list[Case]:
         """Cases of one document that fits ``tokens`` tokens with question and template.
@@ -172,7 +183,8 @@ def bench(
 ) -> Journal:
     """Run the plan; writes ``rag.jsonl``, ``.json``, ``.md`` and figures to ``out``."""
     documents = Documents(subject, library, plan)
-    documents.of(min(plan.lengths), 0)
+    read = [system.setting for system in compared if isinstance(system, Whole)]
+    subject.check_fits(read, max(plan.lengths), documents.check())
     about = {**subject.describe(), "prose": library.name, "split": library.split, **plan.describe()}
     memory = subject.base.model_dump()
     journal = Journal(out, "rag", {**about, "memory": memory, "answer_tokens": ANSWER})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from qllm_bench import arguments
-from qllm_bench.command_options import ModelOptions, Seed, SplitName, Text, show, splits
+from qllm_bench.command_options import ModelOptions, Seed, SplitName, Text, one_split, show
 from qllm_runtime.command_options import takes_options
 from qllm_runtime.errors import InvalidRequestError
 
@@ -62,7 +62,7 @@ def rag(
         distractors=arguments.at_least(distractors, 0, "--distractors"),
         seed=seed,
     )
-    library = Library(splits(split)[0], text)
+    library = Library(one_split(split), text)
     subject = options.open()
     loading = {"revision": options.revision, "device": options.device, "dtype": options.dtype}
     sizes = list(dict.fromkeys(sizes))

@@ -14,6 +14,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
 from qllm_bench.questions.data import Case
+from qllm_bench.subject import fingerprint
 from qllm_integrations.langchain import QLLM_STUFF_PROMPT, QLLMChat
 from qllm_runtime.errors import InvalidRequestError, ModelNotFoundError
 from qllm_runtime.types import Progress
@@ -71,7 +72,8 @@ class Whole:
     def __init__(self, subject: Subject, setting: Setting) -> None:
         self.name = f"whole, {_READINGS[setting.order]}"
         self.reads_once = setting.reads_once
-        self._llm, self._setting = subject.llm, setting
+        self.setting = setting
+        self._llm = subject.llm
         self._document: Any = None
 
     def index(self, document: str, progress: Progress) -> None:
@@ -81,17 +83,17 @@ class Whole:
             return
         if self._document is not None:
             self._document.close()
-        self._llm.memory = self._setting.memory
+        self._llm.memory = self.setting.memory
         self._document = self._llm.read(document, progress=progress)
 
     def answer(self, case: Case, progress: Progress) -> Reply:
         """Ask the model."""
-        self._llm.memory = self._setting.memory
+        self._llm.memory = self.setting.memory
         answer = self._llm.ask(
             case.question,
             self._document,
-            mode=self._setting.mode,
-            reread=self._setting.reread,
+            mode=self.setting.mode,
+            reread=self.setting.reread,
             max_tokens=ANSWER,
             progress=progress,
         )
@@ -269,6 +271,9 @@ def covered(case: Case, chunks: Sequence[Document]) -> bool:
 class MeanPooled(Embeddings):
     """A sentence-embedding model of transformers: token states averaged, length 1.
 
+    Attributes:
+        name: The end of its path and eight hexadecimal digits that change with the weights.
+
     Args:
         model: Folder or Hugging Face hub id.
 
@@ -279,13 +284,14 @@ class MeanPooled(Embeddings):
     def __init__(self, model: str) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self.name = model.rstrip("/").rsplit("/", 1)[-1]
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             self._model = AutoModel.from_pretrained(model).eval()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelNotFoundError(f"Cannot load the embedding model {model!r}: {reason}") from None
+        # two models may have one name
+        self.name = f"{model.rstrip('/').rsplit('/', 1)[-1]} {fingerprint(self._model)}"
         self._longest: int = min(
             self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 512)
         )

@@ -22,7 +22,7 @@ from qllm_bench.harness import Job, Label, run
 from qllm_bench.journal import Journal
 from qllm_bench.speed_measure import SHAPES, Measurement, memory_for
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.errors import InvalidConfigError, QLLMError, UnsupportedModelError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, QLLMError, UnsupportedModelError
 from qllm_runtime.loading import locate
 from qllm_runtime.support import check_support
 from qllm_runtime.types import Progress
@@ -109,7 +109,6 @@ def bench(
     """
     hardware = {**environment(device)["hardware"], "threads": threads}
     subject = {"model": name, "device": device, "dtype": dtype, "steps": steps, "hardware": hardware}
-    journal = Journal(out, "speed", {**subject, "memory": base.model_dump()})
     jobs = []
     for repeat in range(repeats):
         for length in lengths:
@@ -120,6 +119,12 @@ def bench(
                 asked = Measurement(policy, length, name, device, dtype, memory, steps, threads)
                 labels: dict[str, Label] = {"policy": policy, "tokens": length, "repeat": repeat}
                 jobs.append(Job(f"{policy}/{length}/{repeat}", labels, length, partial(_measure, asked)))
+    if not jobs:
+        raise InvalidRequestError(
+            f"All --lengths are beyond the {short(stock_up_to)} tokens of --sdpa-up-to, so nothing would be measured; raise it "
+            "or add a policy."
+        )
+    journal = Journal(out, "speed", {**subject, "memory": base.model_dump()})
     journal.begin({"lengths": lengths, "policies": policies, "repeats": repeats}, device)
     run(journal, jobs)
     report(journal)

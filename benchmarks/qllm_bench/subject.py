@@ -136,13 +136,7 @@ class Subject:
     @cached_property
     def fingerprint(self) -> str:
         """Eight hexadecimal digits that change with the weights."""
-        import torch
-
-        crc = 0
-        for name, weight in self.llm.model.named_parameters():
-            sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 256)].to("cpu", torch.float32)
-            crc = zlib.crc32(sample.numpy().tobytes(), zlib.crc32(name.encode(), crc))
-        return f"{crc:08x}"
+        return fingerprint(self.llm.model)
 
     def describe(self) -> dict[str, Any]:
         """Model and weights, for the journal's subject."""
@@ -258,6 +252,17 @@ class Subject:
         if self._reading is not None:
             self._reading[1].close()
             self._reading = None
+
+
+def fingerprint(network: Any) -> str:
+    """Eight hexadecimal digits that change with the weights of a torch module."""
+    import torch
+
+    crc = 0
+    for name, weight in network.named_parameters():
+        sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 256)].to("cpu", torch.float32)
+        crc = zlib.crc32(sample.numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def changed(base: MemoryConfig, changes: Mapping[str, Any]) -> MemoryConfig:

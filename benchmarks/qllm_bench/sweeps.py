@@ -158,7 +158,12 @@ def _own(subject: Subject, order: Order, text: str) -> Named:
         name, equals, value = item.partition("=")
         if not equals:
             raise InvalidConfigError(f"{item!r} is no setting; write field=value, e.g. query_weight=2,summary=mean.")
-        changes[name.strip()] = yaml.safe_load(value)
+        try:
+            changes[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InvalidConfigError(
+                f"{item!r} is no setting; its value is no number, word or true or false."
+            ) from None
     place = changes.pop("order", order)
     if place not in ORDERS:
         raise InvalidRequestError(f"Unknown order {place!r}; known: {', '.join(ORDERS)}.")

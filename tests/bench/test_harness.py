@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -60,13 +62,38 @@ def test_results_of_other_weights_are_not_mixed(tmp_path):
         Journal(tmp_path, "x", {**SUBJECT, "weights": "1"})
 
 
-@pytest.mark.parametrize("content", ["hello\n", '{"key": "a"}\n', '{"subject": {}}\n[1]\n', "\x00\n"])
+@pytest.mark.parametrize("content", ["hello\n", '{"key": "a"}\n', '{"subject": {}}\n[1]\n', "\x00\n", "hello", '{"ke'])
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     with pytest.raises(DocumentError, match="no journal"):
         Journal(tmp_path, "x", {})
     assert path.read_text() == content
+
+
+def test_a_first_line_that_was_cut_off_is_written_again(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"subject": {"mod')
+    assert Journal(tmp_path, "x", SUBJECT).rows == []
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {"subject": SUBJECT}
+
+
+def test_a_row_that_stands_twice_counts_once(tmp_path):
+    journal = Journal(tmp_path, "x", SUBJECT)
+    for score in (1.0, 0.0):
+        journal.append({"key": "a", "score": score})
+    assert Journal(tmp_path, "x", SUBJECT).rows == [{"key": "a", "score": 1.0}]
+
+
+def test_one_process_at_a_time_has_a_journal(tmp_path):
+    command = [
+        sys.executable, "-c", "import sys; from pathlib import Path; from qllm_bench.journal import Journal\n"
+        f"Journal(Path(sys.argv[1]), 'x', {SUBJECT!r})", str(tmp_path),
+    ]  # fmt: skip
+    journal = Journal(tmp_path, "x", SUBJECT)
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode and "is being written by another process" in refused.stderr
+    del journal
+    assert subprocess.run(command, check=False).returncode == 0
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -117,7 +144,15 @@ def test_interval_of_shares():
     found = summarise(scores)
     mean, error = sum(scores) / 400, math.sqrt(1 / 12 / 400)
     assert found["share"] == pytest.approx(mean, abs=1e-4)
-    assert found["interval"] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=0.006)
+    low, high = found["interval"]
+    assert low < mean - 1.96 * error < mean + 1.96 * error < high
+    assert high - low < 2 * 1.96 * math.sqrt(0.25 / 400) + 1e-4  # no scores vary more than those of 0 and 1
+
+
+@pytest.mark.parametrize("scores", [[0.37], [0.5] * 8])
+def test_few_or_equal_shares_are_not_certain(scores):
+    low, high = summarise(scores)["interval"]
+    assert low < scores[0] - 0.2 and high > scores[0] + 0.2
 
 
 def test_interval_of_a_difference():

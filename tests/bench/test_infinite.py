@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qllm_bench import infinite_command, published
 from qllm_runtime.cli import run
 
 
@@ -68,6 +69,8 @@ def test_files_are_answered_with_their_own_metric(tmp_path):
     )
     assert bench(*arguments) == 0
     assert len(rows(out / "longbench.jsonl")) == 3
+    report = json.loads((out / "longbench.json").read_text())
+    assert report["cases"] == 2 and {c["total"] for c in report["by_task"]} == {1}
 
 
 def test_babilong_has_a_file_per_length(tmp_path):
@@ -84,6 +87,8 @@ def test_babilong_has_a_file_per_length(tmp_path):
     ("arguments", "message"),
     [
         (("--task", "passkeys"), "Unknown task passkeys; known: passkey, number_string"),
+        (("--suite", "all"), "One suite is taken at a time, not 'all'"),
+        (("--suite", "ruler,infinite"), "One suite is taken at a time, not 'ruler,infinite'"),
         (("--suite", "scrolls"), "Unknown suite scrolls; known: infinite, longbench, babilong, ruler"),
         (("--policy", "h2o"), "Unknown policy h2o"),
         (("--lengths", "many"), "'many' is no length"),
@@ -96,6 +101,7 @@ def test_babilong_has_a_file_per_length(tmp_path):
         (("--suite", "ruler", "--task", "qa_1", "--data", "hub"), "publishes no files for qa_1"),
         (("--questions", "0"), "--questions must be at least 1"),
         (("--lengths", "4k", "--policy", "full"), "was trained for 512 tokens, so policy 'full' cannot read 4,096"),
+        (("--task", "kv_retrieval", "--n-local", "32"), "the local window of 'qllm' has 32; raise --n-local"),
         (("--suite", "ruler", "--task", "cwe", "--lengths", "1k"), "RULER cwe needs at least"),
         (("--task", "math_find", "--policy", "oracle"), "leave policy 'oracle' out"),
     ],
@@ -105,6 +111,65 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, arguments, mess
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("passkey", {"context": " ", "answer": ["12345"]}, "field 'context', the text the question is about, is empty"),
+        (
+            "passkey",
+            {"context": "a", "answer": ["n/a"]},
+            "field 'answer' holds 'n/a', the task's answers are whole numbers",
+        ),
+        (
+            "math_find",
+            {"context": "a", "answer": ["n/a"]},
+            "field 'answer' holds 'n/a', the task's answers are numbers",
+        ),
+        ("math_calc", {"context": "a", "answer": ["[1, 2]"]}, "the task's answers are whole numbers"),
+        ("code_run", {"context": "a", "answer": "x"}, "the task's answers are whole numbers"),
+    ],
+)
+def test_files_that_cannot_be_scored_are_refused(tmp_path, capsys, task, row, message):
+    row = {"input": "The largest number, func_1(2)", **row}
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    assert bench("--task", task, "--data", tmp_path, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_longest_question_is_measured_before_the_first_is_asked(tmp_path, capsys):
+    questions = ("Who went home?", "Who, of all the people in the harbour, went home? " * 40)
+    lines = [json.dumps({"context": "Ann went home.", "input": q, "answers": ["Ann"]}) for q in questions]
+    (tmp_path / "hotpotqa.jsonl").write_text("\n".join(lines))
+    common = ("--suite", "longbench", "--task", "hotpotqa", "--data", tmp_path, "--out", tmp_path / "out")
+    assert bench(*common, "--policy", "qllm") == 2
+    assert "raise --n-local" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_more_than_a_question_route_by_their_last_lines(tmp_path):
+    code = "\n".join(f"value_{n} = other_{n}(first, second)" for n in range(200))
+    row = {"context": "def first():\n    return 1", "input": code, "answers": ["x = 1"]}
+    (tmp_path / "repobench-p.jsonl").write_text(json.dumps(row))
+    common = ("--suite", "longbench", "--task", "repobench-p", "--data", tmp_path, "--out", tmp_path / "out")
+    assert bench(*common, "--policy", "qllm") == 0
+    [row] = rows(tmp_path / "out" / "longbench.jsonl")
+    assert code.endswith(row["question"]) and row["question"].startswith("value_") and len(row["question"]) <= 300
+    assert row["prompt_tokens"] > 1000
+
+
+def test_a_text_longer_than_dense_attention_reads_is_refused_with_its_prompt(tmp_path, capsys):
+    row = {"context": "Ann went home.", "input": "What did they say? " * 200, "answers": ["Ann"]}
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(row))
+    common = ("--suite", "longbench", "--task", "hotpotqa", "--data", tmp_path, "--out", tmp_path / "out")
+    assert bench(*common, "--policy", "full") == 2
+    assert "policy 'full' cannot read" in capsys.readouterr().err
+
+
+def test_default_lengths_of_ruler_hold_its_tasks():
+    assert infinite_command._lengths(published.SUITES["ruler"], None, None) == [4096, 16384]
+    assert infinite_command._lengths(published.SUITES["infinite"], None, None) == [1024, 4096, 16384]
 
 
 def test_a_wrong_line_is_named(tmp_path, capsys):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from qllm_bench import policies
+from qllm_bench import figures, policies
 from qllm_bench.journal import Journal
 from qllm_bench.needle import Plan
 from qllm_bench.prose import Library
+from qllm_bench.scores import summarise
 from qllm_bench.subject import Subject
 from qllm_bench.sweeps import BASE, SWEEPS, fitting, identity, sweep
 from qllm_runtime import cli
@@ -87,10 +88,57 @@ def test_identity_changes_with_everything_but_the_name(subject):
     assert identity(subject.setting("qllm", name="other")) == identity(settings[0])
 
 
-@pytest.mark.parametrize("text", ["policy=rag", "order=middle", "topk=-1", "topk=many", "nonsense=1", "topk"])
+@pytest.mark.parametrize(
+    "text", ["policy=rag", "order=middle", "topk=-1", "topk=many", "nonsense=1", "topk", "summary=[mean", "topk=a: b"]
+)
 def test_own_settings_are_checked(subject, text):
     with pytest.raises(QLLMError):
         sweep(subject, [], "both", [text])
+
+
+def test_a_setting_that_is_the_reference_is_asked_once(tmp_path):
+    command = ["bench", "policies", "--tokens", "256", *TINY[2:], "--sweep", "none", "--split", "test"]
+    assert cli.run([*command, "--setting", "policy=full", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "policies.json").read_text())["cases"] == 2
+
+
+def test_one_order_is_taken(tmp_path, capsys):
+    assert cli.run(["bench", "policies", "--order", "last,first", "--out", str(tmp_path / "out")]) == 2
+    assert "One order is taken at a time, not 'last,first'" in capsys.readouterr().err
+
+
+def test_results_of_another_order_are_refused(subject, tmp_path):
+    journal = Journal(tmp_path, "policies", {})
+    first, last = (sweep(subject, [], order, ["topk=4"]) for order in ("first", "last"))
+    policies._check_order(journal, first)
+    names = {name: [[label, identity(setting)] for label, setting in named] for name, named in first.items()}
+    journal.begin({"sweeps": names, policies.WITHIN: "c"})
+    policies._check_order(journal, first)
+    with pytest.raises(QLLMError, match=r"holds results of --order first \(now last\).*--out"):
+        policies._check_order(journal, last)
+
+
+def test_colours_follow_the_split(tmp_path, monkeypatch):
+    drawn = {}
+
+    def save(plt, figure, path):
+        for axis in figure.axes:
+            for line in axis.lines:
+                if not line.get_label().startswith("_"):
+                    drawn.setdefault(line.get_label(), set()).add(line.get_color())
+        drawn["legend"] = [text.get_text() for text in figure.legends[0].get_texts()]
+        plt.close(figure)
+        return path
+
+    monkeypatch.setattr(figures, "_save", save)
+    some = summarise([1, 0])
+    rows = [("a", {"test": some}), ("b", {"development": some, "test": some})]
+    figures.intervals(tmp_path / "x.png", {"own": rows}, ["development", "test"])
+    assert drawn == {
+        "development": {figures._COLOURS[0]},
+        "test": {figures._COLOURS[1]},
+        "legend": ["development", "test"],
+    }
 
 
 def test_won_and_lost_count_the_same_questions(tmp_path):

@@ -216,7 +216,7 @@ def test_a_file_may_be_one_json_list(tmp_path):
         ('{"context": "a", "input": "b", "answer": []}', "field 'answer' is an empty list"),
         ('{"context": "a", "input": "b", "answer": [{}]}', "field 'answer' holds an object"),
         (
-            '{"context": "a", "input": "b", "answer": "c"}\n\n{"context": "a", "answer": "c"}',
+            '{"context": "a", "input": "b", "answer": "1"}\n\n{"context": "a", "answer": "1"}',
             "line 3: field 'input' is missing",
         ),
         (b"\xff\xfe", "not UTF-8"),

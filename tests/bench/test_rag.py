@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,18 @@ def test_embeddings_average_the_words_whatever_stands_beside_them_in_the_batch(e
     assert store.rank(Case("", "a dog ran", "", (), "", ()), 1)[0].page_content == "a dog ran"
 
 
+def test_models_of_one_name_and_other_weights_have_rows_of_their_own(encoder, tmp_path):
+    from transformers import BertModel
+
+    other = tmp_path / encoder.name
+    shutil.copytree(encoder, other)
+    model = BertModel.from_pretrained(other)
+    torch.nn.init.normal_(model.embeddings.word_embeddings.weight)
+    model.save_pretrained(other)
+    names = [MeanPooled(str(folder)).name for folder in (encoder, other)]
+    assert names[0] != names[1] and all(name.startswith(encoder.name) for name in names)
+
+
 # ------------------------------------------------------------------ the command
 
 
@@ -153,7 +166,7 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
     )  # fmt: skip
     assert bench(*common, "--order", "last") == 0
     found = rows(tmp_path / "rag.jsonl")
-    names = ["whole, read once", "bm25, 48", f"{encoder.name}, 48", "perfect, 48"]
+    names = ["whole, read once", "bm25, 48", f"{MeanPooled(str(encoder)).name}, 48", "perfect, 48"]
     assert [row["system"] for row in found] == [name for name in names for _ in range(3)]
     for n, family in enumerate(("magic", "two_hop", "absent")):
         same = [row for row in found if row["family"] == family]
@@ -182,12 +195,14 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
     ("arguments", "message"),
     [
         (("--order", "first"), "Unknown order first; known: last, reread, both, both-reread"),
+        (("--split", "development,test"), "One split is taken at a time, not 'development,test'"),
         (("--chunks", "8"), "--chunks takes sizes of at least 16 tokens"),
         (("--chunks", "64,x"), "--chunks takes sizes of at least 16 tokens"),
         (("--chunks", "400"), "choose smaller --chunks"),
         (("--families", "poems"), "Unknown family poems"),
         (("--embeddings", "/nowhere/model"), "Cannot load the embedding model '/nowhere/model'"),
         (("--lengths", "256"), "do not fit 256 tokens; raise --lengths"),
+        (("--n-local", "8"), "the local window of 'qllm' has 8; raise --n-local"),
         (("--text", "/nowhere"), "'/nowhere' is no folder"),
     ],
 )

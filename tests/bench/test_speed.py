@@ -33,6 +33,13 @@ def test_from_command_to_figures(tmp_path, capsys):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_would_measure_nothing_is_refused(tmp_path, capsys):
+    command = ["bench", "speed", "--policy", "sdpa", "--lengths", "4k", "--sdpa-up-to", "1k"]
+    assert cli.run([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "nothing would be measured" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("policy", ["qllm", "infllm", "streaming", "sdpa"])
 def test_every_policy_is_measured(policy):
     found = measure(measurement(policy))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,10 @@ class Example:
     answers: tuple[str, ...]
     max_tokens: int
     labels: tuple[str, ...] = ()
+
+    def tokens(self, count: Callable[[str], int]) -> int:
+        """Tokens of the prompt but for the template; the question counts twice, as it may stand ahead of the text, too."""
+        return sum(map(count, (self.instruction, self.document, self.closing, self.question)))
 
 
 #: Share of the answer that is right, 0 to 1.
@@ -124,6 +129,38 @@ class Row:
         if not isinstance(value, str):
             raise DatasetError(f"{self.where}: field {field!r} holds {_kind(value)} where text is expected.")
         return value
+
+    def document(self, field: str) -> str:
+        """A field that holds text with more than white space.
+
+        Raises:
+            DatasetError: It is missing, blank or something else.
+        """
+        text = self.text(field)
+        if not text.strip():
+            raise DatasetError(f"{self.where}: field {field!r}, the text the question is about, is empty.")
+        return text
+
+    def numbers(self, field: str, kind: type[int] | type[float] = int) -> tuple[str, ...]:
+        """A field that holds a number or a list of them, as they are written.
+
+        Args:
+            field: Its name.
+            kind: Whether they are whole.
+
+        Raises:
+            DatasetError: It is missing, empty or something else.
+        """
+        found = self.texts(field)
+        for text in found:
+            try:
+                good = math.isfinite(kind(text))
+            except (ValueError, OverflowError):
+                good = False
+            if not good:
+                what = "whole numbers" if kind is int else "numbers"
+                raise DatasetError(f"{self.where}: field {field!r} holds {text[:40]!r}, the task's answers are {what}.")
+        return found
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a text or number, or a list of them; never empty.

@@ -49,6 +49,11 @@ TASKS = {
 #: full sentence; the metrics look at the first number or for the value, so a longer answer gains nothing.
 _ROOM = {"passkey": 32, "number_string": 48, "kv_retrieval": 96, "math_find": 32}
 
+#: What the metrics of these tasks read the answers as.
+_NUMBERS: dict[str, type[int] | type[float]] = {
+    "passkey": int, "number_string": int, "math_find": float, "math_calc": int, "code_run": int,
+}  # fmt: skip
+
 
 def _question(kind: str) -> str:
     return f"You should answer with only one number, no other words. The {kind} of the list is:"
@@ -124,7 +129,9 @@ def parse(task: Task, row: Row) -> Example:
     Raises:
         DatasetError: A field is missing or of another form.
     """
-    document, question, answers = row.text("context"), row.text("input"), row.texts("answer")
+    document, question = row.document("context"), row.text("input")
+    number = _NUMBERS.get(task.name)
+    answers = row.texts("answer") if number is None else row.numbers("answer", number)
     fields, max_tokens = {"input": question.strip()}, _ROOM.get(task.name)
     if task.name == "math_find":
         kind = next((kind for kind in sorted(FINDS, key=len, reverse=True) if kind in question), None)

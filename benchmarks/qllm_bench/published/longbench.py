@@ -1,7 +1,8 @@
 """LongBench (Bai et al. 2024, arXiv 2308.14508): the English and code tasks, with the limits and metrics of its repository.
 
 The five Chinese tasks need a word segmenter and are left out. Published numbers cut prompts in the middle to the model's
-length; here nothing is cut.
+length; here nothing is cut; lookups are
+routed by the last lines of inputs that are more than a question.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ TASKS = {
     for name, (title, metric, limit) in _TASKS.items()
 }
 
+#: Tasks whose `input` is no short question but code, a passage with its question, a dialogue; what routes their lookups.
+_LONG_INPUTS, _ROUTED = ("repobench-p", "triviaqa", "samsum"), 300
+
 
 def parse(task: Task, row: Row) -> Example:
     """A row with the published fields `context`, `input` (empty for summaries), `answers` and, for TREC, `all_classes`.
@@ -44,8 +48,17 @@ def parse(task: Task, row: Row) -> Example:
         DatasetError: A field is missing or of another form.
     """
     labels = row.texts("all_classes") if task.name == "trec" else ()
-    question = row.text("input")
-    return task.example(row.text("context"), question, row.texts("answers"), fields={"input": question}, labels=labels)
+    text = row.text("input")
+    question = _last_lines(text) if task.name in _LONG_INPUTS else text
+    return task.example(row.document("context"), question, row.texts("answers"), fields={"input": text}, labels=labels)
+
+
+def _last_lines(text: str) -> str:
+    """The last lines that have `_ROUTED` characters together; the end of the last where it alone has more."""
+    end = text.strip()[-_ROUTED:]
+    whole = len(end) == len(text.strip())
+    _, cut, rest = end.partition("\n")
+    return end if whole or not cut else rest
 
 
 SUITE = Suite(

@@ -77,7 +77,25 @@ class Suite:
             rows = hub_rows(self.hub(task, length))
         else:
             raise DatasetError(f"{self.title} publishes no files for {task}; give those you made with --data.")
-        return [self.parse(self.tasks[task], row) for row in rows]
+        found = [self.parse(self.tasks[task], row) for row in rows]
+        if not found:
+            raise DatasetError(f"{self.title} {task} has no questions there.")
+        return found
+
+    def shortest(self, task: str, number: int, n_tokens: int, count: Count, seed: str = "") -> Example:
+        """Question `number` of a synthetic task in its least text.
+
+        Raises:
+            LengthError: Even that is longer than `n_tokens`.
+        """
+        rule = self.rules[task]
+        example = rule.make(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, rule.least)
+        tokens = example.tokens(count)
+        if tokens > n_tokens:
+            raise LengthError(
+                f"{self.title} {task} needs at least {tokens} tokens; {n_tokens} are too few. Choose a greater length."
+            )
+        return example
 
     def make(self, task: str, number: int, n_tokens: int, count: Count, seed: str = "") -> Example:
         """Question `number` of a synthetic task, its prompt filling `n_tokens` tokens as far as whole parts allow.
@@ -93,15 +111,11 @@ class Suite:
             return rule.make(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, size)
 
         def tokens(size: int) -> int:
-            example = build(size)
-            return sum(map(count, (example.instruction, example.document, example.closing, example.question)))
+            return build(size).tokens(count)
 
         size = largest(tokens, n_tokens, rule.least)
         if size is None:
-            raise LengthError(
-                f"{self.title} {task} needs at least {tokens(rule.least)} tokens; {n_tokens} are too few. "
-                "Choose a greater length."
-            )
+            return self.shortest(task, number, n_tokens, count, seed)
         return build(size)
 
 
