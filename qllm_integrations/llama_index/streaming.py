@@ -16,7 +16,35 @@ from qllm_integrations.llama_index.asking import Sources
 _PENDING = "\0pending"
 
 
-class LookupStreamingResponse(StreamingResponse):  # type: ignore[misc]
+class _OfSources:
+    """Passages and metadata as they are filled in behind a response, whatever is assigned."""
+
+    _sources: Sources
+
+    @property
+    def source_nodes(self) -> list[NodeWithScore]:
+        """The passages behind the answer, best first."""
+        self._finish()
+        return self._sources.nodes
+
+    @source_nodes.setter
+    def source_nodes(self, nodes: list[NodeWithScore]) -> None:
+        self._sources.nodes = nodes
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Metadata by node id, and under "qllm" how the answer came about."""
+        return self._sources.metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, Any] | None) -> None:
+        self._sources.metadata = {} if metadata is None else metadata
+
+    def _finish(self) -> None:
+        """Wait for the passages."""
+
+
+class LookupStreamingResponse(_OfSources, StreamingResponse):  # type: ignore[misc]
     """A `StreamingResponse` whose `source_nodes` and `metadata` wait for the answer.
 
     Reading them before the stream was read lets the model finish; the text read ahead still comes out of `response_gen`.
@@ -45,53 +73,16 @@ class LookupStreamingResponse(StreamingResponse):  # type: ignore[misc]
     def _finish(self) -> None:
         self._ahead.extend(self._stream)
 
-    @property
-    def source_nodes(self) -> list[NodeWithScore]:
-        """The passages behind the answer, best first."""
-        self._finish()
-        return self._sources.nodes
-
-    @source_nodes.setter
-    def source_nodes(self, nodes: list[NodeWithScore]) -> None:
-        self._sources.nodes = nodes
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Metadata by node id, and under "qllm" how the answer came about."""
-        return self._sources.metadata
-
-    @metadata.setter
-    def metadata(self, metadata: dict[str, Any] | None) -> None:
-        self._sources.metadata = {} if metadata is None else metadata
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(response_txt={self.response_txt!r})"
 
 
-class LookupAsyncStreamingResponse(AsyncStreamingResponse):  # type: ignore[misc]
+class LookupAsyncStreamingResponse(_OfSources, AsyncStreamingResponse):  # type: ignore[misc]
     """An `AsyncStreamingResponse` whose `source_nodes` and `metadata` fill when the stream ends, whatever is assigned."""
 
     def __init__(self, text: Any, sources: Sources) -> None:
         self._sources = sources
         super().__init__(response_gen=text, source_nodes=sources.nodes, metadata=sources.metadata)
-
-    @property
-    def source_nodes(self) -> list[NodeWithScore]:
-        """The passages behind the answer, best first."""
-        return self._sources.nodes
-
-    @source_nodes.setter
-    def source_nodes(self, nodes: list[NodeWithScore]) -> None:
-        self._sources.nodes = nodes
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Metadata by node id, and under "qllm" how the answer came about."""
-        return self._sources.metadata
-
-    @metadata.setter
-    def metadata(self, metadata: dict[str, Any] | None) -> None:
-        self._sources.metadata = {} if metadata is None else metadata
 
 
 class _LateMetadata(dict[str, Any]):
