@@ -11,7 +11,7 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageR
 from llama_index.core.callbacks import CallbackManager, trace_method
 from llama_index.core.chat_engine.types import AgentChatResponse, BaseChatEngine, StreamingAgentChatResponse
 from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
-from llama_index.core.schema import BaseNode
+from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.types import Thread
 
 from qllm_integrations.aio import run_in_thread
@@ -114,12 +114,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
                     response.message = _spoken(response)
                 yield response
 
-        reply = StreamingAgentChatResponse(chat_stream=told(), source_nodes=sources.nodes)
-        reply.write_response_to_history_thread = Thread(
-            target=write_to_history, args=(reply, self._history), daemon=True
-        )
-        reply.write_response_to_history_thread.start()
-        return reply
+        return replying(told(), sources.nodes, self._history)
 
     @trace_method("chat")
     async def astream_chat(
@@ -187,6 +182,16 @@ def _reply(response: ChatResponse, nodes: Sequence[BaseNode]) -> AgentChatRespon
     return AgentChatResponse(
         response=response.message.content or "", source_nodes=sources.nodes, metadata=sources.metadata
     )
+
+
+def replying(
+    told: Generator[ChatResponse, None, None], nodes: list[NodeWithScore], memory: BaseMemory
+) -> StreamingAgentChatResponse:
+    """A reply that is written, and put into the history, by a thread of its own."""
+    reply = StreamingAgentChatResponse(chat_stream=told, source_nodes=nodes)
+    reply.write_response_to_history_thread = Thread(target=write_to_history, args=(reply, memory), daemon=True)
+    reply.write_response_to_history_thread.start()
+    return reply
 
 
 def write_to_history(reply: StreamingAgentChatResponse, history: BaseMemory) -> None:

@@ -15,10 +15,9 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, Condense
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode, StreamingAgentChatResponse
 from llama_index.core.schema import NodeWithScore
 from llama_index.core.tools import ToolOutput
-from llama_index.core.types import Thread
 
 from qllm_integrations.llama_index import options
-from qllm_integrations.llama_index.chat_engine import write_to_history
+from qllm_integrations.llama_index.chat_engine import replying
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_runtime.errors import InvalidRequestError
 
@@ -60,12 +59,8 @@ class StreamingCondenseQuestionChatEngine(CondenseQuestionChatEngine):
             nodes.extend(response.source_nodes)
             self._memory.put(ChatMessage(message))  # the reply follows when the stream has ended
 
-        reply = StreamingAgentChatResponse(chat_stream=told(), source_nodes=nodes)
+        reply = replying(told(), nodes, self._memory)
         reply.sources = [_tool_output(question, response)]  # behind the constructor, which would wait for its nodes
-        reply.write_response_to_history_thread = Thread(
-            target=write_to_history, args=(reply, self._memory), daemon=True
-        )
-        reply.write_response_to_history_thread.start()
         return reply
 
     @trace_method("chat")
