@@ -13,6 +13,7 @@ from qllm_runtime.decoding import Sampler
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import ContextOverflowError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.inference import Inference
+from qllm_runtime.layout import SEPARATOR
 from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import Prompt, build_prompt
 from qllm_runtime.seam import MemoryCache
@@ -104,7 +105,7 @@ def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[T
     if late and memory.system is not None:
         if memory.system == late[0]:
             late = late[1:]
-        elif memory.system == "\n\n".join(late):
+        elif memory.system == SEPARATOR.join(late):
             late = ()
         else:
             raise InvalidRequestError(
