@@ -5,29 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Integral
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qllm_runtime.documents import document_from_text
 from qllm_runtime.errors import DocumentError, InvalidRequestError
+from qllm_runtime.folders import load_path
 from qllm_runtime.types import Document
 
+DocumentLike = str | Path | Document
+"""Text, the path of a file or a folder, or a document."""
 
-def as_documents(documents: str | Document | Sequence[str | Document]) -> tuple[Document, ...]:
-    """Documents from whatever stands for them.
+
+def as_documents(documents: DocumentLike | Sequence[DocumentLike]) -> tuple[Document, ...]:
+    """Documents from whatever stands for them: texts, documents, and paths of files or folders.
 
     Raises:
-        DocumentError: There is none, one is empty, or something is no document.
+        DocumentError: There is none, one is empty or cannot be read, or something is no document.
     """
-    items = [documents] if isinstance(documents, str | Document) else list(documents)
+    items = [documents] if isinstance(documents, str | Path | Document | bytes) else list(documents)
     if not items:
         raise DocumentError("No document was given.")
-    whole = []
+    whole: list[Document] = []
     for number, item in enumerate(items):
+        if isinstance(item, Path):
+            whole += load_path(item)
+            continue
         if not isinstance(item, str | Document):
-            raise DocumentError(f"Document {number} is a {type(item).__name__}; pass text or a Document.")
-        document = Document(item) if isinstance(item, str) else item
+            raise DocumentError(f"Document {number} is a {type(item).__name__}; pass text, a Path or a Document.")
+        document = document_from_text(item) if isinstance(item, str) else item
         if not document.text.strip():
             raise DocumentError(f"Document {number} ({document.title or 'untitled'}) has no text.")
         whole.append(document)

@@ -32,6 +32,7 @@ _WIDER = {
 # ways of spelling text in Python's own notation or in names of hosts
 _NO_CHARSETS = ("unicode-escape", "raw-unicode-escape", "idna", "punycode", "undefined")
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+_LONGEST_NAME = 256  # of a text that may be a path by mistake, in characters
 # control characters that no text file holds (tab, line feed, form feed, return and escape excepted)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 
@@ -101,6 +102,23 @@ def document_from_bytes(data: bytes, mime_type: str | None = None, title: str | 
     """
     name = f"document {title!r}" if title else "the document"
     return _document(data, name, title, {}, mime_type)
+
+
+def document_from_text(text: str) -> Document:
+    """A document of this text.
+
+    Raises:
+        DocumentError: The text is the name of a file that exists.
+    """
+    try:
+        names_a_file = len(text) < _LONGEST_NAME and "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        names_a_file = False
+    if names_a_file:
+        raise DocumentError(
+            f"{text!r} is the name of a file, and strings are read as text; pass pathlib.Path({text!r})."
+        )
+    return Document(text)
 
 
 def _document(

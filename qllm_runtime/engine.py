@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm_runtime import answering
-from qllm_runtime.arguments import as_documents, as_rows
+from qllm_runtime.arguments import DocumentLike, as_documents, as_rows
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, check_sampling
 from qllm_runtime.document_memory import DocumentMemory
@@ -26,11 +26,11 @@ from qllm_runtime.reasoning import after_thoughts, lacks_room
 from qllm_runtime.request import Request, with_memory
 from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
-from qllm_runtime.types import Answer, Document, Piece, Progress, QuerySource, Turn
+from qllm_runtime.types import Answer, Piece, Progress, QuerySource, Turn
 from qllm_runtime.worker import stream
 
 #: What may be passed as documents.
-Documents = str | Document | Sequence[str | Document] | DocumentMemory
+Documents = DocumentLike | Sequence[DocumentLike] | DocumentMemory
 
 _UNBOUNDED = 4 * 1024 * 1024
 
@@ -178,7 +178,7 @@ class QLLM:
 
     def read(
         self,
-        documents: str | Document | Sequence[str | Document],
+        documents: DocumentLike | Sequence[DocumentLike],
         *,
         system: str | None = None,
         after: DocumentMemory | None = None,
@@ -189,7 +189,7 @@ class QLLM:
         """Read documents once, to ask of them many times.
 
         Args:
-            documents: One or several.
+            documents: One or several: texts, `Document`s, or `Path`s of files and folders.
             system: System text ahead of them.
             after: Continue this memory instead of starting anew; its documents come first and it stays as it was, with its
                 system text, template variables and layout.
@@ -198,7 +198,7 @@ class QLLM:
             cancel: Set it to stop within one chunk.
 
         Raises:
-            DocumentError: No document, or one without text.
+            DocumentError: No document, one without text, or a file that cannot be read.
             InvalidRequestError: `after` was read with another system text or other template variables.
             CancelledError: `cancel` was set.
             OutOfMemoryError: The message names the setting to lower.
@@ -237,7 +237,7 @@ class QLLM:
 
         Args:
             question: The question; it is what the lookup is routed by.
-            documents: Text, `Document`s, or a `DocumentMemory` that was read before.
+            documents: Texts, `Document`s, `Path`s of files and folders, or a `DocumentMemory` that was read before.
             system: System text.
             history: Earlier user and assistant turns about the same documents.
             **options: `mode`, `progress`, `on_lookup`, `cancel` (see `AskOptions`), and how tokens are chosen: `sampling`, or
@@ -245,7 +245,7 @@ class QLLM:
 
         Raises:
             InvalidRequestError: Empty question, no document, or mode "query_aware" for documents that were read before.
-            DocumentError: A document without text.
+            DocumentError: A document without text, or a file that cannot be read.
             InvalidConfigError: An option is unknown or out of range.
             CancelledError: `cancel` was set.
         """

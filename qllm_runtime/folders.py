@@ -31,8 +31,8 @@ def load_folder(path: str | Path) -> list[Document]:
     """Read every text, HTML and PDF file below a folder.
 
     In a git checkout those are the files that git does not ignore, with those of submodules and of other checkouts inside
-    of it; elsewhere all but hidden ones (`.name`) and what lies in hidden folders. Files that hold no text are left out, and
-    a warning says which.
+    of it; elsewhere all but hidden ones (`.name`) and what lies in hidden folders. Empty files are passed over; files that
+    hold something else than text are left out, and a warning says which.
 
     Args:
         path: The folder.
@@ -46,7 +46,8 @@ def load_folder(path: str | Path) -> list[Document]:
     """
     folder = Path(path)
     try:
-        files = sorted(name for name in set(_tracked(folder) or _visible(folder)) if (folder / name).is_file())
+        names = sorted(name for name in set(_tracked(folder) or _visible(folder)) if (folder / name).is_file())
+        files = [name for name in names if (folder / name).stat().st_size]
     except OSError as error:
         raise DocumentError(f"Cannot read the folder {str(path)!r}: {error.strerror or error}.") from error
     documents: list[Document] = []

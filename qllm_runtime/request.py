@@ -6,18 +6,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.document_memory import DocumentMemory
-from qllm_runtime.errors import ContextOverflowError, InvalidConfigError, InvalidRequestError
+from qllm_runtime.errors import ContextOverflowError, InvalidRequestError
 from qllm_runtime.inference import Inference
 from qllm_runtime.layout import SEPARATOR
 from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import Prompt, build_prompt
 from qllm_runtime.seam import MemoryCache
-from qllm_runtime.types import Document, Mode, Progress, QuerySource, Sampling, Source, Turn
+from qllm_runtime.types import Document, Mode, Progress, QuerySource, Sampling, Source, Turn, check_mode
 
 #: How documents are read when the caller does not say; chosen by measurement (docs/results.md).
 DEFAULT_MODE: Mode = "read_once"
@@ -66,8 +66,7 @@ def settle(request: Request) -> Request:
     Raises:
         InvalidConfigError: An unknown mode.
     """
-    if request.mode not in (None, *get_args(Mode)):
-        raise InvalidConfigError(f"mode={request.mode!r} is unknown; known are: {', '.join(get_args(Mode))}.")
+    check_mode(request.mode)
     query, source = _query(request)
     memory = request.memory
     if memory is not None:

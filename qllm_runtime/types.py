@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from qllm_runtime.errors import InvalidConfigError
 
 Mode = Literal["query_aware", "read_once"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -12,6 +14,16 @@ QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
 
 #: Called while a document is read with (tokens read so far, tokens in all).
 Progress = Callable[[int, int], None]
+
+
+def check_mode(mode: str | None) -> None:
+    """Accept the modes there are, and None for the default.
+
+    Raises:
+        InvalidConfigError: An unknown mode.
+    """
+    if mode not in (None, *get_args(Mode)):
+        raise InvalidConfigError(f"mode={mode!r} is unknown; known are: {', '.join(get_args(Mode))}.")
 
 
 @dataclass(frozen=True)

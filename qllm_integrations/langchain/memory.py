@@ -14,7 +14,7 @@ from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import Blob
 
 from qllm_runtime import types
-from qllm_runtime.documents import document_from_bytes
+from qllm_runtime.documents import document_from_bytes, document_from_text
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
 from qllm_runtime.folders import load_path
 
@@ -157,7 +157,7 @@ def to_documents(source: Documents | Iterable[Documents]) -> list[types.Document
 
 
 def _each(source: Documents | Iterable[Documents]) -> Iterable[Documents]:
-    single = isinstance(source, str | Path | types.Document | LangChainDocument | Blob | BaseLoader)
+    single = isinstance(source, str | bytes | Path | types.Document | LangChainDocument | Blob | BaseLoader)
     if not single and (isinstance(source, Mapping) or not isinstance(source, Iterable)):
         raise DocumentError(
             f"A {type(source).__name__} is no document; pass text, a Path, a Document, a loader or several of them."
@@ -176,11 +176,7 @@ def _read(item: Any) -> types.Document:
         )
     if not isinstance(item, str):
         raise DocumentError(f"A {type(item).__name__} is no document; pass text, a Path, a Document or a loader.")
-    if len(item) < 256 and "\n" not in item and Path(item).is_file():
-        raise DocumentError(
-            f"{item!r} is the name of a file, and strings are read as text; pass pathlib.Path({item!r})."
-        )
-    return types.Document(item)
+    return document_from_text(item)
 
 
 def _title(metadata: Mapping[str, Any]) -> str | None:

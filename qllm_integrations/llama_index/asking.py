@@ -21,7 +21,7 @@ from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_integrations.llama_index.prompts import routed_messages
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.types import Mode
+from qllm_runtime.types import Mode, check_mode
 
 if TYPE_CHECKING:
     from qllm_runtime.document_memory import DocumentMemory
@@ -78,6 +78,9 @@ class Asker:
     template: BasePromptTemplate = field(default_factory=lambda: DEFAULT_TEMPLATE)
     system_prompt: str | None = None
     show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode)
 
     def ask(self, query: str, nodes: Sequence[BaseNode], **options: Any) -> ChatResponse:
         """The whole answer."""

@@ -28,7 +28,7 @@ from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.query_engine import WholeDocumentQueryEngine
 from qllm_integrations.llama_index.retriever import LookupRetriever
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.types import Mode
+from qllm_runtime.types import Mode, check_mode
 
 # memories kept while several documents are read one after the other
 _READING_STEPS = 8
@@ -93,6 +93,7 @@ class WholeDocumentIndex(IndexContents):
         show_progress: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_mode(mode)
         self._llm = llm
         self._mode = mode
         self._system_prompt = system_prompt

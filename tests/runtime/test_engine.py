@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,22 @@ def test_the_pieces_of_a_stream_are_the_answer(llm: QLLM) -> None:
     assert last.answer is not None
     assert last.answer.text == expected.text
     assert last.answer.sources == expected.sources
+
+
+def test_paths_are_documents(llm: QLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / name).write_text(f"The text of {name}. " * 4)
+    memory = llm.read([tmp_path / "a.txt", "Loose words.", tmp_path / "sub"])
+    assert [d.title for d in memory.documents] == ["a.txt", None, "b.txt"]
+    assert llm.ask("What is it?", tmp_path, max_tokens=1).sources
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DocumentError, match=r"strings are read as text; pass pathlib.Path\('a.txt'\)"):
+        llm.read("a.txt")
+    with pytest.raises(DocumentError, match="Document 0 is a bytes"):
+        llm.read(b"bytes")  # type: ignore[arg-type]
+    with pytest.raises(DocumentError, match="no file"):
+        llm.ask("What is it?", tmp_path / "none.txt")
 
 
 def test_sources_quote_the_documents(llm: QLLM) -> None:

@@ -47,9 +47,15 @@ def test_what_git_ignores_is_left_out(tmp_path: Path) -> None:
 
 def test_files_without_text_are_named_in_a_warning(tmp_path: Path) -> None:
     write(tmp_path, a_txt="seen", b_bin=b"\0\1", c_txt="", d_txt=b"\xff\xfe", e_txt=" ", f_zip=b"PK\x03\x04")
-    with pytest.warns(UserWarning, match=r"5 of 6 files .*b\.bin. is binary.*c\.txt. is empty.* And 2 more"):
+    with pytest.warns(UserWarning, match=r"4 of 5 files .*b\.bin. is binary.*e\.txt. holds nothing but.* And 1 more"):
         documents = load_folder(tmp_path)
     assert [d.title for d in documents] == ["a.txt"]
+
+
+def test_empty_files_are_passed_over(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    write(tmp_path, a_py="seen", pkg__b_py="")
+    assert [d.title for d in load_folder(tmp_path)] == ["a.py"]
+    assert not recwarn.list
 
 
 def test_a_folder_without_documents_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from qllm_integrations.llama_index import QLLM, DocumentsReadEvent, WholeDocumentIndex
 from qllm_integrations.llama_index.documents import page_label
-from qllm_runtime.errors import DocumentError, InvalidRequestError
+from qllm_runtime.errors import DocumentError, InvalidConfigError, InvalidRequestError
 from tests.integrations.llama_index.fake_engine import FakeEngine
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
@@ -113,6 +113,15 @@ def test_needs_a_qllm(monkeypatch: pytest.MonkeyPatch, llm: QLLM) -> None:
         index.as_query_engine()
     monkeypatch.setattr(Settings, "_llm", llm)
     assert str(index.as_query_engine().query(QUESTION)) == "It is 4711."
+
+
+def test_an_unknown_mode_is_refused_before_anything_is_read(llm: QLLM, engine: FakeEngine) -> None:
+    with pytest.raises(InvalidConfigError, match="mode='foo' is unknown; known are: query_aware, read_once"):
+        WholeDocumentIndex.from_documents([Document(text="text")], llm=llm, mode="foo")
+    index = WholeDocumentIndex.from_documents([Document(text="text")], llm=llm)
+    for make in (index.as_query_engine, index.as_chat_engine, index.as_retriever):
+        with pytest.raises(InvalidConfigError, match="mode='foo' is unknown"):
+            make(mode="foo")  # type: ignore[operator]
 
 
 def test_insert_delete_update(llm: QLLM) -> None:
