@@ -93,9 +93,14 @@ def resume(
 
 
 def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
-    """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already."""
+    """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already.
+
+    Its last token never was: what follows it is known only when it is read, and no memory can be read one token less of.
+    """
     room = min(request.sampling.max_tokens, ROOM)
     cache, known = resume(request.inference, request.config, prompt, request.reading, room)
+    if known == len(prompt.ids):
+        cache, known = resume(request.inference, request.config, prompt, None, room)
     announce(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
     if request.on_lookup is not None:
         for layer, layer_memory in enumerate(cache.memories()):
@@ -129,7 +134,7 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
     with inference.request(cancelled):
         cache, known = begin(request, prompt, n)
         # the published code knows one prompt; elsewhere the question starts pieces of its own
-        border = known if config.faithful else max(known, prompt.read_end)
+        border = known if config.faithful else max(known, min(prompt.read_end, n - 1))
         for lo, hi in ((known, border), (border, n - 1)):
             feed(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
         mass = _record(cache, inference, n)

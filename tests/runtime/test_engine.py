@@ -30,6 +30,7 @@ from qllm_runtime.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from qllm_runtime.prompt import build_prompt
 from qllm_runtime.seam import MemoryCache
 from qllm_runtime.types import Answer, Document, Piece, Sampling, Turn
 
@@ -203,6 +204,22 @@ def test_modes(llm: QLLM) -> None:
         for ask in (llm.ask, lambda *a, **k: list(llm.stream(*a, **k))):
             with pytest.raises(InvalidConfigError, match="'query-aware' is unknown; known are: query_aware, read_once"):
                 ask(QUESTION, BOOK, mode="query-aware")
+
+
+@pytest.mark.parametrize("policy", ["full", "qllm"])
+def test_where_nothing_follows_the_documents_their_last_token_is_read_once(policy: str) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    llm = QLLM(tiny.model(), tokenizer, tiny.MEMORY.replace(policy=policy))
+    asked = [Turn("user", (Document(BOOK),))]
+    prompt = build_prompt(tokenizer, asked, query=None, mode="read_once")
+    assert prompt.read_end == len(prompt.ids)
+    (expected,) = llm.generate(prompt.ids.tolist(), max_tokens=8)
+    assert list(llm.chat(asked, query="", max_tokens=8, reread=False).token_ids) == expected
+    answer = llm.chat([Turn("user", ())], memory=llm.read(BOOK), query="", max_tokens=8, reread=False)
+    assert list(answer.token_ids) == expected
+    assert answer.sources
+    assert llm.chat(asked, query="", max_tokens=8).token_ids
 
 
 def test_an_upper_bound_takes_no_memory(llm: QLLM) -> None:
