@@ -21,9 +21,9 @@ from qllm_runtime.grammar import GrammarProcessor
 from qllm_runtime.inference import Cancelled, Inference, never
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
-from qllm_runtime.prompt import build_prompt, build_reading
+from qllm_runtime.prompt import build_reading
 from qllm_runtime.reasoning import after_thoughts, lacks_room
-from qllm_runtime.request import Request, with_memory
+from qllm_runtime.request import Request, compose, settle
 from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
 from qllm_runtime.types import Answer, Piece, Progress, QuerySource, Turn
@@ -160,13 +160,9 @@ class QLLM:
         memory: DocumentMemory | None = None,
     ) -> int:
         """Tokens of a whole conversation as the model would read it (read_once layout), documents and tools included."""
-        turns = with_memory(turns, memory)
-        if memory is not None:
-            template_kwargs = {**memory.template_kwargs, **(template_kwargs or {})}
-        prompt = build_prompt(
-            self._need_tokenizer(), turns, query=None, mode="read_once", tools=tools, template_kwargs=template_kwargs
-        )
-        return len(prompt.ids)
+        options: ChatOptions = {"mode": "read_once", "tools": tools, "template_kwargs": template_kwargs}
+        request, _ = self._request(turns, "", "none", memory, options)
+        return len(compose(settle(request)).ids)
 
     def _need_tokenizer(self) -> Any:
         if self._loaded is None or self._loaded.tokenizer is None:

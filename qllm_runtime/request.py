@@ -127,6 +127,20 @@ def lay_out(request: Request) -> Prompt:
         InvalidRequestError: The tokenizer does not fit the model, or the conversation cannot be laid out.
         ContextOverflowError: A question longer than the local window.
     """
+    prompt = compose(request)
+    _check_fits(prompt, request.config, request.inference)
+    return prompt
+
+
+def compose(request: Request) -> Prompt:
+    """The prompt of a settled request, whether or not the model can take it.
+
+    Some templates write ahead of everything what the documents were read without: tools, which then are described behind
+    them, whether to think, or the date. The beginning stays as it was read.
+
+    Raises:
+        InvalidRequestError: The conversation cannot be laid out.
+    """
     assert request.mode is not None
     read = request.reading[0] if request.reading else None
     given = dict(request.template_kwargs or {})
@@ -137,28 +151,28 @@ def lay_out(request: Request) -> Prompt:
         query=request.query,
         mode=request.mode,
         tools=request.tools,
+        template_kwargs={"enable_thinking": False, **given} if request.direct else given,
         read=read,
     )
-    prompt = build(template_kwargs={"enable_thinking": False, **given} if request.direct else given)
-    # What some templates write ahead of everything, the documents were read without: whether to think, and tools.
-    if request.direct and read is not None and not prompt.begins_with(read):
-        prompt = build(template_kwargs=given)
-    if request.tools and read is not None and not prompt.begins_with(read):
-        prompt = build(template_kwargs=given, tools_as_text=True)
-    if read is not None and not prompt.begins_with(read) and _opens_with_documents(request):
-        prompt = prompt.on_top_of(read)  # such as the date, which may be another by now
-    _check_fits(prompt, request.config, request.inference)
+    prompt = build()
+    if read is None or prompt.begins_with(read):
+        return prompt
+    if request.memory is None:  # the reading is this conversation's own
+        return prompt.on_top_of(read)
+    if request.tools:
+        prompt = build(tools_as_text=True)
+    if not prompt.begins_with(read) and _opens_with_documents(request, request.memory):
+        prompt = prompt.on_top_of(read)
     return prompt
 
 
-def _opens_with_documents(request: Request) -> bool:
-    """Whether the turns are such that documents read before can stand ahead of everything but the system text.
+def _opens_with_documents(request: Request, memory: DocumentMemory) -> bool:
+    """Whether the turns are such that the documents of `memory` can stand ahead of everything but the system text.
 
     Raises:
         InvalidRequestError: They were read with other variables of the chat template.
     """
-    memory = request.memory
-    if memory is not None and dict(request.template_kwargs or {}) != memory.template_kwargs:
+    if dict(request.template_kwargs or {}) != memory.template_kwargs:
         raise InvalidRequestError(
             f"The documents were read with template_kwargs={memory.template_kwargs}, and the chat template writes something "
             "else ahead of them now; read them with these, or leave template_kwargs out."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import tiny
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import lay_out, settle
-from qllm_runtime.types import Answer, Turn
+from qllm_runtime.rereading import serve
+from qllm_runtime.types import Answer, Document, Turn
 
 TURNS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
@@ -26,7 +29,7 @@ TOOL = {
     "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
 }
 BOOK = "It was Ann who came to the house. " * 9
-WHO = Turn("user", ("Who?",))
+WHO, HM = Turn("user", ("Who?",)), Turn("assistant", ("Hm.",))
 
 
 def engine(template: str) -> QLLM:
@@ -63,6 +66,8 @@ def test_tools_that_a_template_writes_ahead_follow_documents_read_before(templat
         text = prompt(llm, [WHO], memory, tools=[TOOL])
         assert text.index(BOOK) < text.index('{"name": "look"') < text.index(f"write {form}") < text.index("Who?")
         answered(llm, [WHO], memory, tools=[TOOL])
+        counted = llm.count_prompt_tokens([WHO], memory=memory, tools=[TOOL])
+        assert counted == llm.chat([WHO], memory=memory, tools=[TOOL], max_tokens=1).usage.prompt_tokens
         inline = llm.chat([Turn("user", (memory.documents[0], "Who?"))], tools=[TOOL], max_tokens=4)
         assert inline.text  # as the template has it
 
@@ -77,6 +82,36 @@ def test_a_date_ahead_of_the_documents_is_that_of_the_reading() -> None:
         answered(llm, [WHO], memory, tools=[TOOL])
         with pytest.raises(InvalidRequestError, match="does not begin with the documents"):
             llm.chat([Turn("assistant", ("Hm.",)), WHO], memory=memory)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [Turn("user", ("Who?",)), Turn("assistant", ("Hm.",)), Turn("tool", (Document(BOOK),))],
+        [Turn("user", ("Hi.",)), Turn("assistant", ("Hm.",)), Turn("user", (Document(BOOK),)), HM, WHO],
+    ],
+    ids=["tool", "later"],
+)
+def test_documents_anywhere_in_a_conversation_are_read_again_under_a_clock(turns: list[Turn]) -> None:
+    """The reading is this conversation's own: its beginning, tools included, stays, and passages follow it."""
+    with engine(CLOCK.replace(TURNS, "") + TOOLS.removeprefix("<s>")) as llm:
+        decode = llm.tokenizer.decode
+        request, cancelled = llm._request(turns, None, "none", None, {"max_tokens": 2, "tools": [TOOL]})
+        seen: list[Prompt] = []
+        *_, last = serve(replace(request, on_answer=lambda prompt, _: seen.append(prompt)), cancelled)
+    assert last.answer is not None and last.answer.reread
+    (last_prompt,) = seen
+    text = decode(last_prompt.ids)
+    assert text.count("It is ") == text.count('{"name": "look"') == text.count(BOOK) == 1
+    assert text.index('{"name": "look"') < text.index(BOOK)
+    home, *passages = ((span.start, span.end) for span in last_prompt.document_spans)
+    assert passages
+    for start, end in passages:
+        assert decode(last_prompt.ids[start:end]) in BOOK
+        assert start > home[1]
+    assert last_prompt.read_end == passages[-1][1]
+    for source in last.answer.sources:
+        assert source.text == BOOK[source.start : source.end]
 
 
 def test_variables_of_the_template_belong_to_the_reading() -> None:

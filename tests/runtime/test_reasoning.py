@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from qllm_runtime.engine import QLLM
 from qllm_runtime.grammar import json_schema_processor
 from qllm_runtime.reasoning import AfterThought, marks_of, opening
-from qllm_runtime.types import Piece
+from qllm_runtime.types import Piece, Turn
 
 BEGIN, END = 264, 265
 SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
@@ -137,14 +137,26 @@ def test_with_few_tokens_there_is_no_thought() -> None:
     assert forced.usage.prompt_tokens == thoughtful
 
 
-def test_what_was_read_decides_where_a_template_tells_ahead_whether_to_think() -> None:
-    with thinker(
-        "{{ '[direct]' if enable_thinking is defined and not enable_thinking else '' }}" + tiny.TEMPLATE
-    ) as llm:
+def test_what_was_read_stays_where_a_template_tells_ahead_whether_to_think() -> None:
+    ahead = "{{ '[direct]' if enable_thinking is defined and not enable_thinking else '' }}"
+    with thinker(ahead + tiny.TEMPLATE + SWITCH) as llm:
         memory = llm.read(ASK["documents"])
-        assert llm.ask(ASK["question"], memory, max_tokens=3).usage.cache_read_tokens == memory.n_tokens
+        direct, thoughtful = (llm.ask(ASK["question"], memory, max_tokens=n).usage for n in (3, 64))
+        assert direct.cache_read_tokens == memory.n_tokens
+        assert direct.prompt_tokens == thoughtful.prompt_tokens + 2
         fresh = llm.ask(**ASK, max_tokens=3).usage.prompt_tokens
-        assert fresh == llm.ask(**ASK, max_tokens=64).usage.prompt_tokens + len("[direct]")
+        assert fresh == llm.ask(**ASK, max_tokens=64).usage.prompt_tokens + len("[direct]") + 2
+
+
+def test_tools_behind_documents_read_before_bring_no_thought_back() -> None:
+    listed = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+    with thinker(listed + tiny.TEMPLATE + SWITCH) as llm:
+        memory, asked = llm.read(ASK["documents"]), [Turn("user", (ASK["question"],))]
+        direct, thoughtful = (
+            llm.chat(asked, memory=memory, tools=[tool], max_tokens=n).usage.prompt_tokens for n in (3, 64)
+        )
+    assert direct == thoughtful + 2
 
 
 def test_where_a_prompt_leaves_off() -> None:
