@@ -195,8 +195,11 @@ class MemoryConfig(BaseModel):
         return self.n_local + (self.topk * self.block_size if self.uses_blocks else 0)
 
     def replace(self, **changes: Any) -> MemoryConfig:
-        """A validated copy with some fields changed; where every key represents its block, it keeps doing so."""
-        kept = self.model_dump(exclude={"repr_topk"} if self.every_key else None)
+        """A validated copy with some fields changed; where every key represents its block, it keeps doing so.
+
+        Fields that were never given follow from the others anew.
+        """
+        kept = self.model_dump(exclude_unset=True, exclude={"repr_topk"} if self.every_key else None)
         return MemoryConfig(**{**kept, **changes})
 
     @classmethod

@@ -100,6 +100,17 @@ def test_defaults_follow_from_values_as_they_are_understood() -> None:
     assert MemoryConfig(**config.model_dump()) == config
 
 
+def test_what_was_never_given_follows_the_changes() -> None:
+    assert MemoryConfig(summary="mean").replace(block_size=2).repr_topk == 2
+    for policy in ("full", "streaming"):
+        blocks = MemoryConfig(policy=policy).replace(block_size=128).replace(policy="qllm")  # type: ignore[arg-type]
+        assert blocks == MemoryConfig(block_size=128)
+        assert blocks.every_key
+    assert MemoryConfig().replace(faithful=True) == MemoryConfig(faithful=True)
+    assert MemoryConfig(repr_topk=8, block_size=8).replace(block_size=16).every_key  # it was every key, it stays so
+    assert MemoryConfig(repr_topk=4).replace(block_size=16).repr_topk == 4
+
+
 def test_policies_without_blocks_need_no_block_settings() -> None:
     for policy in ("streaming", "lm-infinite", "full"):
         config = MemoryConfig(policy=policy, topk=0, n_local=8)  # exec_block_size is larger
