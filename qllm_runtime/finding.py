@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qllm_runtime import answering
 from qllm_runtime.config import MemoryConfig
+from qllm_runtime.errors import ContextOverflowError
 from qllm_runtime.inference import Cancelled, Inference
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, lay_out
@@ -26,7 +27,7 @@ from qllm_runtime.types import Document, Sampling, Source, Turn
 
 STORY_CHARS = 6_000
 STORY_FACTS = 12
-STORY_WINDOW = 256  # tokens; the rest of the story is looked up
+STORY_WINDOW = 256  # tokens at most; the rest of the story is looked up
 #: A layer finds when the mean over questions of 1 / rank of the right block is at least this.
 LEAST = 0.3
 
@@ -64,12 +65,17 @@ def layer_that_finds(request: Request, cancelled: Cancelled) -> int | None:
     given = request.config
     if not request.query or given.policy != "qllm" or not given.query_weight:
         return None
-    config = given.replace(n_local=STORY_WINDOW, exec_block_size=min(given.exec_block_size, STORY_WINDOW))
+    window = min(given.n_local, STORY_WINDOW)
+    config = given.replace(n_local=window, exec_block_size=min(given.exec_block_size, window))
     known = _known.setdefault(request.inference, {})
     if config not in known:
-        ranks = _reciprocal_ranks(replace(request, config=config), cancelled)
-        best = int(ranks.argmax())
-        known[config] = best if ranks[best] >= LEAST else None
+        try:
+            ranks = _reciprocal_ranks(replace(request, config=config), cancelled)
+        except ContextOverflowError:  # in so small a window the story's questions have no place
+            known[config] = None
+        else:
+            best = int(ranks.argmax())
+            known[config] = best if ranks[best] >= LEAST else None
     return known[config]
 
 

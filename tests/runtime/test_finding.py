@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm_runtime import finding, rereading
 from qllm_runtime.engine import QLLM
@@ -96,6 +98,7 @@ def test_a_model_is_asked_once(reader: QLLM, document: Document, asked: list[np.
 def test_a_model_that_finds_nothing_goes_by_attention(
     llm: QLLM, excerpts: list[list[Source]], asked: list[np.ndarray]
 ) -> None:
+    llm = QLLM(llm.model, llm.tokenizer, llm.memory.replace(n_local=96))
     text = "\n\n".join(story(random.Random("tiny"), 1_500))
     answer = llm.ask("Who?", text, max_tokens=2)
     assert answer.reread
@@ -103,6 +106,16 @@ def test_a_model_that_finds_nothing_goes_by_attention(
     assert ranks.max() < finding.LEAST
     drafted = [source for source in excerpts[0] if source.score > 0]
     assert drafted == excerpts[0]
+
+
+def test_the_story_is_read_in_no_wider_window_than_documents_are(asked: list[np.ndarray]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    changes = {"max_position_embeddings": 256, "rope_parameters": rope}  # refuses to have more in view
+    model = LlamaForCausalLM(LlamaConfig(**{**tiny.model().config.to_dict(), **changes})).eval()
+    for n_local in (96, 48):  # the story's questions have more tokens than the latter
+        llm = QLLM(model, tiny.tokenizer(), tiny.MEMORY.replace(n_local=n_local))
+        assert llm.ask("Who?", "It was Ann who came to the house. " * 9, max_tokens=2).reread
+    assert len(asked) == 1
 
 
 def test_lookups_without_a_question_name_nothing(
