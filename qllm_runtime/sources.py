@@ -69,18 +69,19 @@ def passages(
     best = 0.0
     for _ in range(4 * limit):
         which, start, end, peak = _heaviest(left)
-        best = max(best, peak)
         if peak <= 0 or peak < MIN_SHARE * best:
             break
-        held = float(weights[which][start:end].sum())
-        left[which][start:end] = 0
-        if found and held < MIN_LIFT * (held - peak):
-            continue
         span = prompt.document_spans[which]
         first, last = _core(weights[which][start:end])
         text = documents[span.document].text
         grown = _grow(text, *_characters(span, start + first, start + last))
-        if is_blank(text[slice(*grown)]):
+        if is_blank(text[slice(*grown)]):  # what stands beside it in the window may be a passage
+            weights[which][start + first : start + last] = left[which][start + first : start + last] = 0
+            continue
+        best = max(best, peak)
+        held = float(weights[which][start:end].sum())
+        left[which][start:end] = 0
+        if found and held < MIN_LIFT * (held - peak):
             continue
         _merge(found, span, weights[which], outstanding[which], grown, text)
         if len(found) > limit:

@@ -68,6 +68,16 @@ def test_white_space_is_no_passage():
     assert surroundings(inside[100], inside[120], prompt, [document]) == []
 
 
+def test_white_space_does_not_hide_what_stands_beside_it():
+    text = "The rain fell. The key is 4711. \n \n"
+    document = Document(text)
+    prompt = prompt_of(document, width=1)
+    mass = mass_on(prompt, document, "4711", weight=0.2)
+    mass[prompt.document_spans[0].end - 2] = 8.0
+    (source,) = passages(mass, prompt, [document])
+    assert source.text == "The key is 4711."
+
+
 def test_several_documents_best_first():
     documents = [Document(PROSE + f"Fact {i} is here." + " " + PROSE) for i in range(3)]
     prompt = prompt_of(*documents)
