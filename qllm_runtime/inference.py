@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from qllm_kernels.dispatch import on_device
 from qllm_runtime import captured
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
@@ -18,7 +19,7 @@ from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
-from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, on_device, stand_in_mask
+from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
 
 Cancelled = Callable[[], bool]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
+from qllm_kernels.dispatch import on_device
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from qllm_runtime.memory.base import LayerMemory, Rotation, Scoring
 from qllm_runtime.memory.dense import DenseMemory
@@ -76,11 +77,6 @@ class ModelFacts:
         if kind not in self.rotations:
             self.rotations[kind] = ArchitectureRotation(facts.module, self.tables[key], facts.head_dim)
         return self.rotations[kind]
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the one that kernels are launched on; a model may have its layers on several."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 #: Makes the memory of (layer index, row of the batch).

@@ -12,6 +12,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Literal
 
@@ -66,6 +67,11 @@ def _unavailable(device: torch.device) -> str | None:
     if found < _OLDEST_GPU:
         return f"compute capability {found[0]}.{found[1]} is below {_OLDEST_GPU[0]}.{_OLDEST_GPU[1]}"
     return None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that kernels are launched on; a model may have its layers on several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

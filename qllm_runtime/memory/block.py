@@ -21,7 +21,15 @@ import torch
 from typing_extensions import override
 
 from qllm_kernels.attention import FarSegment, apply_sinks, segment_logits
-from qllm_kernels.dispatch import attend_pieces, attend_step, attention_mass, backend, rotate_append, step_mass
+from qllm_kernels.dispatch import (
+    attend_pieces,
+    attend_step,
+    attention_mass,
+    backend,
+    on_device,
+    rotate_append,
+    step_mass,
+)
 from qllm_kernels.mass import Mass
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
@@ -73,7 +81,10 @@ class BlockMemory(SteadyMemory):
 
     @override
     def question_scores(self) -> torch.Tensor | None:
-        return self._outside.question_scores(self._n_blocks)
+        if not self._n_blocks:
+            return None
+        with on_device(self._window.key.device):  # the layer's attention, which sees to that, does not ask
+            return self._outside.question_scores(self._n_blocks)
 
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:

@@ -19,35 +19,35 @@ class Guide:
     Args:
         tokens: [heads, tokens, head_dim] the question's queries in far form, fp32.
         scopes: Groups of heads that choose together.
+
+    Attributes:
+        known: Blocks whose scores are known, the first ones.
     """
 
     def __init__(self, tokens: torch.Tensor, scopes: int) -> None:
         self._tokens = tokens.transpose(0, 1)
         self._scopes = scopes
         self._scores = tokens.new_empty(scopes, 0)
-        self._n = 0  # blocks they are known of
+        self.known = 0
 
-    def scores(self, summaries: Sequence[torch.Tensor], room: int) -> torch.Tensor:
-        """Scores, [scopes, `room` or more]: those of these blocks first, then anything.
+    def scores(self, fresh: Sequence[torch.Tensor], room: int) -> torch.Tensor:
+        """Scores, [scopes, `room` or more]: those of the known blocks first, then anything.
 
         Args:
-            summaries: Summaries of all blocks in order, tensors [summary_heads, r, n, head_dim].
+            fresh: Summaries of the blocks that follow the `known` ones, in order, tensors [summary_heads, r, n, head_dim].
             room: Blocks for which there is to be a place; until more are asked for, it is the same tensor that is filled.
         """
-        self._extend(summaries, room)
+        self._make_room(max(self.known + sum(part.shape[2] for part in fresh), room))
+        for part in fresh:
+            end = self.known + part.shape[2]
+            self._scores[:, self.known : end] = block_scores(self._tokens, part, scopes=self._scopes).sum(0)
+            self.known = end
         return self._scores
 
-    def _extend(self, summaries: Sequence[torch.Tensor], room: int = 0) -> None:
-        known, first, n = self._n, 0, sum(part.shape[2] for part in summaries)
-        if max(n, room) > self._scores.shape[1]:
-            grown = self._scores.new_empty(self._scopes, max(n, room, 2 * known))
-            grown[:, :known] = self._scores[:, :known]
+    def _make_room(self, n: int) -> None:
+        if n > self._scores.shape[1]:
+            # kernels are compiled anew for rows of another alignment
+            room = (max(n, 2 * self.known) + 15) // 16 * 16
+            grown = self._scores.new_empty(self._scopes, room)
+            grown[:, : self.known] = self._scores[:, : self.known]
             self._scores = grown
-        for part in summaries:
-            end = first + part.shape[2]
-            if end > known:
-                fresh = part[:, :, max(known - first, 0) :]
-                scores = block_scores(self._tokens, fresh, scopes=self._scopes)
-                self._scores[:, end - fresh.shape[2] : end] = scores.sum(0)
-            first = end
-        self._n = max(n, known)

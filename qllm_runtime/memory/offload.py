@@ -67,13 +67,12 @@ class OffloadedStore(BlockStore):
         self._own = Pages.of(*slab.split(slab.data), space)
 
     @override
-    def summaries(self, n_blocks: int) -> list[torch.Tensor]:
-        parts = super().summaries(n_blocks)
+    def summaries(self, n_blocks: int, first: int = 0) -> list[torch.Tensor]:
         if self._reader is None:
-            return parts
+            return super().summaries(n_blocks, first)
         self.settle(self._reader)
-        slabs = zip(self._slabs, parts, strict=False)  # as far as there are blocks to be seen
-        return [slab.keys(part.shape[2]).transpose(1, 2) for slab, part in slabs]
+        spans = self._among(first, n_blocks)
+        return [self._slabs[index].keys(rows.start, rows.stop).transpose(1, 2) for index, rows in spans]
 
     @override
     def settle(self, device: torch.device) -> None:

@@ -150,9 +150,8 @@ class Outside:
                 whole = scores.new_full((*ids.shape[:2], n_blocks), float("-inf"))
                 scores = whole.scatter(-1, candidates, scores)
         else:
-            parts = self.store.summaries(n_blocks)
-            if self._means is not None and length > 1:
-                parts = self._means.first(n_blocks)
+            means = self._means if length > 1 else None
+            parts = self.store.summaries(n_blocks) if means is None else means.first(n_blocks)
             ids, valid, scores = choose_blocks(lookup, parts, counts, config.topk, **self._terms(question))
         if hook is not None:
             shared = config.selection == "shared"
@@ -201,11 +200,11 @@ class Outside:
     def _asks(self, n_blocks: int, room: int) -> torch.Tensor | None:
         """The question's scores of so many blocks and `room` for more, [scopes, ...], if it takes part in lookups."""
         guide = self._guiding(self._scopes)
-        return None if guide is None else guide.scores(self.store.summaries(n_blocks), room)
+        return None if guide is None else guide.scores(self.store.summaries(n_blocks, guide.known), room)
 
     def question_scores(self, n_blocks: int) -> torch.Tensor | None:
         """See `LayerMemory.question_scores`; groups of heads that choose together count alike."""
-        scores = self._asks(n_blocks, n_blocks) if n_blocks else None
+        scores = self._asks(n_blocks, n_blocks)
         return None if scores is None else scores[:, :n_blocks].sum(0)
 
     @property

@@ -65,9 +65,9 @@ class Slab:
         """Copy pages to `slots` by a list of moves on the device, as `copy_pages` takes it."""
         copy_pages(self.data.transpose(0, 1), slots.transpose(0, 1), moves, counts)
 
-    def keys(self, n: int) -> torch.Tensor:
-        """The first `n` pages' keys [kv_heads, n, block_size, head_dim] where they can be compared with a question."""
-        found = self.split(self.data[:n])[0]
+    def keys(self, first: int, end: int) -> torch.Tensor:
+        """Keys [kv_heads, n, block_size, head_dim] of pages first .. end - 1 where they can be compared with a question."""
+        found = self.split(self.data[first:end])[0]
         return found if backend(self._device) == "triton" else found.to(self._device)
 
 
@@ -93,7 +93,7 @@ class QuantisedSlab(Slab):
         small = torch.empty(m, *self.data.shape[1:], dtype=self._stored, device=key.device)
         for part, blocks, scales in zip(self._parts(small), (key, value), self._scales, strict=True):
             pages = blocks.flatten(2)[:, :, None]
-            quantise_pages(pages, part.transpose(0, 1), scales[:, first : first + m], *_each(m, key.device))
+            quantise_pages(pages, part.transpose(0, 1), scales[:, first : first + m], *_each(0, m, key.device))
         to_host(small, self.data[first : first + m])
 
     @override
@@ -103,17 +103,18 @@ class QuantisedSlab(Slab):
             dequantise_pages(source.transpose(0, 1), scales, target.transpose(0, 1), moves, counts)
 
     @override
-    def keys(self, n: int) -> torch.Tensor:
-        small = self._parts(self.data[:n])[0]
-        found = torch.empty(small.shape, dtype=self._dtype, device=self._device)
-        dequantise_pages(small.transpose(0, 1), self._scales[0], found.transpose(0, 1), *_each(n, self._device))
+    def keys(self, first: int, end: int) -> torch.Tensor:
+        n, small = end - first, self._parts(self.data)[0]
+        found = torch.empty(n, *small.shape[1:], dtype=self._dtype, device=self._device)
+        moves = _each(first, end, self._device)
+        dequantise_pages(small.transpose(0, 1), self._scales[0], found.transpose(0, 1), *moves)
         return found.view(n, -1, *self._shapes[0][2:]).transpose(0, 1)
 
 
-def _each(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves of pages 0 .. n - 1 of every head to where they are, and their number."""
-    page = torch.arange(n, device=device)
-    return torch.stack((page, page), -1)[None], torch.full((1,), n, dtype=torch.int32, device=device)
+def _each(first: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves of pages first .. end - 1 of every head to the first places, and their number."""
+    place = torch.arange(end - first, device=device)
+    return torch.stack((place + first, place), -1)[None], torch.full((1,), len(place), dtype=torch.int32, device=device)
 
 
 @functools.cache

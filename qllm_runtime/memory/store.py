@@ -120,16 +120,18 @@ class BlockStore:
     def settle(self, device: torch.device) -> None:
         """Have what was appended in place for what `device` does next; ahead of a step that is recorded or run again."""
 
-    def summaries(self, n_blocks: int) -> list[torch.Tensor]:
-        """Summaries of the first blocks in order, a tensor [summary_heads, r, n, head_dim] per generation."""
-        parts = []
-        for pages in self._runs:
-            part = pages.summaries[:, :, :n_blocks]
-            n_blocks -= part.shape[2]
-            parts.append(part)
-            if not n_blocks:
-                break
-        return parts
+    def summaries(self, n_blocks: int, first: int = 0) -> list[torch.Tensor]:
+        """Summaries of blocks first .. n_blocks - 1 in order, a tensor [summary_heads, r, n, head_dim] per generation."""
+        return [self._runs[index].summaries[:, :, rows] for index, rows in self._among(first, n_blocks)]
+
+    def _among(self, first: int, end: int) -> Iterator[tuple[int, slice]]:
+        """Generations that have some of the blocks first .. end - 1, and where in them these are."""
+        for index, pages in enumerate(self._runs):
+            size = pages.key.shape[1]
+            rows = slice(max(first, 0), min(end, size))
+            if rows.start < rows.stop:
+                yield index, rows
+            first, end = first - size, end - size
 
     def in_place(self, ids: torch.Tensor, valid: torch.Tensor | None) -> PagedKeys | None:
         """Where chosen blocks can be read without a copy, until the next call; None: they must be gathered.

@@ -32,7 +32,7 @@ class Compilation:
         pointers: Triton type of each pointer, all aligned to 16 bytes.
         constants: Compile-time arguments and launch options.
         floats: Names of arguments that are floating-point numbers.
-        wide: Names of arguments that are 64-bit integers. Strides are multiples of 16.
+        wide: Names of arguments that are 64-bit integers. Strides that are specialised are multiples of 16.
     """
 
     kernel: Any
@@ -53,7 +53,7 @@ class Compilation:
                 continue
             integer = "i64" if name in self.wide else "i32"
             signature[name] = self.pointers.get(name, "fp32" if name in self.floats else integer)
-            if name in self.pointers or name.startswith("stride_"):
+            if name in self.pointers or (name.startswith("stride_") and name not in self.kernel.do_not_specialize):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constexprs, attributes), options
 

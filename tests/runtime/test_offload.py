@@ -6,12 +6,13 @@ import contextlib
 import random
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from rope import Rope
-from test_block_memory import BASE, DIM, SCORING, feed, tokens
+from test_block_memory import BASE, DIM, SCORING, cut, feed, tokens
 from test_histories import sizes
 from test_store import blocks
 
@@ -19,7 +20,7 @@ from qllm_kernels.pages import copy_pages
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError
-from qllm_runtime.memory import offload, slabs
+from qllm_runtime.memory import block, guide, offload, slabs
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.store import BlockStore
@@ -65,7 +66,9 @@ def test_store(seed: int, quantised: bool) -> None:
         n = len(plain)
         assert (len(offloaded), offloaded.kv_heads) == (n, plain.kv_heads)
         some = draw.randint(1, n)
-        close(torch.cat(offloaded.summaries(some), 2), torch.cat(plain.summaries(some), 2))
+        for first in (0, draw.randrange(some)):
+            close(torch.cat(offloaded.summaries(some, first), 2), torch.cat(plain.summaries(some), 2)[:, :, first:])
+        assert not plain.summaries(some, some) and not offloaded.summaries(some, some)
         k = min(topk, n)
         ids, valid = choice(n, draw.randint(1, 6), scopes, k, draw)
         wanted, found = plain.gather(ids, valid), offloaded.gather(ids, valid)
@@ -205,6 +208,70 @@ def test_history(seed: int) -> None:
         same(*(feed(memory, part) for memory in pair))
         at += n
     assert all(len(memory._outside.store) for memory in pair)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_a_question_reads_the_keys_of_a_block_once(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Once it is answered, tokens read no more than the blocks that have left the window since the token before."""
+    read: list[int] = []
+    for kind in (slabs.Slab, slabs.QuantisedSlab):
+
+        def keys(slab: slabs.Slab, first: int, end: int, _keys: Any = kind.keys) -> torch.Tensor:
+            read.extend(range(first, end))
+            return _keys(slab, first, end)
+
+        monkeypatch.setattr(kind, "keys", keys)
+    config = MemoryConfig(**{**BASE, "repr_topk": 4, "device_blocks": 8, "offload_dtype": dtype})
+    text, answer = cut(tokens(220), [200, 20])
+    memory = BlockMemory(config, Rope(DIM), reserve=220)
+    memory.set_query(0, 3)
+    feed(memory, text)
+    for step in cut(answer, [1] * 20):
+        feed(memory, step)
+        assert read == list(range(memory._n_blocks))
+    memory.question_scores()
+    assert read == list(range((220 - 1 - 16 - 4) // 4))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_scores_of_a_question_are_made_on_the_device_of_its_layer(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """What asks for them stands on another one where a model has its layers on several."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def watched(*args: Any, _work: Any, **kwargs: Any) -> Any:
+        assert current == [torch.device("cpu")]
+        launches.add(_work.__name__)
+        return _work(*args, **kwargs)
+
+    launches: set[str] = set()
+    config = MemoryConfig(**{**BASE, "repr_topk": 4, "device_blocks": 8, "offload_dtype": dtype})
+    memory = BlockMemory(config, Rope(DIM))
+    assert memory.question_scores() is None
+    memory.set_query(190, 199)
+    feed(memory, tokens(199))
+    monkeypatch.setattr(block, "on_device", on)
+    for module, name in ((guide, "block_scores"), (slabs, "dequantise_pages")):
+        monkeypatch.setattr(module, name, partial(watched, _work=getattr(module, name)))
+    scores = memory.question_scores()
+    assert scores is not None and len(scores) == memory._n_blocks
+    assert launches == {"block_scores"} | ({"dequantise_pages"} if dtype == "fp8" else set())
+    assert not current
+
+
+@pytest.mark.parametrize("known", [1, 5, 16, 47])
+def test_rows_of_a_questions_scores_stay_aligned(known: int) -> None:
+    """Else kernels would be compiled anew while a text grows."""
+    scores = guide.Guide(torch.randn(4, 3, DIM), 2)
+    for n in (known, 3 * known):
+        fresh = torch.randn(2, 1, n - scores.known, DIM)
+        assert scores.scores([fresh], n + 1).stride(0) % 16 == 0
+        assert scores.known == n
 
 
 def test_the_device_holds_as_much_for_any_length() -> None:
