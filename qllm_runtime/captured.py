@@ -47,14 +47,13 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         pool = before._graph.pool() if isinstance(before, CudaGraph) else None
         try:
-            # the stream: a capture that fails would leave its own current
-            with (
-                _capturing,
-                torch.cuda.device(device),
-                torch.cuda.stream(torch.cuda.current_stream(device)),
-                torch.cuda.graph(self._graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
-            ):
-                self.logits = step()
+            with _capturing, torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+                _prepare(device)
+                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self.logits = step()
+                finally:
+                    self._graph.capture_end()
         except Exception:
             _failed.add(device)
             raise
@@ -66,7 +65,18 @@ class CudaGraph:
 
 #: Devices on which a capture failed: torch's allocator may believe until the process ends that one is under way.
 _failed: set[torch.device] = set()
+_SPARE = 2**30  # bytes of a device that the results of a step's operations surely fit in
 _capturing = threading.Lock()  # one capture at a time is all that CUDA allows a process
+
+
+def _prepare(device: torch.device) -> None:
+    """What `torch.cuda.graph` does ahead of a capture, except that memory in reserve stays so while there is other memory.
+
+    It would give back the reserve of device and host each time: slabs to be pinned anew, buffers to be allocated anew.
+    """
+    torch.cuda.synchronize(device)
+    if torch.cuda.mem_get_info(device)[0] < _SPARE:
+        torch.cuda.empty_cache()
 
 
 @functools.cache
@@ -124,6 +134,7 @@ class CapturedSteps:
         self._recorded: tuple[object, ...] = ()  # what the recording reads
         self._met: tuple[object, ...] = ()  # what the step before read
         self._board: torch.Tensor | None = None
+        self._waited = False  # the host, for the device, in the step before
 
     @property
     def recorded(self) -> bool:
@@ -172,8 +183,11 @@ class CapturedSteps:
                 self._met = reads
                 with _waiting(self._model.device) as found:
                     logits = self._forward(cache)
-                if found:
+                if found and self._waited:
                     self._give_up(found[0])
+                elif found:  # another thread may have been what waited: the next step is looked at as well
+                    self._met = ()
+                self._waited = bool(found)
                 return logits
             try:
                 self._recording = self._record(lambda: self._forward(cache), self._recording)
