@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import io
 import re
 import sys
+from collections.abc import Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,17 @@ def document_from_text(text: str) -> Document:
             f"{text!r} is the name of a file, and strings are read as text; pass pathlib.Path({text!r})."
         )
     return Document(text)
+
+
+def page_span(page_starts: Sequence[int], start: int, end: int) -> tuple[int, int]:
+    """First and last page, counted from 1, that a passage stands on.
+
+    Args:
+        page_starts: Character at which each page starts, as in `Document.metadata["page_starts"]`; at least one.
+        start, end: Character span of the passage. The separator behind a page counts as its end.
+    """
+    first = max(1, bisect.bisect_right(page_starts, start))
+    return first, max(first, bisect.bisect_left(page_starts, end))
 
 
 def _document(

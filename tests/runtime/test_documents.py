@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qllm_runtime.documents import document_from_bytes, load_document
+from qllm_runtime.documents import document_from_bytes, load_document, page_span
 from qllm_runtime.errors import DocumentError
 from qllm_runtime.html_text import html_to_text
 
@@ -318,6 +318,21 @@ class TestPdf:
         assert document.text == "First page.\n\n\n\nThird page."
         starts = document.metadata["page_starts"]
         assert [document.text[start : start + 5] for start in (starts[0], starts[2])] == ["First", "Third"]
+
+    @pytest.mark.parametrize(
+        ("passage", "pages"),
+        [
+            ("First", (1, 1)),
+            ("page.\n\nSec", (1, 2)),
+            ("Second page.", (2, 2)),
+            ("\n\n\n\nFourth", (2, 4)),
+            ("rth", (4, 4)),
+        ],
+    )
+    def test_page_of_a_passage(self, file, passage, pages):
+        document = load_document(file(make_pdf("First page.", "Second page.", None, "Fourth page."), "a.pdf"))
+        start = document.text.index(passage)
+        assert page_span(document.metadata["page_starts"], start, start + len(passage)) == pages
 
     def test_refusals(self, file, monkeypatch):
         with pytest.raises(DocumentError, match="without a text layer"):
