@@ -10,13 +10,14 @@ import torch
 from typing_extensions import override
 
 from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
-from qllm_kernels.dispatch import attend_step, backend, rotate_append, step_mass
+from qllm_kernels.dispatch import attend_pieces, attend_step, backend, rotate_append, step_mass
 from qllm_kernels.rotary import Arrival, Destination
 from qllm_runtime.memory.base import Rotation, Scoring, Steady, Tables
 from qllm_runtime.memory.places import DevicePlace, Place
 from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 
 _TILE = 512
+_LOGITS = 2**28  # bytes of fp32 logits at a time where they are stored
 _ROOM = 1024  # tokens of questions and answers that fit behind what was expected
 
 
@@ -110,8 +111,22 @@ class DenseMemory(SteadyMemory):
         self.n_seen += n
         if n == 1 and self.on_weights is not None:
             return self._step(query, start, scoring)
-        outs = [self._tile(query[:, i : i + _TILE], start + i, scoring) for i in range(0, n, _TILE)]
+        if self._window is None and backend(query.device) == "triton":
+            return self._pieces(query, start, scoring)
+        keys = start + n if self._window is None else min(start + n, self._window + _TILE)
+        stored = query.device.type != "cpu" or scoring.softcap is not None
+        size = tile_size(query.shape[0], keys) if stored else _TILE
+        outs = [self._tile(query[:, i : i + size], start + i, scoring) for i in range(0, n, size)]
         return torch.cat(outs, dim=1).transpose(0, 1)
+
+    def _pieces(self, query: torch.Tensor, start: int, scoring: Scoring) -> torch.Tensor:
+        """Attention of queries at slots start, start + 1, ... to everything, no logits stored: [n, heads, value_dim]."""
+        assert self._key is not None and self._value is not None
+        span = {"slot": 0, "back": start, "length": query.shape[1]}
+        out, lse = attend_pieces(
+            query, self._key, self._value, None, **span, scale=scoring.scale, softcap=scoring.softcap
+        )
+        return (out if scoring.sinks is None else apply_sinks(out, lse, scoring.sinks)[0]).transpose(0, 1)
 
     def _step(self, query: torch.Tensor, slot: int, scoring: Scoring) -> torch.Tensor:
         """Attention of the token at `slot` with its weights at hand: [1, heads, value_dim]."""
@@ -234,3 +249,8 @@ class DenseMemory(SteadyMemory):
     @override
     def nbytes(self) -> int:
         return sum(b.nbytes for b in (self._key, self._key_raw, self._value) if b is not None)
+
+
+def tile_size(heads: int, keys: int) -> int:
+    """Queries that are compared with so many keys at a time, so that the logits of all heads stay below `_LOGITS` bytes."""
+    return max(1, min(_TILE, _LOGITS // (4 * heads * keys)))

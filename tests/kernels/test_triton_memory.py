@@ -12,9 +12,10 @@ import torch
 
 from qllm_kernels import dispatch
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.memory import offload
+from qllm_runtime.memory import dense, offload
 from qllm_runtime.memory.base import Scoring
 from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.memory.dense import DenseMemory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
@@ -210,3 +211,21 @@ def test_blocks_offloaded_as_fp8(monkeypatch: pytest.MonkeyPatch, settings: dict
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
     dispatch.backend.cache_clear()
     torch.testing.assert_close(outs, run(), atol=4e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, CAPPED], ids=["plain", "capped"])
+def test_a_layer_that_sees_everything_stores_no_logits(monkeypatch: pytest.MonkeyPatch, scoring: Scoring) -> None:
+    """It is given to the kernel as a window from the first token on."""
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(heads, 70, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+    def outputs() -> torch.Tensor:
+        memory = DenseMemory(Rope(DIM))
+        parts = zip(*(x.split([40, 1, 29], 1) for x in given), strict=True)
+        return torch.cat([memory.append(*part, scoring) for part in parts])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "backend", lambda device: "torch")
+        expected = outputs()
+    monkeypatch.setattr(DenseMemory, "_tile", None)
+    torch.testing.assert_close(outputs(), expected, atol=2e-5, rtol=1e-4)

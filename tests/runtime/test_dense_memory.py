@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from rope import Rope
 from test_block_memory import DIM, SCORING, cut, feed, tokens
 
+from qllm_kernels import attention
+from qllm_runtime.memory import dense
+from qllm_runtime.memory.base import Scoring
 from qllm_runtime.memory.dense import _ROOM, DenseMemory
 
 
@@ -48,6 +52,37 @@ def test_any_family_of_forks(window: int | None, seed: int) -> None:
             got = feed(memory, new)
             torch.testing.assert_close(got, plain(whole, window)[-len(got) :], atol=2e-5, rtol=1e-4)
         del memory
+
+
+@pytest.mark.parametrize("heads", [1, 32, 128])
+@pytest.mark.parametrize("keys", [100, 32_768, 131_072, 500_000])
+def test_logits_that_are_stored_have_a_limit(heads: int, keys: int) -> None:
+    size = dense.tile_size(heads, keys)
+    assert 1 <= size <= dense._TILE
+    assert 4 * size * heads * keys <= 2**28
+    assert size == dense._TILE or 4 * (size + 1) * heads * keys > 2**28
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_small_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """On a CPU, logits are stored where they are capped."""
+    stored: list[int] = []
+    logits = attention.segment_logits
+
+    def watched(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        found = logits(*args, **kwargs)
+        stored.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(attention, "segment_logits", watched)
+    scoring, text, outs = Scoring(DIM**-0.5, 5.0), tokens(300), []
+    for limit in (dense._LOGITS, 20_000):
+        monkeypatch.setattr(dense, "_LOGITS", limit)
+        stored.clear()
+        memory = DenseMemory(Rope(DIM), window)
+        outs.append(torch.cat([feed(memory, part, scoring) for part in cut(text, [200, 100])]))
+        assert max(stored) <= limit
+    torch.testing.assert_close(*outs, atol=2e-5, rtol=1e-4)
 
 
 def test_questions_in_turn_copy_nothing() -> None:
