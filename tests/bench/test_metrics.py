@@ -30,12 +30,26 @@ def score(metric, output, *answers, labels=(), question=""):
         (metrics.named_function, "B. that one", ("Tree.grow", "B"), 1),
         (metrics.named_function, "I think the answer is: Tree.grow", ("Tree.grow", "B"), 1),
         (metrics.named_function, "The answer is: C", ("Tree.grow", "B"), 0),
+        (metrics.named_function, "Tree.grow is broken", ("Tree.grow", "B"), 1),
+        (metrics.named_function, "A and C are right, so it must be B", ("Tree.grow", "B"), 1),
+        (metrics.named_function, "Not B but C", ("Tree.grow", "B"), 0),
+        (metrics.named_function, "I choose D\nor B", ("Tree.grow", "B"), 0),
+        (metrics.named_function, "The answer is:", ("Tree.grow", "B"), 0),
+        (metrics.named_function, "", ("Tree.grow", "B"), 0),
         (metrics.chosen_option, "C", ("a dog", "C"), 1),
+        (metrics.chosen_option, "A dog barks: C", ("a dog", "C"), 1),
+        (metrics.chosen_option, "Dogs. The answer is: a dog", ("a dog", "C"), 0),
+        (metrics.chosen_option, " a dog", ("a dog", "C"), 1),
+        (metrics.chosen_option, "I say the option is a dog.", ("a dog", "C"), 1),
+        (metrics.chosen_option, "I say the option is", ("a dog", "C"), 0),
         (metrics.chosen_option, "My answer is: a dog", ("a dog", "C"), 1),
         (metrics.chosen_option, "probably, if pressed, D", ("a dog", "C"), 0),
         (metrics.chosen_option, "", ("a dog", "C"), 0),
         (metrics.named_speaker, "It is Rose: surely", ("ROSE",), 1),
-        (metrics.named_speaker, "It is Rosemary", ("ROSE",), 0),
+        (metrics.named_speaker, "It is Rosemary", ("ROSE",), 1),
+        (metrics.named_speaker, "Commander Bill Ecker", ("STAMP PAID", "BILL ECKER"), 1),
+        (metrics.named_speaker, "It is Stamp Paid.", ("STAMP PAID",), 1),
+        (metrics.named_speaker, "It is Rose", ("STAMP PAID",), 0),
         (metrics.word_f1, "The red dog!", ("a red cat", "nothing"), 0.5),
         (metrics.word_f1, "", ("a red cat",), 0),
         (metrics.character_f1, "红 狗。", ("红猫",), 0.5),
@@ -85,3 +99,13 @@ def test_babilong_wants_the_only_label_of_the_first_sentence():
     assert score(metrics.only_label, "Before the kitchen it was in the Garden. Office.", "garden", **ask) == 1
     assert score(metrics.only_label, "garden or office", "garden", **ask) == 0
     assert score(metrics.only_label, "office", "garden", **ask) == 0
+
+
+def test_math_calc_takes_answers_with_and_without_the_first_operand():
+    def of(output, document="1 + 3 + 4 - 2", answers=("4", "8", "6")):
+        return metrics.leading_values(output, Example("task", "", document, "", "", answers, 8))
+
+    assert of("[1, 4, 8, 6]") == of("[4, 8, 6]") == 1
+    assert of("[1, 4, 9, 6]") == of("4, 9, 6") == pytest.approx(1 / 3)
+    assert of("[2, 4, 8, 6]") == of("") == 0
+    assert of("[5, 7]", "5 + 0 + 2", ("5", "7")) == of("[5, 5, 7]", "5 + 0 + 2", ("5", "7")) == 1

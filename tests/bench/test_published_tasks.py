@@ -188,6 +188,21 @@ def test_files_of_the_published_form(tmp_path, name, task):
     assert suite.tasks[task].metric(output, first) > 0 or task == "math_calc"
 
 
+def test_values_of_math_calc_may_be_a_list_in_a_list(tmp_path):
+    row = ROWS["infinite", "math_calc"]
+    write(tmp_path, infinite.SUITE, "math_calc", [row, row | {"answer": [row["answer"]]}])
+    plain, nested = infinite.SUITE.read("math_calc", "", tmp_path)
+    assert plain.answers == nested.answers == ("4", "2")
+
+
+@pytest.mark.parametrize("task", ["math_calc", "longbook_sum_eng", "longdialogue_qa_eng", "code_debug"])
+def test_an_input_that_no_prompt_uses_may_be_missing(tmp_path, task):
+    row = {name: value for name, value in ROWS["infinite", task].items() if name != "input"}
+    write(tmp_path, infinite.SUITE, task, [row, row | {"input": None}])
+    first, second = infinite.SUITE.read(task, "", tmp_path)
+    assert first == second
+
+
 def test_a_choice_is_right_by_letter_or_text(tmp_path):
     write(tmp_path, infinite.SUITE, "longbook_choice_eng", [ROWS["infinite", "longbook_choice_eng"]])
     (example,) = infinite.SUITE.read("longbook_choice_eng", "", tmp_path)

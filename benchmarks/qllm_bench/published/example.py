@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qllm_runtime.errors import QLLMError
@@ -161,6 +161,13 @@ class Row:
                 what = "whole numbers" if kind is int else "numbers"
                 raise DatasetError(f"{self.where}: field {field!r} holds {text[:40]!r}, the task's answers are {what}.")
         return found
+
+    def flat(self, field: str) -> Row:
+        """The row with a list of lists in a field as one list; any other value stays as it is."""
+        value = self.values.get(field)
+        if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
+            return self
+        return replace(self, values={**self.values, field: [item for part in value for item in part]})
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a text or number, or a list of them; never empty.

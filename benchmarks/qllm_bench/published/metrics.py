@@ -2,6 +2,9 @@
 
 ∞-Bench (arXiv 2402.13718), LongBench (2308.14508), BABILong (2406.10149), RULER (2404.06654).
 
+∞-Bench's rules for multiple choice, dialogues and Code.Debug are those of its repository since August 2024, which accept more
+than the rules behind the paper's numbers.
+
 All take the output and its example and return a share between 0 and 1.
 """
 
@@ -12,6 +15,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
+from itertools import takewhile
 
 from qllm_bench.published.example import Example
 
@@ -152,13 +156,22 @@ def first_number(output: str, example: Example) -> float:
 
 
 def leading_values(output: str, example: Example) -> float:
-    """Share of the intermediate values that are right ahead of the first error (Math.Calc)."""
-    right = 0
-    for got, wanted in zip(re.findall(r"[0-9]+", output), example.answers, strict=False):
-        if got.lstrip("0") != wanted.strip().lstrip("0"):  # int() refuses more than 4,300 digits
-            break
-        right += 1
-    return right / len(example.answers)
+    """Share of the intermediate values that are right ahead of the first error (Math.Calc).
+
+    The prompt's examples begin with the expression's first number, the labels do not: answers may do either.
+    """
+    values = [number.lstrip("0") for number in re.findall(r"[0-9]+", output)]  # int() refuses more than 4,300 digits
+    first = re.search(r"[0-9]+", example.document)
+    lists = [values]
+    if first and values[:1] == [first[0].lstrip("0")]:
+        lists.append(values[1:])
+    wanted = [answer.strip().lstrip("0") for answer in example.answers]
+    return max(_agreeing(found, wanted) for found in lists) / len(wanted)
+
+
+def _agreeing(found: Sequence[str], wanted: Sequence[str]) -> int:
+    pairs = zip(found, wanted, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def last_word(output: str, example: Example) -> float:
@@ -170,35 +183,48 @@ def last_word(output: str, example: Example) -> float:
         return 0.0
 
 
+def _alone(text: str, letters: str) -> str:
+    """The last of the letters that stands alone, of the first line that has any; "" where there is none."""
+    found = (re.findall(rf"\b[{letters}]\b", line) for line in text.split("\n"))
+    return next((line[-1] for line in found if line), "")
+
+
+def _begins(text: str, marks: Sequence[str], answers: tuple[str, ...]) -> bool | None:
+    """Whether one of the answers stands behind the first mark that the text has; None where it has none of them."""
+    mark = next((mark for mark in marks if mark in text), None)
+    return None if mark is None else text.partition(mark)[2][1:].startswith(answers)
+
+
 def named_function(output: str, example: Example) -> float:
     """Whether the option of the broken function is given, by letter or name (Code.Debug); answers are (name, letter)."""
-    name, letter = example.answers
-    if output[:2] in (f"{letter}.", f"{letter}:"):
+    text = output.strip()
+    if _alone(text, "ABCDEFGHIJ") == example.answers[1]:
         return 1.0
-    text = re.sub(" +", " ", re.sub(r"[\n`'\"\-*]|[Oo]ption", " ", output.strip()))
-    for mark in ("answer is:", "is:", "answer:"):
-        _, found, rest = text.partition(mark)
-        if found:
-            return float(rest[1:].startswith((letter, name)))
-    return 0.0
+    text = re.sub(" +", " ", re.sub(r"[\n`'\"\-*]|[Oo]ption", " ", text))
+    return float(
+        text.startswith(example.answers) or _begins(text, ("answer is:", "is:", "answer:"), example.answers) or 0
+    )
 
 
 def chosen_option(output: str, example: Example) -> float:
     """Whether the right option is chosen (En.MC); answers are (text, letter)."""
-    if output[:1] and output[0] in _LETTERS:
-        return float(output[0] in example.answers)
-    words = _words(output, "\n\"'.,?!{}")
-    text = " ".join(words)
-    for mark in ("answer is:", "answer:", "answer is", "option is"):
-        _, found, rest = text.partition(mark)
-        if found:
-            return float(rest[1:].startswith(example.answers))
-    return float(next((word for word in words if word in _LETTERS), "") in example.answers)
+    text, answers = output.strip(), example.answers
+    if _alone(text, _LETTERS) in answers:
+        return 1.0
+    if text[:1] and text[0] in _LETTERS:
+        return float(text[0] in answers)
+    if text in answers:
+        return 1.0
+    text = re.sub(" +", " ", re.sub("[\n\"'.,?!{}]", " ", text))
+    said = _begins(text, ("answer is:", "answer:", "answer is", "option is"), answers)
+    if said is not None:
+        return float(said)
+    return float(next((word for word in text.split() if word in _LETTERS), "") in answers)
 
 
 def named_speaker(output: str, example: Example) -> float:
-    """Whether the masked character is named (En.Dia)."""
-    return float(example.answers[0] in (word.upper() for word in _words(output, "\n:\"'.,?!{}")))
+    """Whether one of the masked character's names is in the output, case ignored (En.Dia)."""
+    return float(any(answer.upper() in output.upper() for answer in example.answers))
 
 
 # ------------------------------------------------------------------ LongBench
