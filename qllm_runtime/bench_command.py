@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 
 import typer
@@ -19,6 +21,10 @@ def bench(context: typer.Context) -> None:
         raise BenchNotInstalledError("The benchmarks are not installed; run `pip install 'qllm-integrations[bench]'`.")
     from qllm_bench.app import app
 
-    status = app(args=context.args or ["--help"], prog_name="qllm bench", standalone_mode=False)
+    if not context.args:  # as `qllm` alone
+        with redirect_stdout(sys.stderr):
+            app(args=["--help"], prog_name="qllm bench", standalone_mode=False)
+        raise typer.Exit(2)
+    status = app(args=context.args, prog_name="qllm bench", standalone_mode=False)
     if status:
         raise typer.Exit(int(status))

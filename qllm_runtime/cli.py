@@ -54,11 +54,18 @@ def _run(arguments: Sequence[str] | None) -> int:
                 print(usage(), file=sys.stderr)
                 return 2
             command = getattr(getattr(error, "ctx", None), "command_path", None) or "qllm"
-            return _complain(f"{usage().rstrip('.')}. Try `{command} --help`.", 2)
+            return _complain(f"{usage().rstrip('.')}. {_hint(arguments)}Try `{command} --help`.", 2)
         if os.environ.get("QLLM_TRACEBACK"):
             raise
         return _complain(f"unexpected {type(error).__name__}: {error} (QLLM_TRACEBACK=1 shows where)", 1)
     return int(status or 0)
+
+
+def _hint(arguments: Sequence[str] | None) -> str:
+    """How to name a file that looks like an option, if there is one."""
+    given = sys.argv[1:] if arguments is None else arguments
+    file = next((name for name in given if name.startswith("-") and name != "-" and os.path.exists(name)), None)
+    return f"For the file of that name write ./{file}. " if file else ""
 
 
 def _is_of_output(error: OSError) -> bool:

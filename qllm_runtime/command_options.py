@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from qllm_runtime.config import MemoryConfig, Policy, Selection, Summary
+from qllm_runtime.inventory import BUILTIN
 
 if TYPE_CHECKING:
     from qllm_runtime.engine import QLLM
 
 _MEMORY = ("policy", "n_init", "n_local", "block_size", "topk", "query_weight", "selection", "summary")
+
+
+def _above_zero(share: float | None) -> float | None:
+    if share is not None and not share > 0:
+        raise typer.BadParameter(f"{share:g} is not above 0.")
+    return share
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class Options:
     ] = True
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(max=1, callback=_above_zero, help="Nucleus sampling: a share above 0.")
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None
     n_init: Annotated[int | None, typer.Option(min=0, help="Initial tokens that stay visible.")] = None
@@ -66,6 +75,10 @@ class Options:
             # once, as it may be a pipe, and first, as an inconsistent file should not cost the time to load a model
             stored = _changed(MemoryConfig.from_yaml(self.memory_config), chosen)
         quiet()
+        if self.model not in BUILTIN:
+            from qllm_runtime.console import looking_for
+
+            looking_for(self.model)
         from qllm_runtime.engine import QLLM
 
         llm = QLLM.from_pretrained(self.model, revision=self.revision, device=self.device, dtype=self.dtype)

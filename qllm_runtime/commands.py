@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qllm_runtime.bench_command import bench
 from qllm_runtime.command_options import Options, quiet, takes_options
-from qllm_runtime.errors import DocumentError, InvalidRequestError
+from qllm_runtime.errors import DocumentError, InvalidRequestError, ModelNotFoundError
 from qllm_runtime.types import Document, Mode
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 app = typer.Typer(
     name="qllm",
@@ -68,11 +72,11 @@ def ask(
         with console.reading() as progress:
             answer = llm.ask(question, documents, progress=progress, **asked)
         utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        result = console.as_json(answer, names, options.model, llm.memory.policy)
+        result = console.as_json(answer, documents, names, options.model, llm.memory.policy)
         print(json.dumps(result, ensure_ascii=not utf8), flush=True)
         return
     answer = console.write_stream(lambda progress: llm.stream(question, documents, progress=progress, **asked))
-    print("\nSources")
+    print(f"\n{console.heading(answer)}")
     console.print_sources(answer.sources, documents, names, whole=False)
     print(f"\n{console.summary(answer)}", flush=True)
 
@@ -108,7 +112,8 @@ def models(
 ) -> None:
     """Tell what is built in, and whether given models are supported and why not.
 
-    Only the configuration of a model is looked at, not its weights. The exit status is 1 if one is not supported.
+    Only the configuration of a model is looked at, not its weights. The exit status is 1 if one is not supported, 2
+    if one is not found.
     """
     from qllm_runtime import inventory
 
@@ -116,9 +121,16 @@ def models(
         inventory.print_builtin()
         return
     quiet()
-    verdicts = [inventory.print_support(name) for name in model]
-    if not all(verdicts):
-        raise typer.Exit(1)
+    status = 0
+    for name in model:
+        try:
+            status = max(status, 0 if inventory.print_support(name) else 1)
+        except ModelNotFoundError as error:  # the others have a verdict all the same
+            sys.stdout.flush()
+            print(f"qllm: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            status = 2
+    if status:
+        raise typer.Exit(status)
 
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
@@ -130,5 +142,8 @@ def _load(given: Sequence[str]) -> tuple[list[str], list[Document]]:
 
     if given.count("-") > 1:
         raise DocumentError("Standard input can be read only once; name - once.")
+    for name in given:
+        if _ADDRESS.match(name) and not Path(name).exists():
+            raise DocumentError(f"{name!r} is an address, and nothing is fetched; save the page and name the file.")
     documents = [document for name in given for document in load_path(name)]
     return [document.metadata["source"] for document in documents], documents

@@ -6,10 +6,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from qllm_runtime.documents import page_span
 from qllm_runtime.types import Answer, Document, Piece, Progress, Source
 
+#: What the embedded readers say of a question that the text does not answer.
+REFUSAL = "The text does not say."
 _SHOWN = 320  # characters of a passage that are printed; --json and /sources have all of it
 
 
@@ -68,6 +72,20 @@ def write_stream(start: Callable[[Progress], Iterator[Piece]]) -> Answer:
     return answer
 
 
+def looking_for(model: str) -> None:
+    """Say that a model is looked for on the hub, which takes half a minute where the hub cannot be reached."""
+    if not Path(model).expanduser().exists() and not model.startswith((".", "/", "~")):
+        from huggingface_hub import constants
+
+        if not constants.HF_HUB_OFFLINE:
+            print(f"Looking for {model!r} on the Hugging Face hub ...", file=sys.stderr, flush=True)
+
+
+def heading(answer: Answer) -> str:
+    """What stands above the passages: those of a refusal were looked at, and are the source of nothing."""
+    return "Looked at" if answer.text.strip() == REFUSAL else "Sources"
+
+
 def print_sources(
     sources: Sequence[Source], documents: Sequence[Document], names: Sequence[str], *, whole: bool
 ) -> None:
@@ -75,10 +93,10 @@ def print_sources(
     if not sources:
         print("No passage stood out.")
     for number, source in enumerate(sources, 1):
-        page = _page(documents[source.document], source.start)
-        place = f"{names[source.document]}[{source.start}:{source.end}]"
-        print(f"{number:3}. {place}{page}  {100 * source.score:.0f} % of the attention")
-        text = source.text if whole else " ".join(source.text.split())
+        place = f"{names[source.document]}[{source.start}:{source.end}]{_pages(documents, source)}"
+        print(f"{number:3}. {place}  {100 * source.score:.0f} % of the attention")
+        text = source.text.removeprefix("\ufeff")  # a byte order mark, which offsets count
+        text = text if whole else " ".join(text.split())
         if not whole and len(text) > _SHOWN:
             text = text[:_SHOWN].rsplit(" ", 1)[0] + " ..."
         for line in text.splitlines():
@@ -86,9 +104,17 @@ def print_sources(
     sys.stdout.flush()
 
 
-def _page(document: Document, start: int) -> str:
-    starts = document.metadata.get("page_starts")
-    return f" page {sum(first <= start for first in starts)}" if starts else ""
+def _pages(documents: Sequence[Document], source: Source) -> str:
+    span = _page_span(documents, source)
+    if span is None:
+        return ""
+    first, last = span
+    return f" page {first}" if first == last else f" pages {first}-{last}"
+
+
+def _page_span(documents: Sequence[Document], source: Source) -> tuple[int, int] | None:
+    starts = documents[source.document].metadata.get("page_starts")
+    return page_span(starts, source.start, source.end) if starts else None
 
 
 def summary(answer: Answer) -> str:
@@ -107,11 +133,20 @@ def summary(answer: Answer) -> str:
     return " | ".join(parts)
 
 
-def as_json(answer: Answer, names: Sequence[str], model: str, policy: str) -> dict[str, Any]:
+def as_json(
+    answer: Answer, documents: Sequence[Document], names: Sequence[str], model: str, policy: str
+) -> dict[str, Any]:
     """The object that `qllm ask --json` prints."""
     sources = [
-        {"document": names[s.document], "start": s.start, "end": s.end, "score": s.score, "text": s.text}
-        for s in answer.sources
+        {
+            "document": names[source.document],
+            "pages": _page_span(documents, source),
+            "start": source.start,
+            "end": source.end,
+            "score": source.score,
+            "text": source.text,
+        }
+        for source in answer.sources
     ]
     usage = {**asdict(answer.usage), "total_tokens": answer.usage.total_tokens}
     return {

@@ -29,6 +29,10 @@ def print_support(name: str) -> bool:
     """
     from qllm_runtime.support import check_support
 
+    if name not in BUILTIN:
+        from qllm_runtime.console import looking_for
+
+        looking_for(name)
     support = check_support(str(_FOLDER / name) if name in BUILTIN else name)
     verdict = "supported" if support.ok else "not supported"
     print(f"{name}: {verdict}{': ' if support.reason else ''}{' '.join(support.reason.split())}")

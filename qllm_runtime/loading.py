@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from qllm_runtime.inference import Inference
@@ -158,9 +161,10 @@ def _network(
     where: str, config: PreTrainedConfig, place: torch.device, dtype: torch.dtype | str, common: dict[str, Any]
 ) -> PreTrainedModel:
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **common
-        )
+        with _no_bar_of_weights():
+            network, info = AutoModelForCausalLM.from_pretrained(
+                where, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **common
+            )
         network = network.to(place).eval()
     except (OSError, ImportError, SafetensorError) as error:
         raise ModelNotFoundError(f"Cannot load {where!r}: {_reason(error)}. {_HINT}") from error
@@ -170,6 +174,22 @@ def _network(
         raise ModelNotFoundError(f"Cannot load {where!r}: {_reason(error)}. {_AGAIN}") from error
     _check_complete(where, network, info)
     return network
+
+
+@contextmanager
+def _no_bar_of_weights() -> Iterator[None]:
+    """Keep the bar away that transformers draws for weights read from a disk; bars of downloads stay."""
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") == "Loading weights":
+            kwargs = {**kwargs, "disable": True}
+        return before(factory, args, kwargs) if before else factory(*args, **kwargs)
+
+    before = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
 
 
 def _check_complete(where: str, network: PreTrainedModel, info: dict[str, Any]) -> None:

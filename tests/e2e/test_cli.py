@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qllm_runtime import cli
+from qllm_runtime import cli, console
 from qllm_runtime.command_options import Options
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.types import Answer, Document, Source
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -104,7 +105,8 @@ class TestAsk:
         texts = {book: PROSE, str(page): "The fog came & went."}
         assert result["sources"]
         for source in result["sources"]:
-            assert set(source) == {"document", "start", "end", "score", "text"}
+            assert set(source) == {"document", "pages", "start", "end", "score", "text"}
+            assert source["pages"] is None
             assert source["text"] == texts[source["document"]][source["start"] : source["end"]]
         assert result["usage"]["completion_tokens"] <= 8
         assert (
@@ -168,6 +170,18 @@ class TestAsk:
         assert memory("faithful: true", summary="published") == MemoryConfig(faithful=True)
         with pytest.raises(InvalidConfigError, match="exec_block_size"):  # it was asked for
             memory("exec_block_size: 256", n_local=128)
+
+    def test_pages_of_a_pdf(self, qllm, tmp_path):
+        pytest.importorskip("pypdf")
+        sys.path.insert(0, str(ROOT / "tests" / "runtime"))
+        from test_documents import make_pdf
+
+        pdf = tmp_path / "a.pdf"
+        pdf.write_bytes(make_pdf("It rained.", "The pass key is 71432."))
+        status, out, _ = qllm("ask", pdf, "What is the pass key?", "--json")
+        assert status == 0
+        pages = {source["text"].strip(): source["pages"] for source in json.loads(out)["sources"]}
+        assert next(pages[text] for text in pages if text.endswith("71432."))[1] == 2
 
     def test_pdf_and_standard_input(self, model, book, tmp_path):
         pytest.importorskip("pypdf")
@@ -235,15 +249,22 @@ class TestBadInput:
         self.refused(qllm("ask", book, "  ", "--model", model), "question is empty")
         self.refused(qllm("ask", "-", "Who?", "--document", "-"), "once")
         self.refused(qllm("chat", "-"), "file")
+        self.refused(qllm("ask", "https://example.org/a.html", "Who?"), "https://example.org/a.html", "fetched")
         self.refused(qllm("nonsense"), "nonsense")
         self.refused(qllm("ask", book, "Who?", "--nonsense"), "--nonsense")
+
+    def test_a_file_named_as_an_option(self, qllm, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "-dash.txt").write_text(PROSE)
+        self.refused(qllm("ask", "-dash.txt", "Who?"), "./-dash.txt")
+        assert "./" not in qllm("ask", "-none.txt", "Who?")[2]
 
     @pytest.mark.parametrize(
         "option",
         [
             ("--max-tokens", 0), ("--max-tokens", -5), ("--max-tokens", "x"), ("--topk", 0), ("--n-local", 0),
             ("--n-local", 257), ("--n-init", 257),
-            ("--n-init", -1), ("--block-size", -1), ("--temperature", -1), ("--top-p", 2), ("--policy", "best"),
+            ("--n-init", -1), ("--block-size", -1), ("--temperature", -1), ("--top-p", 2), ("--top-p", 0), ("--policy", "best"),
             ("--mode", "twice"), ("--device", "toaster"), ("--dtype", "int3"), ("--query-weight", -1),
         ],
     )  # fmt: skip
@@ -349,11 +370,50 @@ class TestModels:
         assert status == 1
         assert f"{tmp_path}: not supported: " in out
 
+    def test_one_that_is_not_there_hides_no_other(self, qllm, model, tmp_path):
+        status, out, err = qllm("models", tmp_path / "none", model)
+        assert status == 2
+        assert out.startswith(f"{model}: supported")
+        assert err.startswith("qllm: No model") and len(err.splitlines()) == 1
 
-def test_without_arguments_it_shows_the_help(qllm):
-    status, out, err = qllm()
+    def test_the_hub_is_named_before_it_is_asked(self, capsys, monkeypatch, tmp_path):
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "here").mkdir()
+        for name in ("here", "./none", "gpt2"):
+            console.looking_for(name)
+        assert capsys.readouterr().err == "Looking for 'gpt2' on the Hugging Face hub ...\n"
+
+
+class TestPassages:
+    """How sources are printed."""
+
+    def shown(self, text, span, capsys, **metadata):
+        source = Source(0, None, *span, 0.5, text[slice(*span)])
+        console.print_sources([source], [Document(text, metadata=metadata)], ["a.pdf"], whole=False)
+        return capsys.readouterr().out
+
+    @pytest.mark.parametrize(("span", "pages"), [((0, 4), "page 1"), ((6, 9), "page 2"), ((2, 9), "pages 1-2")])
+    def test_pages(self, span, pages, capsys):
+        assert f"a.pdf[{span[0]}:{span[1]}] {pages}  50 %" in self.shown(
+            "one.\n\ntwo.", span, capsys, page_starts=(0, 6)
+        )
+
+    def test_a_byte_order_mark_is_counted_and_not_shown(self, capsys):
+        assert "\ufeff" not in self.shown("\ufeffone.", (0, 5), capsys)
+
+    def test_a_refusal_has_no_sources(self):
+        assert console.heading(Answer("The text does not say.")) == "Looked at"
+        assert console.heading(Answer("The text does not say. It rained.")) == "Sources"
+
+
+@pytest.mark.parametrize("command", [(), ("bench",)])
+def test_without_arguments_it_shows_the_help(qllm, command):
+    status, out, err = qllm(*command)
     assert (status, out) == (2, "")
-    assert err.startswith("Usage: qllm")
+    assert err.startswith(" ".join(("Usage: qllm", *command)))
     assert len(err.splitlines()) > 5
 
 

@@ -117,3 +117,17 @@ def test_memory_that_runs_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("qllm_runtime.loading.AutoModelForCausalLM.from_pretrained", full)
     with pytest.raises(OutOfMemoryError, match="do not fit on cpu: MemoryError"):
         load(folder)
+
+
+def test_no_bar_of_weights(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return factory(*args, **kwargs)
+
+    transformers_logging.set_tqdm_hook(hook)
+    try:
+        load(folder)
+    finally:
+        assert transformers_logging.set_tqdm_hook(None) is hook
+    assert capfd.readouterr().err == ""
