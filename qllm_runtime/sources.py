@@ -278,8 +278,6 @@ def _end_of_sentence(text: str, end: int) -> int:
 def _separable(text: str, index: int) -> bool:
     """Whether a reader sees two characters, not one, left and right of `index`."""
     before, after = text[index - 1], text[index]
-    if before == "\r" and after == "\n":
-        return False
     if before == "\u200d" or after in "\u200d\ufe0e\ufe0f" or unicodedata.category(after).startswith("M"):
         return False
     if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":  # skin tones, tags of flags

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qllm_runtime.prompt import DocumentSpan, Prompt
-from qllm_runtime.sources import passages, surroundings
-from qllm_runtime.types import Document
+from qllm_runtime.sources import in_order, passages, surroundings, trace_back
+from qllm_runtime.types import Document, Source
 
 PROSE = "The rain fell in torrents over the town. Nobody was abroad, and the lamps burned low in the square.\r\n" * 60
 
@@ -155,6 +155,67 @@ def test_block_wise_mass():
     assert any("71432" in s.text for s in sources)
 
 
+def test_a_token_that_collects_attention_does_not_come_before_a_sentence():
+    document = Document(PROSE + "One fact is here. " + PROSE + "Nothing is said, at all. " + PROSE)
+    prompt = prompt_of(document)
+    span = prompt.document_spans[0]
+    mass = mass_on(prompt, document, "One fact is here.")
+    mass[span.start + document.text.index("said,") // 4] = 9.0  # more than all of that sentence
+    sources = passages(mass, prompt, [document])
+    assert sources[0].text == "One fact is here."
+
+
+def test_what_hardly_stands_out_is_no_passage():
+    document = Document(PROSE + "One fact is here. " + PROSE + "Another is hinted at. " + PROSE)
+    prompt = prompt_of(document)
+    for weight, n in ((0.5, 2), (0.1, 1)):
+        mass = mass_on(prompt, document, "One fact is") + mass_on(prompt, document, "Another is", weight=weight)
+        mass[:5] = 50.0
+        assert len(passages(mass, prompt, [document])) == n
+
+
+def test_those_that_hold_most_are_kept():
+    """Amid much attention a passage holds more of it than one that stands out further by itself."""
+    alone, amid = facts = ("One fact is here.", "Another is there.")
+    document = Document(PROSE + alone + " " + PROSE + amid + " " + PROSE)
+    prompt = prompt_of(document, width=1)
+    mass = sum(mass_on(prompt, document, fact, weight=weight) for fact, weight in zip(facts, (5, 4.5), strict=True))
+    place = document.text.index(amid)
+    mass[prompt.document_spans[0].tokens(place - 1500, place + 1500)] += 1.0
+    first, second = passages(mass, prompt, [document], limit=2)
+    assert (first.text, second.text) == facts
+    assert [source.text for source in passages(mass, prompt, [document], limit=1)] == [amid]
+
+
+def test_abbreviations_end_no_sentence_and_texts_begin_without_one():
+    fact = "The pass key is kept by Mr. Vane and by Dr. Hall in town."
+    document = Document(fact + " " + PROSE)
+    prompt = prompt_of(document, width=1)
+    (source,) = passages(mass_on(prompt, document, "kept by Mr."), prompt, [document])
+    assert source.text == fact
+    title = "A\nB keeps the key"
+    document = Document(title + ". " + PROSE)
+    (source,) = passages(mass_on(prompt, document, "keeps"), prompt_of(document, width=1), [document])
+    assert source.text == title + "."
+
+
+def test_passages_within_others_are_no_end():
+    text = "One came. Two went. Three stayed."
+    outer, inner = (Source(0, None, 0, end, 0.5, text[:end]) for end in (len(text), len("One came.")))
+    assert in_order([outer, inner], [Document(text)]) == (outer,)
+
+
+def test_mass_of_a_passage_moves_to_the_tokens_its_own_begin_in():
+    document = Document(PROSE)
+    excerpt = Source(0, None, 102, 202, 1.0, PROSE[102:202])
+    prompt = prompt_of(document, Document(excerpt.text))
+    home, again = prompt.document_spans
+    mass = np.zeros(len(prompt.ids))
+    mass[again.start + 3] = 10.0  # characters 114 to 118, of tokens 112 to 116 and 116 to 120
+    moved, _ = trace_back(mass, prompt, [excerpt])
+    assert np.flatnonzero(moved[home.start : home.end]).tolist() == [112 // 4]
+
+
 def test_at_most_limit():
     facts = [f"Fact {i} is here." for i in range(9)]
     document = Document("".join(fact + " " + PROSE for fact in facts))
@@ -174,7 +235,7 @@ def test_no_mass_no_passages():
     assert passages(np.full(len(prompt.ids), np.nan), prompt, [document]) == ()
 
 
-@pytest.mark.parametrize("glyph", ["👩‍🚀", "🇩🇪", "é", "👍🏽", "❤️", "\r\n", "🏴\U000e0067\U000e0062\U000e007f"])
+@pytest.mark.parametrize("glyph", ["👩‍🚀", "🇩🇪", "e\u0301", "👍🏽", "❤️", "ab\r\n", "🏴\U000e0067\U000e0062\U000e007f"])
 def test_no_glyph_is_cut(glyph):
     document = Document(glyph * 400)
     for width in (1, 2, 3, 5):
@@ -182,9 +243,11 @@ def test_no_glyph_is_cut(glyph):
         for place in range(40, 48):
             mass = np.zeros(len(prompt.ids))
             mass[prompt.document_spans[0].start + place] = 1
-            for source in passages(mass, prompt, [document]):
+            sources = passages(mass, prompt, [document])
+            assert sources
+            for source in sources:
                 assert source.start % len(glyph) == 0
-                assert source.end % len(glyph) == 0
+                assert source.end % len(glyph) == len(glyph.rstrip()) % len(glyph)
                 assert source.text == document.text[source.start : source.end]
 
 
