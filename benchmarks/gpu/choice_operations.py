@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.memory_operations import EVERY_KEY_BLOCKS, MemoryOperations
-from benchmarks.gpu.operations import COPIES, Rows, as_double, relative_error, verdict
-from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.operations import Rows, as_double, relative_error, verdict
+from benchmarks.gpu.timing import copies, spent
 from qllm_kernels import choice, dispatch, refine, rotary
 from qllm_kernels.choice import Pinned
 
@@ -121,18 +122,39 @@ class ChoiceOperations(MemoryOperations):
         return rows
 
     def _guided_speed(self, pieces: int, *, bounds: bool) -> dict[str, float]:
-        given = [self._guided(pieces, bounds=bounds) for _ in range(COPIES)]
-        calls = [partial(dispatch.choose_blocks, *each[0], **each[1]) for each in given]
-        return self._bandwidth(calls, given[0][0][1][0].nbytes)
+        s = self.shape
+
+        def make() -> Callable[[], object]:
+            given, kind = self._guided(pieces, bounds=bounds)
+            return partial(dispatch.choose_blocks, *given, **kind)
+
+        return self._bandwidth(make, s.kv_heads * s.n_blocks * s.dim * (2 if bounds else 1) * self.dtype.itemsize)
 
     def _candidates_speed(self) -> dict[str, float]:
-        given = [self._candidates() for _ in range(COPIES)]
-        s = self.shape
-        read = given[0][0][2].numel() * s.kv_heads * s.block * s.dim * self.dtype.itemsize
-        return self._bandwidth([partial(dispatch.refine_pages, *each[0], **each[1]) for each in given], read)
+        def make() -> Callable[[], object]:
+            given, kind = self._candidates()
+            return partial(dispatch.refine_pages, *given, **kind)
 
-    def _step_speeds(self) -> dict[str, float]:
-        """One layer of a step, from projections to attention, in three launches: one by one, and as a graph."""
+        return self._bandwidth(make, self._candidate_bytes)
+
+    @property
+    def _candidate_bytes(self) -> int:
+        """Bytes of the keys that `_candidates` has compared."""
+        s = self.shape
+        return min(CANDIDATES * s.topk, s.n_blocks) * s.kv_heads * s.block * s.dim * self.dtype.itemsize
+
+    def _step_speeds(self) -> dict[str, Any]:
+        """One layer of a step, from projections to attention, in three launches, none of which waits for the host."""
+        layers = copies(self._layer, self._candidate_bytes, self.device)
+        layers[0]()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layers[0]()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return spent(layers, self.device) | {"copies": len(layers)}
+
+    def _layer(self) -> Callable[[], object]:
         s = self.shape
         new = self._arrival(1)
         angles = torch.stack((new.cos[0], new.sin[0]))
@@ -155,13 +177,4 @@ class ChoiceOperations(MemoryOperations):
             seen = replace(far, query=far_query, table=ids, page_key=page_key, page_value=page_key, hidden=hidden)
             dispatch.attend_step(near, key, value, seen, slot=slot, back=back, scale=sizes["scale"])
 
-        eager = seconds(layer, self.device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            layer()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            layer()
-        return {"us": eager * 1e6, "graph_us": seconds(graph.replay, self.device) * 1e6}
+        return layer

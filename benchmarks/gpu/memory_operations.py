@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.operations import Operations, Rows, as_double, relative_error, verdict
-from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.timing import n_copies, spent
 from qllm_kernels import dispatch, mass, pages, published, residency, rotary, select
 from qllm_kernels.attention import FarSegment
 from qllm_kernels.residency import Residency
@@ -23,8 +24,8 @@ class MemoryOperations(Operations):
     """Random data for the operations around attention; see :class:`Operations`."""
 
     def _pinned(self, *sizes: int) -> torch.Tensor:
-        made = torch.randn(*sizes).to(self.dtype)
-        return made.pin_memory() if self.device.type == "cuda" else made
+        made = torch.empty(sizes, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        return made.copy_(self._random(*sizes))
 
     def _numbers(self, *values: int) -> torch.Tensor:
         return torch.tensor(values, device=self.device)
@@ -69,13 +70,20 @@ class MemoryOperations(Operations):
         sizes = {"n_local": s.n_local, "repr_topk": s.r, "scale": s.dim**-0.5}
         return (key, key.flatten(1, 2), query, lse), sizes
 
-    def _slab(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pages of the host, a hot buffer, moves of as many pages as a piece chooses, and their number."""
+    def _slab(self, turns: int = 8) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Pages of the host, a hot buffer, for each turn moves of as many other pages as a piece chooses, and their number."""
         s = self.shape
-        n = 8 * s.topk
+        n = turns * s.topk
         hot = self._random(s.kv_heads, 2 * s.topk, s.block, s.dim)
-        moves = torch.stack((torch.randperm(n)[: s.topk], torch.arange(s.topk)), -1)[None].to(self.device)
+        places = torch.arange(s.topk)
+        moves = [torch.stack((page, places), -1)[None].to(self.device) for page in torch.randperm(n).view(turns, -1)]
         return self._pinned(s.kv_heads, n, s.block, s.dim), hot, moves, self._numbers(s.topk)
+
+    @property
+    def _moved(self) -> int:
+        """Bytes of the pages that are moved in a turn."""
+        s = self.shape
+        return s.kv_heads * s.topk * s.block * s.dim * self.dtype.itemsize
 
     # -------------------------------------------------------------- correctness
 
@@ -136,7 +144,7 @@ class MemoryOperations(Operations):
         return verdict(error, relative_error(plain, turned[0]), kept)
 
     def _copies_error(self) -> dict[str, Any]:
-        slab, hot, moves, counts = self._slab()
+        slab, hot, (moves, *_), counts = self._slab()
         origin, target = moves[0, :, 0].cpu(), moves[0, :, 1]
         dispatch.copy_pages(slab, hot, moves, counts)
         exact = torch.equal(hot[:, target].cpu(), slab[:, origin])
@@ -190,59 +198,56 @@ class MemoryOperations(Operations):
             "table of pages": self._table_speed,
         }
 
-    def _step_mass_speed(self) -> dict[str, float]:
+    def _step_mass_speed(self) -> dict[str, Any]:
         s = self.shape
         keys = s.n_local + 1 + s.n_init + s.topk * s.block
-        return self._bandwidth([self._mass(1, 1)], s.kv_heads * keys * s.dim * self.dtype.itemsize)
+        return self._bandwidth(lambda: self._mass(1, 1), s.kv_heads * keys * s.dim * self.dtype.itemsize)
 
-    def _piece_mass_speed(self) -> dict[str, float]:
+    def _piece_mass_speed(self) -> dict[str, Any]:
         s = self.shape
-        spent = seconds(self._mass(s.pieces, s.piece), self.device, repeats=5)
         work = 2 * s.heads * s.pieces * s.piece * (s.n_init + s.topk * s.block) * s.dim
-        return {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
+        return self._rate([self._mass(s.pieces, s.piece)], work)
 
-    def _every_key_speed(self) -> dict[str, float]:
-        lookup, every = self._every_key(TOKENS)
-        return self._bandwidth([lambda: dispatch.block_scores(lookup, every, scopes=1)], every.nbytes)
+    def _every_key_speed(self) -> dict[str, Any]:
+        s = self.shape
+        read = s.kv_heads * min(s.n_blocks, EVERY_KEY_BLOCKS) * s.block * s.dim * self.dtype.itemsize
+        return self._bandwidth(lambda: partial(dispatch.block_scores, *self._every_key(TOKENS), scopes=1), read)
 
-    def _append_speed(self, n: int) -> dict[str, float]:
+    def _append_speed(self, n: int) -> dict[str, Any]:
         s = self.shape
         moved = (2 * s.heads + 6 * s.kv_heads) * n * s.dim * self.dtype.itemsize
-        return self._bandwidth([partial(dispatch.rotate_append, self._arrival(n))], moved)
+        return self._bandwidth(lambda: partial(dispatch.rotate_append, self._arrival(n)), moved)
 
-    def _published_speed(self) -> dict[str, float]:
+    def _published_speed(self) -> dict[str, Any]:
         arguments, sizes = self._published()
-        return {"us": seconds(lambda: dispatch.published_means(*arguments, **sizes), self.device) * 1e6}
+        return spent([partial(dispatch.published_means, *arguments, **sizes)], self.device)
 
-    def _prefix_speed(self) -> dict[str, float]:
+    def _prefix_speed(self) -> dict[str, Any]:
         s = self.shape
-        query = self._random(s.kv_heads, s.n_local + s.pieces * s.piece, s.dim)
-        return self._bandwidth([lambda: dispatch.query_prefix(query)], query.nbytes * 2 + query.numel() * 4)
+        shape = (s.kv_heads, s.n_local + s.pieces * s.piece, s.dim)
+        moved = math.prod(shape) * (2 * self.dtype.itemsize + 4)
+        return self._bandwidth(lambda: partial(dispatch.query_prefix, self._random(*shape)), moved)
 
-    def _fetch_speed(self) -> dict[str, float]:
-        slab, hot, moves, counts = self._slab()
-        return self._bandwidth([lambda: dispatch.copy_pages(slab, hot, moves, counts)], self._moved(hot, moves))
+    def _fetch_speed(self) -> dict[str, Any]:
+        slab, hot, moves, counts = self._slab(n_copies(self._moved, self.device))
+        calls = iter([partial(dispatch.copy_pages, slab, hot, each, counts) for each in moves])
+        return self._bandwidth(lambda: next(calls), self._moved, "from_host_gb_s")
 
-    def _evict_speed(self) -> dict[str, float]:
-        slab, hot, moves, counts = self._slab()
-        back = moves.flip(-1)
-        return self._bandwidth([lambda: dispatch.copy_pages(hot, slab, back, counts)], self._moved(hot, moves))
+    def _evict_speed(self) -> dict[str, Any]:
+        slab, hot, moves, counts = self._slab(n_copies(self._moved, self.device))
+        calls = iter([partial(dispatch.copy_pages, hot, slab, each.flip(-1), counts) for each in moves])
+        return self._bandwidth(lambda: next(calls), self._moved, "to_host_gb_s")
 
-    def _fp8_speed(self) -> dict[str, float]:
-        slab, hot, moves, counts = self._slab()
-        fp8, scales = slab.to(torch.float8_e4m3fn), torch.ones(slab.shape[:2], device=self.device)
-        if self.device.type == "cuda":
-            fp8 = fp8.pin_memory()
-        moved = self._moved(hot, moves) // self.dtype.itemsize
-        return self._bandwidth([lambda: dispatch.dequantise_pages(fp8, scales, hot, moves, counts)], moved)
+    def _fp8_speed(self) -> dict[str, Any]:
+        moved = self._moved // self.dtype.itemsize
+        slab, hot, moves, counts = self._slab(n_copies(moved, self.device))
+        fp8 = torch.empty(slab.shape, dtype=torch.float8_e4m3fn, pin_memory=slab.is_pinned()).copy_(slab)
+        scales = torch.ones(slab.shape[:2], device=self.device)
+        calls = iter([partial(dispatch.dequantise_pages, fp8, scales, hot, each, counts) for each in moves])
+        return self._bandwidth(lambda: next(calls), moved, "from_host_gb_s")
 
-    def _table_speed(self) -> dict[str, float]:
+    def _table_speed(self) -> dict[str, Any]:
         slab, hot, moves, _ = self._slab()
         state = Residency.empty(1, slab.shape[1], hot.shape[1], self.device)
-        ids = moves[None, :, :, 0].contiguous()
-        return {"us": seconds(lambda: dispatch.admit_pages(state, ids, None), self.device) * 1e6}
-
-    @staticmethod
-    def _moved(hot: torch.Tensor, moves: torch.Tensor) -> int:
-        """Bytes of the pages that are moved."""
-        return hot.nbytes // hot.shape[1] * moves.shape[1]
+        chosen = [each[None, :, :, 0].contiguous() for each in moves]
+        return spent([partial(dispatch.admit_pages, state, ids, None) for ids in chosen], self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import time
@@ -13,6 +14,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from benchmarks.gpu.operations import Rows
 from benchmarks.gpu.timing import synchronize
 from qllm_kernels import dispatch
 from qllm_runtime.config import CANDIDATES, MemoryConfig
@@ -56,8 +58,23 @@ def multiplications(model: PreTrainedModel) -> int:
     return 2 * sum(weight.numel() for name, weight in weights.items() if "embed" not in name)
 
 
-def with_memory(model: PreTrainedModel, length: int, **settings: Any) -> dict[str, Any]:
-    """Prefill and decode through our memory, steps as CUDA graphs and launch by launch."""
+def warm_up_length(model: PreTrainedModel, length: int) -> int:
+    """Tokens whose reading compiles what reading `length` of them runs: two chunks, and a last one as long as there."""
+    config = MemoryConfig.for_model(model.config.max_position_embeddings)
+    chunk = config.chunk_size // config.exec_block_size * config.exec_block_size
+    return min(length, length % chunk + 2 * chunk)
+
+
+def warmed(
+    measure: Callable[[PreTrainedModel, int], dict[str, Any]], model: PreTrainedModel, length: int
+) -> dict[str, Any]:
+    """A row of `measure` behind a reading that compiles what it runs."""
+    measure(model, warm_up_length(model, length))
+    return measure(model, length)
+
+
+def with_memory(model: PreTrainedModel, length: int, *, question: int = 0, **settings: Any) -> dict[str, Any]:
+    """Prefill and decode through our memory, steps as CUDA graphs and launch by launch; the first tokens may be a question."""
     config = MemoryConfig.for_model(model.config.max_position_embeddings, **settings)
     inference = Inference(model)
     ids = torch.randint(0, model.config.vocab_size, (length,))
@@ -65,6 +82,8 @@ def with_memory(model: PreTrainedModel, length: int, **settings: Any) -> dict[st
 
     def prefill() -> Steps:
         cache = inference.cache(config, reserve=length + 2 * STEPS)
+        for memory in cache.memories() if question else ():
+            memory.set_query(0, question)
         inference.read(cache, [ids[:-1]], config)
         before = _tally(cache)
 
@@ -85,64 +104,73 @@ def with_memory(model: PreTrainedModel, length: int, **settings: Any) -> dict[st
 
 
 def offloaded(model: PreTrainedModel, length: int, **settings: Any) -> dict[str, Any]:
-    """`with_memory` with blocks in the host's memory: of those wanted while decoding, the share found on the device."""
+    """`with_memory` beside a question, blocks in the host's memory: of those wanted in steps, the share found on the device.
+
+    A first reading of the same length compiles, and pins that memory, which torch then keeps: "first_prefill_s".
+    """
     held = 8 * MemoryConfig.for_model(model.config.max_position_embeddings).topk
-    return with_memory(model, length, device_blocks=min(held, 1024), **settings)
+    first, row = (
+        with_memory(model, length, question=QUESTION, device_blocks=min(held, 1024), **settings) for _ in range(2)
+    )
+    return {**row, "question": QUESTION, "first_prefill_s": first.get("prefill_s")}
 
 
-@torch.inference_mode()
-def agreement(model: PreTrainedModel, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+class Agreement:
     """Logits of steps behind a text and a question, by each way of computing them.
 
-    Yields:
-        Each way and the root mean square of the difference over that of the logits, and the share of steps with the same
-        best token: of steps launch by launch against the torch functions, whose rounding may choose other blocks; of the
-        others against steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart, but for blocks kept
-        as fp8; and steps that were to be recorded were). A way that fails says so.
+    Args:
+        model: The model.
+        length: Tokens of the text.
     """
-    config = MemoryConfig.for_model(model.config.max_position_embeddings)
-    slots = min(1024, (CANDIDATES if config.every_key else 2) * config.topk)
-    ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
-    def attempt(**way: Any) -> torch.Tensor | str:
-        try:
-            return logits(**way)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
+        self._model, self._length = model, length
+        self._config = MemoryConfig.for_model(model.config.max_position_embeddings)
+        self._ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
-    def logits(*, graph: bool = False, kernels: str | None = None, **settings: Any) -> torch.Tensor:
-        with _kernels(kernels):
-            inference = Inference(model)
-            inference.captures = graph
-            held = config.replace(**settings)
-            with inference.request():
-                cache = inference.cache(held, reserve=length + STEPS)
-                for memory in cache.memories():
-                    memory.set_query(length - QUESTION, length)
-                inference.read(cache, [ids], held)
-                steps = [inference.step(cache, [int(token)])[0].float().cpu() for token in ids[:STEPS]]
-                if graph and model.device.type == "cuda" and not inference.records(cache):
-                    raise RuntimeError("steps ran launch by launch, without a CUDA graph")
-        return torch.stack(steps)
+    def rows(self) -> Rows:
+        """What compares each way: root mean square of the difference over that of the logits, share of the same best tokens.
 
-    launches = attempt()
-    for name, way in (
-        ("launches", {"kernels": "torch"}),
-        ("offloaded", {"device_blocks": slots}),
-        ("offloaded_fp8", {"device_blocks": slots, "offload_dtype": "fp8"}),
-        ("graph", {"graph": True}),
-        ("offloaded_graph", {"device_blocks": slots, "graph": True}),
-    ):
-        found = attempt(**way)
-        _free(model.device)
-        if isinstance(found, str) or isinstance(launches, str):
-            reason = found if isinstance(found, str) else f"nothing to compare with: {launches}"
-            yield name, {"failed": reason, "ok": False}
-            continue
+        Steps launch by launch are compared with the torch functions, whose rounding may choose other blocks; the others with
+        steps launch by launch, whose kernels are the same ("ok": no more than 1 % apart, but for blocks kept as fp8; and steps
+        that were to be recorded were).
+        """
+        slots = min(1024, (CANDIDATES if self._config.every_key else 2) * self._config.topk)
+        ways: dict[str, dict[str, Any]] = {
+            "launches": {"kernels": "torch"},
+            "offloaded": {"device_blocks": slots},
+            "offloaded_fp8": {"device_blocks": slots, "offload_dtype": "fp8"},
+            "graph": {"graph": True},
+            "offloaded_graph": {"device_blocks": slots, "graph": True},
+        }
+        return {name: functools.partial(self._compare, name, way) for name, way in ways.items()}
+
+    @functools.cached_property
+    def _launches(self) -> torch.Tensor:
+        return self._logits()
+
+    def _compare(self, name: str, way: dict[str, Any]) -> dict[str, Any]:
+        launches, found = self._launches, self._logits(**way)
+        _free(self._model.device)
         apart = float((found - launches).square().mean().sqrt() / launches.square().mean().sqrt())
         alike = float((found.argmax(-1) == launches.argmax(-1)).float().mean())
         sound = apart == apart and (name in ("launches", "offloaded_fp8") or apart < 0.01)
-        yield name, {"apart": apart, "same_token": alike, "ok": sound}
+        return {"apart": apart, "same_token": alike, "ok": sound}
+
+    def _logits(self, *, graph: bool = False, kernels: str | None = None, **settings: Any) -> torch.Tensor:
+        length, config = self._length, self._config.replace(**settings)
+        with _kernels(kernels):
+            inference = Inference(self._model)
+            inference.captures = graph
+            with inference.request():
+                cache = inference.cache(config, reserve=length + STEPS)
+                for memory in cache.memories():
+                    memory.set_query(length - QUESTION, length)
+                inference.read(cache, [self._ids], config)
+                steps = [inference.step(cache, [int(token)])[0].float().cpu() for token in self._ids[:STEPS]]
+                if graph and self._model.device.type == "cuda" and not inference.records(cache):
+                    raise RuntimeError("steps ran launch by launch, without a CUDA graph")
+        return torch.stack(steps)
 
 
 def _free(device: torch.device) -> None:
@@ -178,7 +206,10 @@ def _tally(cache: MemoryCache) -> tuple[int, int]:
 
 @torch.inference_mode()
 def with_sdpa(model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """Prefill and decode with stock full attention."""
+    """Prefill and decode with stock full attention, the prompt in one call where that fits.
+
+    Later parts of a prompt in several calls have a mask, which keeps sdpa from its fastest kernels.
+    """
     model.set_attn_implementation("sdpa")
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
 
@@ -186,13 +217,17 @@ def with_sdpa(model: PreTrainedModel, length: int) -> dict[str, Any]:
         logits: torch.Tensor = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits
 
-    def prefill() -> Steps:
+    def prefill(size: int) -> Steps:
         cache = DynamicCache(config=model.config)
-        for part in torch.split(ids[:, :-1], 4096, dim=1):
+        for part in torch.split(ids[:, :-1], size, dim=1):
             forward(part, cache)
         return {"decode_ms": lambda: forward(ids[:, -1:], cache)}, lambda: None
 
-    return _measure(model, length, prefill)
+    for size in (length, 4096):
+        row = _measure(model, length, functools.partial(prefill, size)) | {"tokens_per_call": min(size, length)}
+        if "failed" not in row:
+            break
+    return row
 
 
 def _measure(model: PreTrainedModel, length: int, prefill: Callable[[], Steps]) -> dict[str, Any]:

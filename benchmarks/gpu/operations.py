@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.timing import in_turn, seconds
+from benchmarks.gpu.timing import copies, spent
 from qllm_kernels import attention, dispatch, select
 from qllm_kernels.attention import FarSegment
 
 #: What measures each row of a table; one that fails leaves the others.
 Rows = dict[str, Callable[[], dict[str, Any]]]
 Segments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, FarSegment]
-
-COPIES = 4  # of the data a bandwidth-bound call reads, more than a cache holds
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class Operations:
     # -------------------------------------------------------------- speed
 
     def speeds(self) -> Rows:
-        """Of every operation: microseconds, and GB/s or TFLOP/s of what it must read or multiply."""
+        """Of every operation: microseconds, and GB/s or TFLOP/s of what it must read or multiply; "of": the ceiling of that."""
         rows: Rows = {}
         for name, pieces in (("selection, decode", 1), ("selection, prefill", self.shape.pieces)):
             rows[name] = partial(self._selection_speed, pieces)
@@ -149,15 +147,15 @@ class Operations:
         return rows
 
     def _selection_speed(self, pieces: int) -> dict[str, float]:
-        data = [self._lookup(pieces) for _ in range(COPIES)]
-        return self._bandwidth([self._selection(*each, pieces) for each in data], data[0][1].nbytes)
+        s = self.shape
+        read = s.kv_heads * s.r * s.n_blocks * s.dim * self.dtype.itemsize
+        return self._bandwidth(lambda: self._selection(*self._lookup(pieces), pieces), read)
 
     def _decode_speed(self, *, paged: bool) -> dict[str, float]:
         s = self.shape
-        given = [self._segments(1, 1, paged=paged) for _ in range(COPIES)]
         keys = s.n_local + 1 + s.n_init + s.topk * s.block
         read = 2 * s.kv_heads * keys * s.dim * self.dtype.itemsize
-        return self._bandwidth([self._attention(*each) for each in given], read)
+        return self._bandwidth(lambda: self._attention(*self._segments(1, 1, paged=paged)), read)
 
     def _prefill_speed(self, *, paged: bool) -> dict[str, float]:
         s = self.shape
@@ -165,15 +163,21 @@ class Operations:
         # a query sees the window before its piece and half the piece on average
         seen = s.n_local + (s.piece + 1) / 2 + s.n_init + s.topk * s.block
         work = 4 * s.heads * s.pieces * s.piece * seen * s.dim
-        spent = seconds(self._attention(inputs, sizes), self.device, repeats=5)
-        return {"us": spent * 1e6, "tflop_s": work / spent / 1e12}
+        return self._rate([self._attention(inputs, sizes)], work)
 
-    def _bandwidth(self, calls: list[Callable[[], object]], read: int) -> dict[str, float]:
-        spent = seconds(in_turn(calls), self.device)
-        return {"us": spent * 1e6, "gb_s": read / spent / 1e9}
+    def _rate(self, calls: list[Callable[[], object]], work: int | float) -> dict[str, Any]:
+        """Row of long calls that multiply so much."""
+        row = spent(calls, self.device, least=5)
+        return row | {"tflop_s": work / row["us"] / 1e6, "of": "matmul_tflop_s"}
+
+    def _bandwidth(self, make: Callable[[], Callable[[], object]], read: int, of: str = "copy_gb_s") -> dict[str, Any]:
+        """Row of calls that read so many bytes; `make` makes one with data of its own."""
+        calls = copies(make, read, self.device)
+        row = spent(calls, self.device)
+        return row | {"gb_s": read / row["us"] / 1e3, "of": of, "copies": len(calls)}
 
     def _selection(self, lookup: torch.Tensor, summaries: torch.Tensor, pieces: int) -> Callable[[], object]:
-        counts = [self.shape.n_blocks] * pieces
+        counts = torch.tensor([self.shape.n_blocks] * pieces, device=self.device)
         return lambda: dispatch.choose_blocks(lookup, [summaries], counts, self.shape.topk, scopes=1)
 
     @staticmethod

@@ -1,12 +1,23 @@
-"""Seconds of a device, and what the device reaches at its best: copies and matrix products."""
+"""Seconds of a device, and what the device reaches at its best: copies, matrix products and the link to the host."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+
+_CALLS = 20  # at least, of a recording and of a run launch by launch
+_REPLAYS = 10  # of a run; its beginning and its end then weigh little
+_MOST_COPIES = 64
+_SPARE = 16 * 2**30  # bytes of a device that copies leave free
+
+Calls = Sequence[Callable[[], object]]
+T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
@@ -15,7 +26,59 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+def copies(make: Callable[[], T], read: int, device: torch.device) -> list[T]:
+    """Data for calls in turn, more than the device's cache holds.
+
+    Args:
+        make: Makes the data of one call.
+        read: Bytes of it that a call reads.
+        device: The device; on a CPU one is enough.
+
+    Returns:
+        At least four times what the cache holds as far as 64 copies and the memory suffice.
+    """
+    made = [make()]
+    while len(made) < n_copies(read, device) and torch.cuda.mem_get_info(device)[0] > _SPARE:
+        made.append(make())
+    return made
+
+
+def n_copies(read: int, device: torch.device) -> int:
+    """Copies that `copies` makes where memory suffices."""
+    if device.type != "cuda":
+        return 1
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(math.ceil(4 * cache / read), _MOST_COPIES)
+
+
+def spent(calls: Calls, device: torch.device, least: int = _CALLS) -> dict[str, Any]:
+    """How long a call takes, of `calls` in turn, at least `least` of them one after the other.
+
+    Returns:
+        "us": microseconds on the device: of replays of a CUDA graph of them all, so that the host's time is not in it.
+        "eager_us": launch by launch, host included. On a CPU, and where the calls cannot be recorded ("not_recorded" says
+        why), there is no other time, and "us" is this one.
+    """
+    turns = list(itertools.islice(itertools.cycle(calls), max(least, len(calls))))
+    eager = 1e6 * _seconds(lambda: [call() for call in turns], device, 1) / len(turns)
+    if device.type != "cuda":
+        return {"us": eager}
+    try:
+        replay = _recorded(turns)
+    except Exception as error:
+        return {"us": eager, "eager_us": eager, "not_recorded": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"us": 1e6 * _seconds(replay, device, _REPLAYS) / len(turns), "eager_us": eager}
+
+
+def _recorded(calls: Calls) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Mean seconds of a call among `repeats` queued one after the other; median of three such runs, after a warm-up."""
     call()
     runs = []
@@ -29,32 +92,27 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 20)
     return statistics.median(runs)
 
 
-def in_turn(calls: Iterable[Callable[[], object]]) -> Callable[[], object]:
-    """A call that takes the next of `calls` each time, so that no cache keeps what it reads."""
-    kept = list(calls)
-    state = {"next": 0}
-
-    def call() -> object:
-        state["next"] = (state["next"] + 1) % len(kept)
-        return kept[state["next"]]()
-
-    return call
-
-
-def _copy_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    source = torch.zeros(n, dtype=dtype, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
+def _copy_rate(source: torch.Tensor, target: torch.Tensor, device: torch.device) -> float:
+    """GB/s of a copy, counted once."""
+    return source.nbytes / _seconds(lambda: target.copy_(source, non_blocking=True), device, _CALLS) / 1e9
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    return 2 * side**3 / seconds(lambda: a @ b, device) / 1e12
+    return 2 * side**3 / _seconds(lambda: a @ b, device, _CALLS) / 1e12
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> dict[str, float]:
-    """Measured GB/s of a device copy (reads and writes counted) and TFLOP/s of a square matrix product."""
+    """Measured GB/s of copies and TFLOP/s of a square matrix product.
+
+    Of a copy on the device reads and writes are counted; copies from and to pinned memory of the host show the link.
+    """
+    here = torch.zeros(2**20 if tiny else 2**30, dtype=dtype, device=device)
+    pinned = torch.zeros(2**20 if tiny else 2**28, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = pinned.to(device)
     return {
-        "copy_gb_s": _copy_rate(device, dtype, 2**20 if tiny else 2**30),
+        "copy_gb_s": 2 * _copy_rate(here, torch.empty_like(here), device),
+        "from_host_gb_s": _copy_rate(pinned, there, device),
+        "to_host_gb_s": _copy_rate(there, pinned, device),
         "matmul_tflop_s": _product_rate(device, dtype, 128 if tiny else 8192),
     }
