@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from qllm_runtime.inference import Inference
 from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.outside import Outside
+from qllm_runtime.rotary import short_length
 from qllm_runtime.seam import examine, installed
 from qllm_runtime.support import check_support
 
@@ -198,6 +200,20 @@ def test_frequencies_that_depend_on_the_length(kind: str) -> None:
         else:  # stock attention rotates every token by the length at its time
             with pytest.raises(InvalidConfigError, match="rope_type 'dynamic'"):
                 ours(long, dense)
+
+
+def test_everything_in_view_decides_on_the_frequencies() -> None:
+    model = build("phi3", _LONGROPE)
+    for n_init, length in ((4, 64), (5, None)):  # with 40 + 4 + 16 more: as long as short texts are, and one longer
+        config = MemoryConfig(n_init=n_init, n_local=40, block_size=4, exec_block_size=16)
+        (memory, *_) = Inference.of(model).cache(config).memories()
+        assert isinstance(memory, BlockMemory)
+        assert memory._window._rotation.comfortable_length == length
+
+
+def test_the_shortest_length_of_several_kinds_of_layers_counts() -> None:
+    kinds = {str(n): {"rope_type": "longrope", "original_max_position_embeddings": n} for n in (64, 32)}
+    assert short_length(SimpleNamespace(rope_parameters=kinds)) == 32
 
 
 def last_logits(model: PreTrainedModel, ids: torch.Tensor, config: MemoryConfig) -> torch.Tensor:

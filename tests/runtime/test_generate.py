@@ -209,7 +209,7 @@ def test_bad_requests(bare: QLLM, arguments: tuple[object, ...]) -> None:
 def test_bad_sampling(bare: QLLM, field: dict[str, object]) -> None:
     with pytest.raises(InvalidConfigError, match=next(iter(field))):
         bare.generate([5, 6], **field)
-    assert len(bare.generate([5, 6], max_tokens=1)[0]) <= 1
+    assert len(bare.generate([5, 6], max_tokens=1, logprobs=50, top_p=1.0, min_p=1.0)[0]) <= 1
 
 
 def test_a_string_is_no_list_of_stop_strings(bare: QLLM) -> None:
@@ -251,4 +251,7 @@ def test_cancel(bare: QLLM) -> None:
     with pytest.raises(CancelledError):
         bare.generate(ids_of(400), max_tokens=5, progress=progress, cancel=cancel)
     assert chunks == [tiny.MEMORY.chunk_size]
+    cancel.clear()
+    with pytest.raises(CancelledError, match="while writing"):
+        bare.generate(ids_of(30), max_tokens=5, progress=progress, cancel=cancel)
     assert len(bare.generate([5, 6], max_tokens=1)[0]) <= 1

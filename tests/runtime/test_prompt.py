@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers_zoo import BUILDERS, CHATML, SPECIAL, wrap
 
 from qllm_runtime.errors import DocumentError, InvalidRequestError, UnsupportedModelError
-from qllm_runtime.prompt import build_prompt, build_reading, renders_tools
+from qllm_runtime.prompt import Prompt, build_prompt, build_reading, renders_tools
 from qllm_runtime.types import Document, Turn
 
 GEMMA = (
@@ -127,6 +127,34 @@ def test_words_behind_a_template_space_keep_their_natural_token(backends):
     spans_hold(tokenizer, prompt, [], QUERY)
 
 
+def test_documents_behind_a_template_space(backend):
+    """The space is part of their first word, and of no character of theirs."""
+    document = Document("Dark night. It rained.")
+    turns = [Turn("user", (document, QUERY))]
+    prompt = build_prompt(wrap(backend, MISTRAL), turns, query=QUERY, mode="read_once")
+    (span,) = prompt.document_spans
+    assert (span.offsets[0, 0], span.offsets[-1, 1]) == (0, len(document.text))
+    assert (span.offsets[1:, 0] <= span.offsets[:-1, 1]).all()
+
+
+@pytest.mark.parametrize("mode", ["query_aware", "read_once"])
+def test_a_prompt_on_top_of_another_beginning(backends, mode):
+    tokenizer = wrap(backends["byte-level"], "{{ greeting }}" + CHATML)
+    documents = [Document("dark night"), Document("the rain fell")]
+    turns = [Turn("user", (*documents, QUERY)), Turn("assistant", ("Yes.",)), Turn("user", (Document("more"), QUERY))]
+    short, long = (
+        build_prompt(tokenizer, turns, query=QUERY, mode=mode, template_kwargs={"greeting": greeting})
+        for greeting in ("Hi. ", "Good evening. ")
+    )
+    end = long.document_spans[1].end
+    read = Prompt(long.ids[:end], (), long.document_spans[:2], end)
+    moved = short.on_top_of(read)
+    assert moved.ids.tolist() == long.ids.tolist()
+    assert moved.query_spans == tuple(span for span in long.query_spans if span[0] >= end)
+    assert [(s.start, s.end) for s in moved.document_spans] == [(s.start, s.end) for s in long.document_spans]
+    assert (moved.read_end, moved.closing) == (long.read_end, long.closing)
+
+
 def test_one_bos_whoever_writes_it(backend):
     turns = [Turn("user", ("Hello",))]
     silent = CHATML.removeprefix("{{ bos_token }}")
@@ -218,6 +246,14 @@ class TestQuery:
             assert self.spans(tokenizer, prompt) == [QUERY, QUERY]
             assert all(b <= span.start or a >= span.end for a, b in prompt.query_spans)
 
+    def test_question_asked_several_times_is_the_last_of_them(self, tokenizer):
+        for texts in [((QUERY,), (QUERY,)), ((f"Say: {QUERY}",), (f"Say it: {QUERY}",)), ((QUERY, "Now!", QUERY),)]:
+            turns = [Turn("user", text) for text in texts]
+            prompt = build_prompt(tokenizer, turns, query=QUERY, mode="read_once")
+            ((start, end),) = prompt.query_spans
+            assert QUERY in tokenizer.decode(prompt.ids[:start])
+            assert tokenizer.decode(prompt.ids[start:end]) == QUERY
+
     def test_later_question_goes_ahead_of_an_earlier_turns_documents(self, tokenizer):
         turns = [
             Turn("user", (Document("dark night"), "First?")),
@@ -293,15 +329,18 @@ class TestTemplates:
         assert text == "<|im_start|>a<|im_end|>"
 
     def test_template_kwargs_reach_the_template(self, backends):
-        tokenizer = wrap(backends["byte-level"], "{{ greeting }}{% for m in messages %}{{ m.content }}{% endfor %}")
-        turns = [Turn("user", ("a",))]
-        kwargs = {"greeting": "<|im_end|>x"}
-        ids = build_prompt(tokenizer, turns, query="a", mode="query_aware", template_kwargs=kwargs).ids
-        assert tokenizer.decode(ids) == "<|im_end|>xa"
-        assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids.tolist()
+        greet = "{% for part in greeting %}{{ part }}{% endfor %}"
+        tokenizer = wrap(backends["byte-level"], greet + "{% for m in messages %}{{ m.content }}{% endfor %}")
+        for greeting in ("<|im_end|>x", ["<|im_end|>", "x"], {"<|im_end|>x": 1}):
+            kwargs = {"greeting": greeting}
+            turns = [Turn("user", ("a",))]
+            ids = build_prompt(tokenizer, turns, query="a", mode="query_aware", template_kwargs=kwargs).ids
+            assert tokenizer.decode(ids) == "<|im_end|>xa"
+            assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids.tolist()
 
     def test_added_tokens_of_the_template_are_inert_in_documents(self, backends):
         tokenizer = wrap(backends["byte-level"], TOOLS)
+        build_prompt(tokenizer, [Turn("user", ("q",))], query="q", mode="query_aware")  # nothing of it is kept
         tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("<table>", special=False)])
         document = Document("a <tool_call> and a <table>")
         prompt = build_prompt(tokenizer, [Turn("user", (document, "q"))], query="q", mode="query_aware")

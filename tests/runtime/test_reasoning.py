@@ -70,6 +70,13 @@ def test_an_answer_without_a_thought_is_as_it_was() -> None:
     assert (answer.text, answer.reasoning, answer.usage.reasoning_tokens) == ("  Ann.", "", 0)
 
 
+def test_white_space_may_stand_ahead_of_a_thought() -> None:
+    with thinker() as llm:
+        answer = pieces(llm, "\n <think>It was Ann.</think>Ann.")[-1].answer
+    assert answer is not None
+    assert (answer.text.strip(), answer.reasoning) == ("Ann.", "It was Ann.")
+
+
 def test_a_template_may_open_the_thought() -> None:
     with thinker(tiny.TEMPLATE + "<think>\n") as llm:
         answer = pieces(llm, "Hm.</think>Ann.")[-1].answer

@@ -127,6 +127,17 @@ def test_elsewhere_the_whole_text_stays_within_reach(
     assert lookups[-1] >= blocks - 1
 
 
+@pytest.mark.parametrize(("n", "alone"), [(20, False), (30, True)])
+def test_passages_are_by_themselves_where_they_fill_half_of_the_window(
+    llm: QLLM, requests: list[Request], monkeypatch: pytest.MonkeyPatch, n: int, alone: bool
+) -> None:
+    text = "It was Ann who came. " * 15
+    monkeypatch.setattr(rereading, "in_order", lambda *_: (Source(0, None, 0, n, 0.0, text[:n]),))
+    llm.ask("Who?", text, max_tokens=1)
+    assert llm.memory.n_local == 48
+    assert (requests[-1].reading is None) is alone
+
+
 def test_documents_of_tools_are_never_left_out() -> None:
     asks, document = Turn("user", (QUESTION,)), Document(FACT)
     for turns, alone in (

@@ -9,6 +9,7 @@ from test_block_memory import BASE, DIM, SCORING, cut, feed, tokens
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.memory.block import BlockMemory
+from qllm_runtime.memory.window import Window
 
 WIDE = MemoryConfig(**{**BASE, "chunk_size": 4000})
 
@@ -31,6 +32,13 @@ def test_buffers_fit_what_they_take_in() -> None:
     assert slots(child) == 24 + 100
     assert slots(parent) == 4000 + 24
     assert child.nbytes() < parent.nbytes() / 1.5
+
+
+def test_launches_stay_within_the_length_that_keeps_its_frequencies() -> None:
+    rotation = Rope(DIM)
+    assert Window(WIDE, rotation).launch_size == 4000
+    rotation.comfortable_length = 64
+    assert Window(WIDE, rotation).launch_size == (64 - 24) // WIDE.exec_block_size * WIDE.exec_block_size
 
 
 @pytest.mark.parametrize("summary", ["max", "published", "mean"])
