@@ -30,7 +30,11 @@ def parse(task: Task, row: Row) -> Example:
     """
     question = row.text("question")
     return task.example(
-        row.document("input"), question, [row.text("target")], fields={"question": question}, labels=LABELS[task.name]
+        row.document("input").strip(),
+        question,
+        [row.text("target")],
+        fields={"question": question},
+        labels=LABELS[task.name],
     )
 
 
