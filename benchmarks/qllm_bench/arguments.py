@@ -30,7 +30,7 @@ def split_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def lengths(text: str, least: int = 256) -> list[int]:
+def lengths(text: str, least: int = 256, most: int = LONGEST) -> list[int]:
     """Lengths in tokens, e.g. ``512,4k,1M`` (k = 1024, M = 1024 k), ascending.
 
     Raises:
@@ -44,8 +44,8 @@ def lengths(text: str, least: int = 256) -> list[int]:
             tokens = round(float(number) * unit)
         except (ValueError, OverflowError):
             raise InvalidRequestError(f"{item!r} is no length; write tokens such as 4096, 16k or 1M.") from None
-        if not least <= tokens <= LONGEST:
-            raise InvalidRequestError(f"A length of {item} tokens is out of range: {least:,} to {LONGEST:,}.")
+        if not least <= tokens <= most:
+            raise InvalidRequestError(f"A length of {item} tokens is out of range: {least:,} to {most:,}.")
         found.add(tokens)
     if not found:
         raise InvalidRequestError("No length was given; write tokens such as 4096,16k,1M.")

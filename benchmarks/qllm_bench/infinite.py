@@ -61,7 +61,8 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What every row of a journal has in common."""
         made = {"data": "made by rule", "seed": self.seed}
-        return {"suite": self.suite.name, **(made if self.data is None else {"data": str(self.data)})}
+        data = str(self.data.resolve()) if isinstance(self.data, Path) else self.data
+        return {"suite": self.suite.name, **(made if data is None else {"data": data})}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_files(plan: Plan) -> Files:
         return {}
     folder = plan.data if isinstance(plan.data, Path) else None
     return {
-        (task, tokens): plan.suite.read(task, short(tokens), folder)[: plan.questions]
+        (task, tokens): plan.suite.read(task, short(tokens) if tokens else "0k", folder)[: plan.questions]
         for tokens in plan.lengths or [0]
         for task in plan.tasks
     }
@@ -138,9 +139,8 @@ class Questions:
         """
         plan, count = self._plan, self._subject.llm.count_tokens
         if plan.data is None:
-            shortest, seed = min(plan.lengths), str(plan.seed)
-            pairs = {(question.task, question.number) for question in self.all}
-            found = [plan.suite.shortest(*pair, shortest - _ROOM, count, seed) for pair in sorted(pairs)]
+            seed = str(plan.seed)
+            found = [plan.suite.shortest(q.task, q.number, q.tokens - _ROOM, count, seed) for q in self.all]
             longest, slack = max(plan.lengths), _QUESTION
         else:
             found = [self.example(question) for question in self.all]
@@ -171,6 +171,7 @@ def case(suite: Suite, example: Example) -> Case:
         score=lambda output: metric(output, example),
         spans=tuple(found),
         max_tokens=example.max_tokens,
+        leads=example.leads,
     )
 
 
@@ -243,13 +244,14 @@ def bench(
 
 def report(journal: Journal, chosen: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Write JSON, Markdown and a figure of the journal's rows, or of some of them; returns the Markdown."""
-    tasks = list(published.SUITES[journal.name].tasks)
+    suite = published.SUITES[journal.name]
+    tasks = list(suite.tasks)
     rows = sorted(journal.rows if chosen is None else chosen, key=lambda row: (row["tokens"], tasks.index(row["task"])))
     by_task = cells(rows, ("policy", "order", "task", "tokens"))
     overall = cells(rows, ("policy", "order", "tokens"))
     journal.report(cases=len(rows), overall=overall, by_task=by_task)
     lengths = sorted({row["tokens"] for row in rows})
-    names = {n: short(n) if n else "score" for n in lengths}
+    names = {n: short(n) if n else "0k" if suite.by_length else "score" for n in lengths}
     text = "\n\n".join(
         (
             tables.pivot(overall, ("policy", "order"), "tokens", names),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qllm_bench.published.suite import Suite
 
 _QUESTIONS = 14  # two of each of Math.Find's seven
+_LONGEST_FILES = 10 * 1024 * 1024  # of BABILong
 
 
 @partial(takes_options, kind=ModelOptions)
@@ -76,11 +77,11 @@ def infinite(
 
 def _lengths(suite: Suite, lengths: str | None, data: str | None) -> list[int]:
     if data is None:
-        # RULER's common words alone take almost 4k tokens
+        # the published lengths of RULER begin at 4k
         usual = "4k,16k" if suite.name == "ruler" else "1k,4k,16k"
         return arguments.lengths(usual if lengths is None else lengths)
     if suite.by_length:
-        return arguments.lengths("4k" if lengths is None else lengths)
+        return arguments.lengths("4k" if lengths is None else lengths, least=0, most=_LONGEST_FILES)
     if lengths is not None:
         raise InvalidRequestError(f"The files of {suite.title} have the lengths they have; leave --lengths out.")
     return []

@@ -78,6 +78,8 @@ class Example:
         spans: Character spans of the document that the answer rests on; needed for the oracle.
         system: System text ahead of everything.
         max_tokens: Most tokens of an answer.
+        leads: Whether the question makes sense ahead of the document; where not, orders that have it ahead and behind are read
+            as those that have it behind.
         reading: Names the document; of settings that read once, examples in a row with the same name share one reading.
     """
 
@@ -89,7 +91,21 @@ class Example:
     closing: str | None = None
     system: str | None = None
     max_tokens: int = 256
+    leads: bool = True
     reading: str | None = None
+
+    def turns(self, order: Order) -> list[Turn]:
+        """The conversation; a question ahead of the document is put there by the engine, where it is all there is to say."""
+        document, closing = Document(self.document), self.closing or self.question
+        system = [] if self.system is None else [Turn("system", (self.system,))]
+        if order != "first":
+            return [*system, Turn("user", (document, closing))]
+        ahead = [] if closing == self.question else [Turn("user", (closing,))]
+        return [*system, *ahead, Turn("user", (document,))]
+
+    def mode(self, setting: Setting) -> Mode:
+        """The engine's name of the layout."""
+        return setting.mode if self.leads or setting.order == "first" else "read_once"
 
 
 class Subject:
@@ -210,23 +226,17 @@ class Subject:
         """
         llm = self.llm
         llm.memory = setting.memory
-        document, closing = Document(example.document), example.closing or example.question
-        turns = [Turn("user", (document, closing) if setting.order != "first" else (document,))]
-        if example.system is not None:
-            turns.insert(0, Turn("system", (example.system,)))
+        turns, mode = example.turns(setting.order), example.mode(setting)
         options: dict[str, Any] = {"query": example.question, "progress": progress}
-        reading = None
-        if setting.reads_once and example.reading is not None:
-            reading = self._read(setting, example, progress)
-            options |= {"memory": reading}
-            turns[-1] = Turn("user", (closing,))
         force: Any = nullcontext()
         if setting.oracle:
-            whole = turns if reading is None else [*turns[:-1], Turn("user", (document, closing))]
-            prompt = build_prompt(llm.tokenizer, whole, query=example.question, mode=setting.mode)
+            prompt = build_prompt(llm.tokenizer, turns, query=example.question, mode=mode)
             force = forced(needed_tokens(prompt, example.spans), setting.memory)
+        if setting.reads_once and example.reading is not None:
+            options |= {"memory": self._read(setting, example, progress)}
+            turns[-1] = Turn("user", (example.closing or example.question,))
         with force:
-            options |= {"mode": setting.mode, "reread": setting.reread}
+            options |= {"mode": mode, "reread": setting.reread}
             answer = llm.chat(turns, sampling=Sampling(max_tokens=example.max_tokens), **options)
         return {
             "score": float(example.score(answer.text)),

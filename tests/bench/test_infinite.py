@@ -1,11 +1,16 @@
 """`qllm bench infinite` from the command line: tasks by rule, published files, resuming, bad input."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from qllm_bench import infinite_command, published
+from qllm_bench.subject import Example as Case
+from qllm_bench.subject import Setting
 from qllm_runtime.cli import run
+from qllm_runtime.config import MemoryConfig
+from qllm_runtime.layout import lay_out
 
 
 def bench(*arguments):
@@ -83,6 +88,50 @@ def test_babilong_has_a_file_per_length(tmp_path):
     assert [row["tokens"] for row in rows(tmp_path / "out" / "babilong.jsonl")] == [1024]
 
 
+def test_the_shortest_and_longest_files_of_babilong_can_be_asked_for(tmp_path):
+    folder = tmp_path / "data" / "data" / "qa1"
+    folder.mkdir(parents=True)
+    row = {"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}
+    for name in ("0k", "10M"):
+        (folder / f"{name}.json").write_text(json.dumps([row]))
+    arguments = ("--suite", "babilong", "--task", "qa1", "--data", tmp_path / "data", "--policy", "qllm")
+    assert bench(*arguments, "--lengths", "0,10M", "--out", tmp_path / "out") == 0
+    assert "| task | policy | order | 0k | 10M |" in (tmp_path / "out" / "babilong.md").read_text()
+
+
+def test_the_folder_may_be_named_in_another_way(tmp_path, monkeypatch):
+    (tmp_path / "hotpotqa.jsonl").write_text(
+        json.dumps({"context": "Ann went home.", "input": "Who?", "answers": ["Ann"]})
+    )
+    common = ("--suite", "longbench", "--task", "hotpotqa", "--policy", "qllm", "--out", tmp_path / "out")
+    assert bench(*common, "--data", tmp_path) == 0
+    monkeypatch.chdir(tmp_path)
+    assert bench(*common, "--data", ".") == 0
+    assert len(rows(tmp_path / "out" / "longbench.jsonl")) == 1
+
+
+def laid_out(case, order):
+    setting = Setting("qllm", MemoryConfig(), order)
+    messages = lay_out(case.turns(order), case.question, case.mode(setting))
+    return [(message.role, "".join(segment.text for segment in message.segments)) for message in messages]
+
+
+def test_the_whole_closing_stands_ahead_where_the_question_does_alone():
+    case = Case("A book.", "Who?", "B", float, closing="Question: Who?\nA. Ann\nB. Bob", system="Read the book.")
+    assert laid_out(case, "first") == [("system", "Read the book."), ("user", case.closing), ("user", "A book.")]
+    assert laid_out(case, "last")[1:] == [("user", f"A book.\n\n{case.closing}")]
+    assert laid_out(case, "both")[1:] == [("user", f"Who?\n\nA book.\n\n{case.closing}")]
+    assert laid_out(replace(case, closing=None), "first")[1:] == [("user", "Who?\n\nA book.")]
+
+
+def test_the_end_of_a_prompt_that_asks_nothing_stays_behind_the_text():
+    case = Case("x = 1", "Next line of code:", "y", float, system="Complete the code.", leads=False)
+    assert laid_out(case, "both") == laid_out(case, "last") == [
+        ("system", "Complete the code."), ("user", "x = 1\n\nNext line of code:")
+    ]  # fmt: skip
+    assert laid_out(case, "first")[1:] == [("user", "Next line of code:\n\nx = 1")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,7 +151,8 @@ def test_babilong_has_a_file_per_length(tmp_path):
         (("--questions", "0"), "--questions must be at least 1"),
         (("--lengths", "4k", "--policy", "full"), "was trained for 512 tokens, so policy 'full' cannot read 4,096"),
         (("--task", "kv_retrieval", "--n-local", "32"), "the local window of 'qllm' has 32; raise --n-local"),
-        (("--suite", "ruler", "--task", "cwe", "--lengths", "1k"), "RULER cwe needs at least"),
+        (("--suite", "ruler", "--task", "cwe", "--lengths", "512"), "RULER cwe needs at least"),
+        (("--suite", "babilong", "--data", ".", "--lengths", "16M"), "out of range: 0 to 10,485,760"),
         (("--task", "math_find", "--policy", "oracle"), "leave policy 'oracle' out"),
     ],
 )

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qllm_bench.published import babilong, infinite, longbench, ruler
-from qllm_bench.published.example import DatasetError
+from qllm_bench.published.example import DatasetError, Row
 from qllm_bench.published.suite import LengthError
 
 SUITES = (infinite.SUITE, longbench.SUITE, babilong.SUITE, ruler.SUITE)
@@ -136,6 +136,17 @@ def test_ruler_common_words_are_the_most_frequent():
     assert sorted(set(counts.values())) == [3, 30]
 
 
+def test_ruler_lists_common_words_less_often_in_short_prompts():
+    for n_tokens, often, seldom in ((2_000, 6, 1), (6_000, 30, 3)):
+        example = ruler.SUITE.make("cwe", 0, n_tokens, count)
+        words = re.findall(r"\d+\. (\S+)", example.document)
+        counts = {word: words.count(word) for word in set(words)}
+        assert {word for word, n in counts.items() if n == often} == set(example.answers)
+        assert sorted(set(counts.values())) == [seldom, often]
+        shown = example.instruction.partition("Question:")[0]
+        assert len(re.findall(r"\d+\. ", shown)) == (40 if often == 6 else 190)
+
+
 # ------------------------------------------------------------------ files
 
 ROWS = {
@@ -156,6 +167,7 @@ ROWS = {
     ("infinite", "kv_retrieval"): {"id": 0, "context": 'JSON data:\n{"a": "b"}', "input": '\nKey: "a"\n...: ', "answer": ["b"]},
     ("longbench", "hotpotqa"): {"input": "Who?", "context": "Passage 1: Ann.", "answers": ["Ann"], "all_classes": None},
     ("longbench", "gov_report"): {"input": "", "context": "A report.", "answers": ["Short."], "all_classes": None},
+    ("longbench", "lcc"): {"input": "", "context": "x = 1\n", "answers": ["y = 2"], "all_classes": None},
     ("longbench", "trec"): {"input": "Question: Who?\nType:", "context": "Question: ...", "answers": ["Person"],
                             "all_classes": ["Person", "Food"]},
     ("longbench", "repobench-p"): {"input": "y = 2\n", "context": "x = 1\n", "answers": ["z = 3"], "all_classes": None},
@@ -207,6 +219,39 @@ def test_a_choice_is_right_by_letter_or_text(tmp_path):
     write(tmp_path, infinite.SUITE, "longbook_choice_eng", [ROWS["infinite", "longbook_choice_eng"]])
     (example,) = infinite.SUITE.read("longbook_choice_eng", "", tmp_path)
     assert example.answers == ("Ann", "B") and "B. Ann" in example.closing
+
+
+def test_the_beginning_of_the_answer_in_ruler_files_ends_the_question(tmp_path):
+    row = ROWS["ruler", "niah_single_2"]
+    begun = " The special magic number for x mentioned in the provided text is"
+    write(tmp_path, ruler.SUITE, "niah_single_2", [row, row | {"answer_prefix": begun}])
+    old, new = ruler.SUITE.read("niah_single_2", "1k", tmp_path)
+    assert old.closing == "What is the special magic number for x?"
+    assert new.closing == old.closing + begun
+    assert new.question == old.question
+
+
+def test_babilong_prompts_are_of_the_named_commit(tmp_path):
+    write(tmp_path, babilong.SUITE, "qa3", [ROWS["babilong", "qa1"] | {"input": " Mary went.\n"}])
+    (example,) = babilong.SUITE.read("qa3", "1k", tmp_path)
+    assert example.document == "Mary went."
+    assert example.closing == "</context>\n\nQuestion: Where is Mary?"
+    parts = example.instruction.split("\n\n")
+    assert len(parts) == 4 and parts[3] == "<context>"
+    assert parts[0].endswith("remains in the first location.")
+    assert parts[1].endswith("Answer: Before the bedroom the football was in the garden.\n</example>")
+    assert parts[2].startswith(
+        "Always return your answer in the following format: Before the $location_1$ the $item$ was in"
+    )
+
+
+def test_only_tasks_that_ask_something_have_it_ahead_of_the_text():
+    silent = {("longbench", name) for name in ("gov_report", "multi_news", "passage_count", "lcc")}
+    silent |= {("infinite", "longdialogue_qa_eng"), ("infinite", "math_calc")}
+    for (name, task), row in ROWS.items():
+        suite = next(s for s in SUITES if s.name == name)
+        example = suite.parse(suite.tasks[task], Row(row, "here"))
+        assert example.leads is ((name, task) not in silent), task
 
 
 def test_a_file_may_be_one_json_list(tmp_path):

@@ -27,6 +27,8 @@ class Example:
         answers: Accepted answers, or all parts of the answer, as the metric takes them.
         max_tokens: Longest answer, in tokens.
         labels: Every label there is, for metrics of classification.
+        leads: Whether `question` says what is asked when it stands ahead of the text; not where the task asks nothing but what
+            the instruction says, and `question` is the end of the prompt ("Summary:").
     """
 
     task: str
@@ -37,6 +39,7 @@ class Example:
     answers: tuple[str, ...]
     max_tokens: int
     labels: tuple[str, ...] = ()
+    leads: bool = True
 
     def tokens(self, count: Callable[[str], int]) -> int:
         """Tokens of the prompt but for the template; the question counts twice, as it may stand ahead of the text, too."""
@@ -87,6 +90,7 @@ class Task:
         """
         before, _, after = self.template.partition("{context}")
         instruction, closing = before.format(**fields).strip(), after.format(**fields).strip()
+        leads = bool(question.strip()) or not closing
         if not closing:
             instruction, closing = "", instruction
         return Example(
@@ -98,6 +102,7 @@ class Task:
             answers=tuple(answers),
             max_tokens=max_tokens or self.max_tokens,
             labels=tuple(labels),
+            leads=leads,
         )
 
 

@@ -1,9 +1,10 @@
 """RULER (Hsieh et al. 2024, arXiv 2404.06654): prompts, rules and metrics of its repository (`synthetic.yaml`, `constants.py`).
 
 Where the rules here differ from the published ones: adjectives and nouns come from this package's word lists instead of
-`wonderwords`, and tasks over essays use generated stories instead of Paul Graham's essays. The beginning of the answer that
-RULER puts into the assistant's mouth is left out: the chat template ends the prompt. `qa` and `fwe` are read from RULER's
-own files only.
+`wonderwords`, and tasks over essays use generated stories instead of Paul Graham's essays; the worked example of `vt` has five
+lines of noise, where RULER's fills 500 tokens. The beginning of the answer that RULER puts into the assistant's mouth is left
+out of what is made here; of RULER's files that give it (`answer_prefix`) it ends the question, as the chat template ends the
+prompt. `qa` and `fwe` are read from RULER's own files only.
 """
 
 from __future__ import annotations
@@ -43,6 +44,24 @@ class Needles:
     n_values: int = 1
     n_queries: int = 1
 
+
+@dataclass(frozen=True)
+class Counts:
+    """How often the words of `cwe` are listed.
+
+    Attributes:
+        others: Uncommon words of the worked example.
+        worked: Times of a common and of another word there.
+        asked: The same of the list that is asked about.
+    """
+
+    others: int
+    worked: tuple[int, int]
+    asked: tuple[int, int]
+
+
+#: RULER's for prompts from 4,096 tokens, and for shorter ones.
+COUNTS, BRIEF = Counts(30, (10, 3), (30, 3)), Counts(10, (3, 1), (6, 1))
 
 NIAH = {
     "niah_single_1": Needles("noise"),
@@ -171,8 +190,8 @@ def make_tracking(rng: random.Random, number: int, size: int) -> Example:
     return _behind(worked, example)
 
 
-def make_common(rng: random.Random, number: int, size: int) -> Example:
-    """Common words: ten words 30 times each among `size` others 3 times each, behind one worked example."""
+def make_common(rng: random.Random, number: int, size: int, counts: Counts = COUNTS) -> Example:
+    """Common words: ten words among `size` others, behind one worked example."""
     pools = Pools(rng, evaluation=True)
     # English words first, as published; invented ones where the lists end.
     words = list(dict.fromkeys((*pools.nouns, *pools.adjectives)))
@@ -184,16 +203,17 @@ def make_common(rng: random.Random, number: int, size: int) -> Example:
             known.add(word)
             words.append(word)
 
-    def numbered(common: list[str], other: list[str], often: int, seldom: int) -> str:
-        listed = common * often + other * seldom
+    def numbered(common: list[str], other: list[str], times: tuple[int, int]) -> str:
+        listed = common * times[0] + other * times[1]
         rng.shuffle(listed)
         return " ".join(f"{n}. {word}" for n, word in enumerate(listed, start=1))
 
-    worked = _COMMON.format(context=numbered(words[:10], words[10:40], 10, 3), input=_COMMON_QUESTION)
+    shown = numbered(words[:10], words[10 : 10 + counts.others], counts.worked)
+    worked = _COMMON.format(context=shown, input=_COMMON_QUESTION)
     answer = " ".join(f"{n}. {word}" for n, word in enumerate(words[:10], start=1))
     worked += f" Answer: The top 10 words that appear most often in the list are: {answer}\n"
     common, other = words[40:50], words[50 : 50 + size]
-    document = numbered(common, other, 30, 3)
+    document = numbered(common, other, counts.asked)
     example = TASKS["cwe"].example(document, _COMMON_QUESTION, common, fields={"input": _COMMON_QUESTION})
     return _behind(worked, example)
 
@@ -203,7 +223,7 @@ def _behind(worked: str, example: Example) -> Example:
 
 
 def parse(task: Task, row: Row) -> Example:
-    """A row of RULER's own files, `input` and `outputs`: the question is the last line of the input.
+    """A row of RULER's own files: the question is the last line of `input`, behind it comes `answer_prefix` if there is one.
 
     Raises:
         DatasetError: A field is missing or of another form.
@@ -213,9 +233,9 @@ def parse(task: Task, row: Row) -> Example:
         raise DatasetError(
             f"{row.where}: field 'input' holds a single line; the question is expected on a line of its own."
         )
-    example = task.example(
-        document, question, row.texts("outputs"), fields={"input": question, "some": "", "kind": "", "are": ""}
-    )
+    begun = row.text("answer_prefix").strip() if "answer_prefix" in row.values else ""
+    fields = {"input": f"{question} {begun}", "some": "", "kind": "", "are": ""}
+    example = task.example(document, question, row.texts("outputs"), fields=fields)
     return replace(example, instruction="")  # it stands in the input
 
 
@@ -225,11 +245,13 @@ RULES: dict[str, Callable[[random.Random, int, int], Example]] = {
     "cwe": make_common,
 }
 
+BRIEF_RULES = {"cwe": partial(make_common, counts=BRIEF)}
+
 SUITE = Suite(
     name="ruler",
     title="RULER",
     tasks=TASKS,
-    rules={name: Rule(make, least=8) for name, make in RULES.items()},
+    rules={name: Rule(make, least=8, brief=BRIEF_RULES.get(name)) for name, make in RULES.items()},
     parse=parse,
     file=lambda task, length: f"{task}/validation.jsonl",
     hub=None,

@@ -15,6 +15,10 @@ from qllm_runtime.errors import QLLMError
 Count = Callable[[str], int]
 
 
+#: Prompts below 4,096 tokens, less those of template and separators.
+_SHORT = 4_000
+
+
 class LengthError(QLLMError, ValueError):
     """A length too short for a task."""
 
@@ -27,10 +31,16 @@ class Rule:
         size: The largest size whose prompt fits a number of tokens is used; a size is the number of noise lines, pairs, ...
         make: Makes a question from a source of randomness, its number and a size.
         least: Smallest size that makes sense.
+        brief: The same as `make` for prompts of less than 4k tokens, where that differs.
     """
 
     make: Callable[[random.Random, int, int], Example]
     least: int = 1
+    brief: Callable[[random.Random, int, int], Example] | None = None
+
+    def maker(self, n_tokens: int) -> Callable[[random.Random, int, int], Example]:
+        """What makes a question whose prompt has this many tokens."""
+        return self.brief if self.brief is not None and n_tokens < _SHORT else self.make
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Suite:
             LengthError: Even that is longer than `n_tokens`.
         """
         rule = self.rules[task]
-        example = rule.make(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, rule.least)
+        example = rule.maker(n_tokens)(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, rule.least)
         tokens = example.tokens(count)
         if tokens > n_tokens:
             raise LengthError(
@@ -106,9 +116,10 @@ class Suite:
             LengthError: `n_tokens` is too short for the task.
         """
         rule = self.rules[task]
+        make = rule.maker(n_tokens)
 
         def build(size: int) -> Example:
-            return rule.make(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, size)
+            return make(random.Random(f"{self.name}-{task}-{number}-{seed}"), number, size)
 
         def tokens(size: int) -> int:
             return build(size).tokens(count)
