@@ -79,6 +79,7 @@ def test_all_values_of_a_key_are_found(
     passages = excerpts.pop()
     assert all(any(fact in passage.text for passage in passages) for fact in FACTS)
     assert len(passages) <= rereading.NAMED_BLOCKS
+    assert all(passage.score == 0 for passage in passages)
     for passage in passages:
         assert passage.text == document.text[passage.start : passage.end]
         assert passage.title == "story"
