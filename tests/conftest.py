@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,19 @@ def run_notebook(tmp_path: Path) -> Callable[[str], Any]:
 
     def run(name: str) -> Any:
         notebook = nbformat.read(COOKBOOK / f"{name}.ipynb", as_version=4)
+        kept = answers(notebook)
         nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
         assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+        assert answers(notebook) == kept, "run the notebook again and keep what it prints now"
         return notebook
 
     return run
+
+
+def answers(notebook: Any) -> list[str]:
+    """The sentences that a notebook prints, each on a line of its own; what is measured stands on other lines."""
+    cells = (cell for cell in notebook.cells if cell.cell_type == "code")
+    outputs = (output for cell in cells for output in cell.outputs if output.get("name") != "stderr")
+    texts = "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    lines = (line.partition("(expected")[0].strip("[]()', ") for line in texts.splitlines())
+    return [line for line in lines if re.fullmatch(r"[A-Z][^'\"|]*\.", line)]
