@@ -109,6 +109,9 @@ def report(journal: Journal) -> str:
         question = row["key"].split("/", 1)[1]
         answers.setdefault(row["setting"], {}).setdefault(row["split"], {})[question] = row["score"]
     splits = list(dict.fromkeys(row["split"] for row in journal.rows))
+    stacks = {(row["split"], row["key"].split("/")[3]) for row in journal.rows}
+    documents = {split: sum(split == s for s, _ in stacks) for split in splits}
+    columns = {split: f"{split}, {n} document{'s' * (n > 1)}" for split, n in documents.items()}
     sections: dict[str, list[dict[str, Any]]] = {}
     within = {"setting": WITHIN, **_scores(answers.get(reference, {}), {})}
     for sweep, settings in named.items():
@@ -116,11 +119,11 @@ def report(journal: Journal) -> str:
         sections[sweep] = [
             {"setting": name, "id": key, **_scores(answers.get(key, {}), base)} for name, key in settings.items()
         ]
-    journal.report(within=within, sweeps=sections)
+    journal.report(documents=documents, within=within, sweeps=sections)
     parts = []
     for sweep, rows in sections.items():
         body = [_line(row, splits) for row in (*rows, within)]
-        header = [sweep, *splits, *(f"won, lost ({split})" for split in splits)]
+        header = [sweep, *(columns[split] for split in splits), *(f"won, lost ({split})" for split in splits)]
         parts.append(tables.markdown(header, body))
     text = "\n\n".join(parts)
     path = journal.path

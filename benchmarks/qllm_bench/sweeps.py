@@ -19,6 +19,8 @@ BASE = "base"
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _BLOCKS = (8, 16, 32, 64, 128)
 _PIECES = (16, 32, 64, 128, 256)
+#: Policies whose block and piece size are swept, with what their rows' names begin with.
+_SWEPT = {"qllm": "", "infllm": "infllm, "}
 
 
 def identity(setting: Setting) -> str:
@@ -38,6 +40,7 @@ def _policy(subject: Subject, order: Order) -> Iterator[Named]:
     }
     # the published code has to know the question before it reads
     yield "faithful", subject.setting("qllm", "first" if order == "first" else "both", **published)
+    yield "infllm, faithful", subject.setting("infllm", order, **published)
 
 
 def _order(subject: Subject, order: Order) -> Iterator[Named]:
@@ -94,9 +97,11 @@ def _query_weight(subject: Subject, order: Order) -> Iterator[Named]:
 
 def _block_size(subject: Subject, order: Order) -> Iterator[Named]:
     tokens = subject.base.topk * subject.base.block_size
-    for size in _BLOCKS:
-        if size <= tokens:
-            yield f"{tokens // size} x {size}", subject.setting("qllm", order, block_size=size, topk=tokens // size)
+    for policy, prefix in _SWEPT.items():
+        for size in _BLOCKS:
+            if size <= tokens:
+                changes: dict[str, Any] = {"block_size": size, "topk": tokens // size}
+                yield f"{prefix}{tokens // size} x {size}", subject.setting(policy, order, **changes)
 
 
 def _summary(subject: Subject, order: Order) -> Iterator[Named]:
@@ -114,9 +119,10 @@ def _selection(subject: Subject, order: Order) -> Iterator[Named]:
 
 
 def _piece(subject: Subject, order: Order) -> Iterator[Named]:
-    for size in _PIECES:
-        if size <= subject.base.n_local:
-            yield f"pieces of {size}", subject.setting("qllm", order, exec_block_size=size)
+    for policy, prefix in _SWEPT.items():
+        for size in _PIECES:
+            if size <= subject.base.n_local:
+                yield f"{prefix}pieces of {size}", subject.setting(policy, order, exec_block_size=size)
 
 
 SWEEPS: dict[str, Callable[[Subject, Order], Iterator[Named]]] = {

@@ -27,7 +27,7 @@ def test_from_command_to_figures(tmp_path, capsys):
     assert cli.run([*command, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     for text in (
-        "| selection | development | test |",
+        "| selection | development, 1 document | test, 1 document |",
         "| per_kv_head |",
         "| query_weight=2,order=last |",
         policies.WITHIN,
@@ -161,3 +161,41 @@ def test_the_published_code_knows_the_question_first(subject):
     for order, expected in (("last", "both"), ("both", "both"), ("first", "first")):
         found = dict(sweep(subject, ["policy"], order)["policy"])
         assert (found["faithful"].order, found["qllm"].order) == (expected, order)
+
+
+def test_infllm_is_swept_as_qllm_is(subject):
+    found = sweep(subject, ["block_size", "piece", "policy"], "last")
+    for name in ("block_size", "piece"):
+        settings = dict(found[name])
+        own = {
+            label: setting for label, setting in settings.items() if label != BASE and not label.startswith("infllm")
+        }
+        for label, setting in own.items():
+            assert settings[f"infllm, {label}"].memory == setting.memory.replace(policy="infllm")
+        assert len(settings) == 2 * len(own) + 1
+    published = dict(found["policy"])["infllm, faithful"].memory
+    assert (published.policy, published.faithful, published.summary, published.repr_topk) == (
+        "infllm",
+        True,
+        "published",
+        4,
+    )
+
+
+def test_infllm_as_published_answers_a_question_it_did_not_know(tmp_path):
+    changes = "policy=infllm,faithful=true,selection=shared,summary=published,repr_topk=4"
+    command = [
+        "bench",
+        "policies",
+        *TINY,
+        "--split",
+        "test",
+        "--sweep",
+        "none",
+        "--setting",
+        changes,
+        "--order",
+        "last",
+    ]
+    assert cli.run([*command, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "policies.json").read_text())["sweeps"]["own"][1]["test"]["total"] == 1
