@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import qllm_kernels
-import qllm_runtime.memory
+import qllm_runtime
 
 _PACKAGES = ("qllm-integrations", "torch", "transformers", "tokenizers", "triton", "numpy")
 
@@ -36,12 +36,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _sources() -> list[Path]:
+    """Files of the engine, its kernels, and what makes questions, prompts and scores."""
+    here = Path(__file__).parent
+    folders = (Path(qllm_runtime.__path__[0]), Path(qllm_kernels.__path__[0]), here / "questions", here / "published")
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".toml", ".txt")]
+
+
 def _engine() -> str:
-    """Eight hexadecimal digits that change with the source of memory and kernels."""
+    """Eight hexadecimal digits that change with the source of the engine and of what makes questions."""
     crc = 0
-    for package in (qllm_runtime.memory, qllm_kernels):
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
-            crc = zlib.crc32(path.read_bytes(), crc)
+    for path in _sources():
+        crc = zlib.crc32(path.read_bytes(), crc)
     return f"{crc:08x}"
 
 

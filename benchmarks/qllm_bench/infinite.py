@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,15 +13,17 @@ from qllm_bench import figures, published, tables
 from qllm_bench.arguments import short
 from qllm_bench.harness import Job, Label, run
 from qllm_bench.journal import Journal
+from qllm_bench.published import versions
 from qllm_bench.published.example import Example
 from qllm_bench.published.suite import Suite
-from qllm_bench.scores import cells
+from qllm_bench.scores import cells, mean
 from qllm_bench.subject import Example as Case
 from qllm_bench.subject import Order, Setting, Subject
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Progress
 
 _ROOM = 48  # tokens of template and separators
+_PLACE = 5  # parts of a key that say which question is asked in which way; behind them is the version
 _QUESTION = 16  # tokens that a question may have more than that of the least text
 
 
@@ -175,26 +176,45 @@ def case(suite: Suite, example: Example) -> Case:
     )
 
 
-def fingerprint(example: Example) -> str:
-    """Eight hexadecimal digits that change with text, prompt and answers."""
-    text = f"{example.document}\n{example.closing}\n{example.answers}"
-    return f"{zlib.crc32(text.encode()):08x}"
+def version(suite: Suite, task: str, example: Example | None) -> str:
+    """Digits that change with all that a row hangs on besides policy, order, task, length and number.
+
+    Args:
+        suite: The benchmark.
+        task: Name of a task.
+        example: The question, where it was read from a file.
+    """
+    return versions.of_rule(suite, task) if example is None else versions.of_question(example, suite.tasks[task].metric)
 
 
-def replaced(row: Mapping[str, Any], files: Files, whole: bool) -> bool:
-    """Whether a row answers a question that its file no longer has.
+def _version_of(row: Mapping[str, Any]) -> str:
+    """The version in a row's key; "" in keys of before there were any."""
+    return "/".join(row["key"].split("/")[_PLACE:])
+
+
+def replaced(row: Mapping[str, Any], plan: Plan, files: Files) -> bool:
+    """Whether a row answers a question that its file or rule no longer has, or was scored by another metric.
 
     Args:
         row: Of a journal.
-        files: The present questions; of other tasks and lengths nothing is said.
-        whole: Whether those are all of their files.
+        plan: The present plan; of other tasks and lengths nothing is said.
+        files: The questions that were read for it.
     """
-    examples = files.get((row["task"], row["tokens"]))
+    task, number = row["task"], row["number"]
+    if plan.data is None:
+        return task in plan.tasks and _version_of(row) != version(plan.suite, task, None)
+    examples = files.get((task, row["tokens"]))
     if examples is None:
         return False
-    if row["number"] >= len(examples):
-        return whole
-    return not row["key"].endswith(f"/{fingerprint(examples[row['number']])}")
+    if number >= len(examples):
+        return plan.questions is None
+    return _version_of(row) != version(plan.suite, task, examples[number])
+
+
+def latest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of tasks made by rule, but for those of an earlier version than the task's last row."""
+    last = {row["task"]: _version_of(row) for row in rows}
+    return [row for row in rows if _version_of(row) == last[row["task"]]]
 
 
 def jobs(subject: Subject, settings: Sequence[Setting], questions: Questions, plan: Plan) -> list[Job]:
@@ -207,8 +227,7 @@ def jobs(subject: Subject, settings: Sequence[Setting], questions: Questions, pl
                 "number": question.number,
             }  # fmt: skip
             key = f"{setting.name}/{setting.order}/{question.task}/{question.tokens}/{question.number}"
-            if question.example is not None:
-                key += f"/{fingerprint(question.example)}"
+            key += f"/{version(plan.suite, question.task, question.example)}"
             found.append(Job(key, labels, question.size, partial(_ask, subject, setting, questions, plan, question)))
     return found
 
@@ -238,26 +257,49 @@ def bench(
     }  # fmt: skip
     journal.begin(arguments, subject.device)
     run(journal, jobs(subject, settings, questions, plan))
-    report(journal, [row for row in journal.rows if not replaced(row, files, plan.questions is None)])
+    report(journal, [row for row in journal.rows if not replaced(row, plan, files)])
     return journal
 
 
+def means(by_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the tasks of every policy, order and length, which weigh the same however many questions they have.
+
+    Where not all tasks were asked there is none: means of different tasks do not compare.
+
+    Args:
+        by_task: A summary per policy, order, task and length.
+    """
+    labels = ("policy", "order", "tokens")
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for summary in by_task:
+        groups.setdefault(tuple(summary[name] for name in labels), []).append(summary)
+    n_tasks = len({summary["task"] for summary in by_task})
+    return [
+        {**dict(zip(labels, group, strict=True)), **mean(found)}
+        for group, found in groups.items()
+        if len(found) == n_tasks
+    ]
+
+
 def report(journal: Journal, chosen: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Write JSON, Markdown and a figure of the journal's rows, or of some of them; returns the Markdown."""
+    """Write JSON, Markdown and a figure of some of the journal's rows; returns the Markdown.
+
+    Args:
+        journal: Of a suite.
+        chosen: The rows; None: those of the latest versions of tasks made by rule.
+    """
     suite = published.SUITES[journal.name]
     tasks = list(suite.tasks)
-    rows = sorted(journal.rows if chosen is None else chosen, key=lambda row: (row["tokens"], tasks.index(row["task"])))
+    rows = latest(journal.rows) if chosen is None else list(chosen)
+    rows.sort(key=lambda row: (row["tokens"], tasks.index(row["task"])))
     by_task = cells(rows, ("policy", "order", "task", "tokens"))
-    overall = cells(rows, ("policy", "order", "tokens"))
+    overall = means(by_task)
     journal.report(cases=len(rows), overall=overall, by_task=by_task)
     lengths = sorted({row["tokens"] for row in rows})
     names = {n: short(n) if n else "0k" if suite.by_length else "score" for n in lengths}
-    text = "\n\n".join(
-        (
-            tables.pivot(overall, ("policy", "order"), "tokens", names),
-            tables.pivot(by_task, ("task", "policy", "order"), "tokens", names),
-        )
-    )
+    text = tables.pivot(by_task, ("task", "policy", "order"), "tokens", names)
+    if overall:
+        text = "\n\n".join(("Mean of the tasks:", tables.pivot(overall, ("policy", "order"), "tokens", names), text))
     path = journal.path
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     shown = [task for task in tasks if any(row["task"] == task for row in rows)]

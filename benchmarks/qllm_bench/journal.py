@@ -136,7 +136,8 @@ class Journal:
         }
         if self.rows and any(line["run"].get("engine") != run["engine"] for line in self.runs):
             print(
-                f"{self.name}: some results in {self.path} were made before the engine changed; remove it to start anew.",
+                f"{self.name}: some results in {self.path} were made before the engine or its questions changed; "
+                "remove it to start anew.",
                 file=sys.stderr,
             )
         self.runs.append({"run": run})

@@ -69,6 +69,28 @@ def summarise(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def mean(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of shares of different questions, each weighing the same, with a 95 % interval from theirs.
+
+    The interval is that of Zou and Donner (2008, method of variance estimates recovery), which for two shares and their
+    difference is Newcombe's.
+
+    Args:
+        summaries: Of `summarise`, at least one.
+
+    Returns:
+        ``share``, ``interval`` (low, high) and ``total`` (all questions).
+    """
+    n, share = len(summaries), sum(s["share"] for s in summaries) / len(summaries)
+    below = math.hypot(*(s["share"] - s["interval"][0] for s in summaries)) / n
+    above = math.hypot(*(s["interval"][1] - s["share"] for s in summaries)) / n
+    return {
+        "total": sum(s["total"] for s in summaries),
+        "share": round(share, 4),
+        "interval": [round(share - below, 4), round(share + above, 4)],
+    }
+
+
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """How much larger one share is than another of other questions, with a 95 % interval (Newcombe 1998, method 10).
 

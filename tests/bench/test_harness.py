@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qllm_bench import arguments
+from qllm_bench import arguments, environment
 from qllm_bench.harness import Job, run
 from qllm_bench.journal import Journal
 from qllm_bench.prose import Library
@@ -102,15 +102,20 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         Journal(tmp_path / "file", "x", {})
 
 
+def test_the_engine_is_all_that_answers_hang_on():
+    names = {"/".join(path.parts[-2:]) for path in environment._sources()}
+    for name in ("qllm_runtime/layout.py", "memory/block.py", "questions/facts.py", "published/prompts.toml"):
+        assert name in names
+
+
 def test_results_of_another_engine_are_told(tmp_path, capsys, monkeypatch):
-    from qllm_bench import environment
 
     for engine, told in (("a", False), ("a", False), ("b", True)):
         monkeypatch.setattr(environment, "_engine", lambda engine=engine: engine)
         journal = Journal(tmp_path, "x", SUBJECT)
         journal.begin({})
         run(journal, jobs("ab", []))
-        assert ("before the engine changed" in capsys.readouterr().err) is told
+        assert ("before the engine or its questions changed" in capsys.readouterr().err) is told
 
 
 def test_report_says_what_when_and_where(tmp_path):

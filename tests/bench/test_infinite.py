@@ -2,10 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from qllm_bench import infinite_command, published
+from qllm_bench.infinite import latest, means, report
+from qllm_bench.journal import Journal
+from qllm_bench.published import metrics, versions
+from qllm_bench.published.example import Example
+from qllm_bench.scores import cells, summarise
 from qllm_bench.subject import Example as Case
 from qllm_bench.subject import Setting
 from qllm_runtime.cli import run
@@ -130,6 +136,64 @@ def test_the_end_of_a_prompt_that_asks_nothing_stays_behind_the_text():
         ("system", "Complete the code."), ("user", "x = 1\n\nNext line of code:")
     ]  # fmt: skip
     assert laid_out(case, "first")[1:] == [("user", "Next line of code:\n\nx = 1")]
+
+
+def test_rows_of_another_rule_are_asked_again_and_left_out(tmp_path, monkeypatch):
+    common = ("--task", "passkey", "--lengths", "400", "--policy", "qllm", "--questions", 1, "--out", tmp_path)
+    journal = tmp_path / "infinite.jsonl"
+    assert bench(*common) == 0
+    [first] = rows(journal)
+    plain = json.dumps(first).replace(first["key"], first["key"].rpartition("/")[0])
+    journal.write_text(journal.read_text().replace(json.dumps(first, ensure_ascii=False), plain))
+    assert bench(*common) == 0  # the row of before there were versions
+    assert [row["key"] for row in rows(journal)] == [first["key"].rpartition("/")[0], first["key"]]
+    assert json.loads((tmp_path / "infinite.json").read_text())["cases"] == 1
+    suite = published.SUITES["infinite"]
+    task = replace(suite.tasks["passkey"], metric=metrics.contains_value)
+    monkeypatch.setitem(suite.tasks, "passkey", task)
+    versions.of_rule.cache_clear()
+    assert bench(*common) == 0
+    versions.of_rule.cache_clear()
+    assert len({row["key"] for row in rows(journal)}) == 3
+    subject = json.loads(journal.read_text().splitlines()[0])["subject"]
+    text = report(Journal(tmp_path, "infinite", subject))
+    assert json.loads((tmp_path / "infinite.json").read_text())["cases"] == 1 and ", 1) |" in text
+
+
+def test_rows_without_versions_are_shown_as_long_as_there_are_no_others():
+    old = [{"key": f"qllm/last/{task}/400/0", "task": task} for task in ("passkey", "math_find")]
+    assert latest(old) == old
+    new = {"key": "qllm/last/passkey/4096/0/0123abcd", "task": "passkey"}
+    assert latest([*old, new]) == [old[1], new]
+
+
+def test_versions_change_with_everything_that_makes_a_row(monkeypatch):
+    example = Example("qa", "Read.", "A book.", "Question: Who?", "Who?", ("Ann",), 8)
+    others = [
+        replace(example, instruction="Read it."), replace(example, document="A book"), replace(example, closing="Who?"),
+        replace(example, question="Question"), replace(example, answers=("Anne",)), replace(example, max_tokens=9),
+    ]  # fmt: skip
+    found = [versions.of_question(one, metrics.chosen_option) for one in (example, *others)]
+    found.append(versions.of_question(example, metrics.named_speaker))
+    found.append(versions.of_question(example, partial(metrics.of_first_line, metrics.chosen_option)))
+    monkeypatch.setattr(metrics, "_LETTERS", "ABC")  # which the metric names
+    found.append(versions.of_question(example, metrics.chosen_option))
+    assert len(set(found)) == len(found)
+    for suite in (published.SUITES["infinite"], published.SUITES["ruler"]):
+        assert len({versions.of_rule(suite, task) for task in suite.rules}) == len(suite.rules)
+
+
+def test_the_mean_weighs_tasks_alike_and_is_of_the_same_tasks_everywhere():
+    def scored(policy, task, scores):
+        return [{"policy": policy, "order": "last", "task": task, "tokens": 0, "score": float(s)} for s in scores]
+
+    found = [*scored("qllm", "a", [1] * 90), *scored("qllm", "b", [0] * 10), *scored("infllm", "a", [1, 0])]
+    [overall] = means(cells(found, ("policy", "order", "task", "tokens")))
+    assert (overall["policy"], overall["share"], overall["total"]) == ("qllm", 0.5, 100)
+    low, high = overall["interval"]
+    assert 0.4 < low < 0.49 and 0.6 < high < 0.7
+    [alone] = means(cells(found[:90], ("policy", "order", "task", "tokens")))
+    assert alone["interval"] == summarise([1] * 90)["interval"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ routed by the last lines of inputs that are more than a question.
 
 from __future__ import annotations
 
+from functools import partial
+
 from qllm_bench.published import metrics
 from qllm_bench.published.example import Example, Metric, Row, Task
 from qllm_bench.published.metrics import of_first_line
@@ -24,9 +26,9 @@ _TASKS: dict[str, tuple[str, Metric, int]] = {
     "gov_report": ("GovReport", metrics.rouge_l, 512),
     "qmsum": ("QMSum", metrics.rouge_l, 512),
     "multi_news": ("MultiNews", metrics.rouge_l, 512),
-    "trec": ("TREC", of_first_line(metrics.label_share), 64),
-    "triviaqa": ("TriviaQA", of_first_line(metrics.word_f1), 32),
-    "samsum": ("SAMSum", of_first_line(metrics.rouge_l), 128),
+    "trec": ("TREC", partial(of_first_line, metrics.label_share), 64),
+    "triviaqa": ("TriviaQA", partial(of_first_line, metrics.word_f1), 32),
+    "samsum": ("SAMSum", partial(of_first_line, metrics.rouge_l), 128),
     "passage_count": ("PassageCount", metrics.number_share, 32),
     "passage_retrieval_en": ("PassageRetrieval-en", metrics.number_share, 32),
     "lcc": ("LCC", metrics.code_similarity, 64),

@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import takewhile
 
-from qllm_bench.published.example import Example
+from qllm_bench.published.example import Example, Metric
 
 _CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～"
@@ -255,13 +255,9 @@ def code_similarity(output: str, example: Example) -> float:
     return max(round(100 * SequenceMatcher(None, line, answer).ratio()) / 100 for answer in example.answers)
 
 
-def of_first_line(metric: Callable[[str, Example], float]) -> Callable[[str, Example], float]:
+def of_first_line(metric: Metric, output: str, example: Example) -> float:
     """The metric of the output's first line; what LongBench's few-shot tasks are scored by."""
-
-    def score(output: str, example: Example) -> float:
-        return metric(output.lstrip("\n").split("\n")[0], example)
-
-    return score
+    return metric(output.lstrip("\n").split("\n")[0], example)
 
 
 # ------------------------------------------------------------------ BABILong, RULER

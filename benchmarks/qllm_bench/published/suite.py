@@ -43,7 +43,7 @@ class Rule:
         return self.brief if self.brief is not None and n_tokens < _SHORT else self.make
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Suite:
     """A published benchmark.
 
