@@ -1,8 +1,8 @@
 """LongBench (Bai et al. 2024, arXiv 2308.14508): the English and code tasks, with the limits and metrics of its repository.
 
 The five Chinese tasks need a word segmenter and are left out. Published numbers cut prompts in the middle to the model's
-length; here nothing is cut; lookups are
-routed by the last lines of inputs that are more than a question.
+length, and send trec, triviaqa, samsum, lcc and repobench-p without a chat template; here nothing is cut and every task has
+its template. Lookups are routed by the last lines of inputs that are more than a question.
 """
 
 from __future__ import annotations
