@@ -109,7 +109,6 @@ def test_the_engine_is_all_that_answers_hang_on():
 
 
 def test_results_of_another_engine_are_told(tmp_path, capsys, monkeypatch):
-
     for engine, told in (("a", False), ("a", False), ("b", True)):
         monkeypatch.setattr(environment, "_engine", lambda engine=engine: engine)
         journal = Journal(tmp_path, "x", SUBJECT)
