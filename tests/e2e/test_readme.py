@@ -9,6 +9,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ANSWERS = {
+    "qllm-integrations": ("The pass key is 71432.",),
+    "LlamaIndex": (
+        "The mayor of Ashford is Greta Holt.", "Tabitha Moor lives in Elm Street.", "The bell of the chapel is green.",
+        "The key of the chapel is in the drawer.",
+    ),
+}  # fmt: skip
 
 
 def sections() -> dict[str, list[str]]:
@@ -22,15 +29,16 @@ def sections() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("title", sections())
-def test_snippets_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "town.txt").write_text("The mayor of Ashford is Greta Holt. The baker lives in Elm Street. " * 20)
-    (data / "river.txt").write_text("The river is wide. Boats pass at dawn. " * 20)
+def test_snippets_run(
+    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     for number, snippet in enumerate(sections()[title]):
         exec(compile(snippet, f"README.md: {title}, snippet {number + 1}", "exec"), names)
+    printed = capsys.readouterr().out
+    for answer in ANSWERS.get(title, ()):
+        assert answer in printed
 
 
 def test_links_lead_somewhere() -> None:
