@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, TextStream
 from qllm_runtime.errors import CancelledError, InvalidRequestError
-from qllm_runtime.inference import Cancelled, Inference
+from qllm_runtime.inference import Inference
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.reasoning import AfterThought, AnswerStream, marks_of, opening
 from qllm_runtime.request import Request, check_questions, lay_out
@@ -24,6 +24,7 @@ from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import passages, trace_back
 from qllm_runtime.types import (
     Answer,
+    Cancelled,
     FinishReason,
     Piece,
     Progress,

@@ -18,7 +18,7 @@ from qllm_runtime.decoding import Sampler, check_sampling
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.errors import ClosedError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.grammar import GrammarProcessor
-from qllm_runtime.inference import Cancelled, Inference, never
+from qllm_runtime.inference import Inference
 from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
 from qllm_runtime.prompt import build_reading
@@ -26,7 +26,7 @@ from qllm_runtime.reasoning import after_thoughts, lacks_room
 from qllm_runtime.request import Request, compose, settle
 from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
-from qllm_runtime.types import Answer, Piece, Progress, QuerySource, Turn
+from qllm_runtime.types import Answer, Cancelled, Piece, Progress, QuerySource, Turn, never
 from qllm_runtime.worker import stream
 
 #: What may be passed as documents.
@@ -210,8 +210,10 @@ class QLLM:
                 )
             whole = (*after.documents, *whole)
             system, config, variables = after.system, after.config, after.template_kwargs
-        prompt = build_reading(self._need_tokenizer(), whole, system=system, template_kwargs=variables)
         cancelled = never if cancel is None else cancel.is_set
+        prompt = build_reading(
+            self._need_tokenizer(), whole, system=system, template_kwargs=variables, cancelled=cancelled
+        )
         with inference.request(cancelled):
             reading = None if after is None else after.contents(inference)
             cache, known = answering.resume(inference, config, prompt, reading)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from qllm_runtime import answering
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import ContextOverflowError
-from qllm_runtime.inference import Cancelled, Inference
+from qllm_runtime.inference import Inference
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, lay_out
 from qllm_runtime.samples import sample_document
 from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import surroundings
-from qllm_runtime.types import Document, Sampling, Source, Turn
+from qllm_runtime.types import Cancelled, Document, Sampling, Source, Turn
 
 STORY_CHARS = 6_000
 STORY_FACTS = 12

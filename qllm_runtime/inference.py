@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -14,24 +15,29 @@ from qllm_kernels.dispatch import on_device
 from qllm_runtime import captured
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.errors import CancelledError, InvalidRequestError, OutOfMemoryError
+from qllm_runtime.errors import CancelledError, ClosedError, InvalidRequestError, OutOfMemoryError
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
 from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
-
-Cancelled = Callable[[], bool]
-
-
-def never() -> bool:
-    """The request is never cancelled."""
-    return False
-
+from qllm_runtime.types import Cancelled, never
+from qllm_runtime.waiting import Line
 
 # by the model's id, which is its own as long as its entry lives: the entry's value holds the model
 _serving: weakref.WeakValueDictionary[int, Inference] = weakref.WeakValueDictionary()
 _serving_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Threads that hold locks do not live on in a forked process."""
+    global _serving_lock
+    _serving_lock = threading.Lock()
+    for inference in list(_serving.values()):
+        inference.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Inference:
@@ -47,8 +53,10 @@ class Inference:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.captures = True
-        self._lock = threading.Lock()
-        self._holder: int | None = None  # thread of the request under way
+        self._line = Line()
+        self._holder: int | None = None  # thread whose turn it is
+        self._at_work = False  # inside of `request`
+        self._torn = False  # this process was forked in the middle of a request
         self._steps: weakref.WeakKeyDictionary[MemoryCache, CapturedSteps] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -61,6 +69,11 @@ class Inference:
             return found
 
     @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self._line.occupied
+
+    @property
     def facts(self) -> ModelFacts:
         """What the probe found; raises UnsupportedModelError for architectures that cannot be served."""
         return examine(self.model)
@@ -71,21 +84,51 @@ class Inference:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @contextmanager
-    def request(self, cancelled: Cancelled = never) -> Iterator[None]:
-        """Hold the model for one request; waiting for it can be cancelled too.
+    def turn(self, cancelled: Cancelled = never) -> Iterator[None]:
+        """Keep others waiting from the first part of a request to its last, so that one request's memory is held at a time.
 
         Raises:
-            OutOfMemoryError: Instead of the many kinds of out-of-memory errors of host and device.
+            CancelledError: While waiting.
+            ClosedError: This process was forked while the model was at work in the other one.
             InvalidRequestError: A callback of a request makes another one, which would wait for itself.
         """
+        if self._torn:
+            raise ClosedError(
+                "This process was forked while the model was answering, so its copy of the model is half-way through that "
+                "request; load models after the fork."
+            )
         if self._holder == threading.get_ident():
             raise InvalidRequestError(
                 "A request was made from inside another one (a progress or on_lookup callback); make it afterwards."
             )
-        while not self._lock.acquire(timeout=0.05):
-            if cancelled():
-                raise CancelledError("Cancelled while waiting for the model.")
+        line = self._line
+        line.enter(cancelled)
         self._holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._holder = None
+            line.leave()
+
+    @contextmanager
+    def request(self, cancelled: Cancelled = never) -> Iterator[None]:
+        """Use the model, in the turn of this thread or in one of its own.
+
+        Raises:
+            OutOfMemoryError: Instead of the many kinds of out-of-memory errors of host and device.
+            CancelledError, ClosedError, InvalidRequestError: As `turn`.
+        """
+        mine = self._holder == threading.get_ident() and not self._at_work
+        with nullcontext() if mine else self.turn(cancelled):
+            self._at_work = True
+            try:
+                with self._ready():
+                    yield
+            finally:
+                self._at_work = False
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
         training = [module for module in self.model.modules() if module.training]
         try:
             for module in training:
@@ -99,8 +142,11 @@ class Inference:
         finally:
             for module in training:
                 module.training = True
-            self._holder = None
-            self._lock.release()
+
+    def forked(self) -> None:
+        """This process is a copy of one in which requests were waiting or under way."""
+        self._torn = self._torn or self._holder is not None
+        self._line, self._holder, self._at_work = Line(), None, False
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         if isinstance(error, OutOfMemoryError):

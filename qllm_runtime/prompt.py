@@ -14,7 +14,7 @@ from qllm_runtime.layout import Message, Segment, insert, lay_out
 from qllm_runtime.tokenization import SegmentTokenizer, concatenate
 from qllm_runtime.tool_text import describe_tools
 from qllm_runtime.toolcalls import call_format
-from qllm_runtime.types import Document, Mode, Turn
+from qllm_runtime.types import Cancelled, Document, Mode, Turn, never
 
 __all__ = ["DocumentSpan", "Prompt", "Segment", "build_prompt", "build_reading", "renders_tools"]
 
@@ -96,6 +96,7 @@ def build_prompt(
     add_generation_prompt: bool = True,
     tools_as_text: bool = False,
     read: Prompt | None = None,
+    cancelled: Cancelled = never,
 ) -> Prompt:
     """Lay out and tokenise a conversation.
 
@@ -120,14 +121,19 @@ def build_prompt(
         add_generation_prompt: End with the opening of an assistant turn.
         tools_as_text: Describe the tools as text even if the template writes them itself.
         read: What `build_reading` made of the first documents, which are then not tokenised again.
+        cancelled: Asked now and then while texts are tokenised.
 
     Raises:
+        CancelledError: As `cancelled` told.
         InvalidRequestError: The conversation is empty or the chat template refuses it.
         DocumentError: A document is empty.
         UnsupportedModelError: Not a fast tokenizer.
     """
     messages = lay_out(turns, query, mode)
-    return _build(tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt, tools_as_text, known=read)
+    segmenter, segments = _segments(
+        tokenizer, messages, mode, tools, template_kwargs, add_generation_prompt, tools_as_text
+    )
+    return _tokenise(tokenizer, segmenter, segments, read, cancelled)
 
 
 def build_reading(
@@ -136,11 +142,14 @@ def build_reading(
     *,
     system: str | None,
     template_kwargs: Mapping[str, Any] | None = None,
+    cancelled: Cancelled = never,
 ) -> Prompt:
     """The beginning of every "read_once" prompt with these documents and this system text: up to the documents' end."""
     turns = [Turn("system", (system,))] if system else []
     messages = lay_out([*turns, Turn("user", tuple(documents))], None, "read_once")
-    return _build(tokenizer, messages, "read_once", None, template_kwargs, False, reading=True)
+    segmenter, segments = _segments(tokenizer, messages, "read_once", None, template_kwargs, False)
+    last = max(i for i, segment in enumerate(segments) if segment.kind == "document")
+    return _tokenise(tokenizer, segmenter, segments[: last + 1], None, cancelled)
 
 
 def renders_tools(tokenizer: Any) -> bool:
@@ -151,7 +160,7 @@ def renders_tools(tokenizer: Any) -> bool:
     return abilities(tokenizer, template_of(tokenizer, [{}])).tools
 
 
-def _build(
+def _segments(
     tokenizer: Any,
     messages: list[Message],
     mode: Mode,
@@ -159,9 +168,7 @@ def _build(
     template_kwargs: Mapping[str, Any] | None,
     add_generation_prompt: bool,
     tools_as_text: bool = False,
-    reading: bool = False,
-    known: Prompt | None = None,
-) -> Prompt:
+) -> tuple[SegmentTokenizer, Sequence[Segment]]:
     template = template_of(tokenizer, None if tools_as_text else tools)
     segmenter = SegmentTokenizer.of(tokenizer, template)
     able = abilities(tokenizer, template)
@@ -178,10 +185,7 @@ def _build(
         template_kwargs=template_kwargs,
         add_generation_prompt=add_generation_prompt,
     )
-    if reading:
-        last = max(i for i, segment in enumerate(segments) if segment.kind == "document")
-        segments = segments[: last + 1]
-    return _tokenise(tokenizer, segmenter, segments, known)
+    return segmenter, segments
 
 
 def _with_tools_as_text(messages: list[Message], description: str, mode: Mode) -> list[Message]:
@@ -196,7 +200,13 @@ def _with_tools_as_text(messages: list[Message], description: str, mode: Mode) -
     return changed
 
 
-def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Segment], known: Prompt | None) -> Prompt:
+def _tokenise(
+    tokenizer: Any,
+    segmenter: SegmentTokenizer,
+    segments: Sequence[Segment],
+    known: Prompt | None,
+    cancelled: Cancelled,
+) -> Prompt:
     parts: list[NDArray[np.int64]] = []
     queries: list[tuple[int, int]] = []
     spans: list[DocumentSpan] = []
@@ -215,7 +225,7 @@ def _tokenise(tokenizer: Any, segmenter: SegmentTokenizer, segments: Sequence[Se
                 span = known.document_spans[int(segment.document or 0)]
                 ids, offsets = known.ids[span.start : span.end], span.offsets
             else:
-                ids, offsets = segmenter.text(segment.text, space=space)
+                ids, offsets = segmenter.text(segment.text, space=space, cancelled=cancelled)
             if index == 0:
                 ids, offsets = _with_bos(tokenizer, ids), offsets
             space = False

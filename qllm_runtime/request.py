@@ -17,7 +17,18 @@ from qllm_runtime.layout import SEPARATOR
 from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import Prompt, build_prompt
 from qllm_runtime.seam import MemoryCache
-from qllm_runtime.types import Document, Mode, Progress, QuerySource, Sampling, Source, Turn, check_mode
+from qllm_runtime.types import (
+    Cancelled,
+    Document,
+    Mode,
+    Progress,
+    QuerySource,
+    Sampling,
+    Source,
+    Turn,
+    check_mode,
+    never,
+)
 
 #: How documents are read when the caller does not say; chosen by measurement (docs/results.md).
 DEFAULT_MODE: Mode = "read_once"
@@ -120,25 +131,27 @@ def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[T
     return (*opening, *turns[:first], user, *turns[first + 1 :])
 
 
-def lay_out(request: Request) -> Prompt:
+def lay_out(request: Request, cancelled: Cancelled = never) -> Prompt:
     """The prompt of a settled request.
 
     Raises:
+        CancelledError: While texts were being tokenised.
         InvalidRequestError: The tokenizer does not fit the model, or the conversation cannot be laid out.
         ContextOverflowError: A question longer than the local window.
     """
-    prompt = compose(request)
+    prompt = compose(request, cancelled)
     _check_fits(prompt, request.config, request.inference)
     return prompt
 
 
-def compose(request: Request) -> Prompt:
+def compose(request: Request, cancelled: Cancelled = never) -> Prompt:
     """The prompt of a settled request, whether or not the model can take it.
 
     Some templates write ahead of everything what the documents were read without: tools, which then are described behind
     them, whether to think, or the date. The beginning stays as it was read.
 
     Raises:
+        CancelledError: While texts were being tokenised.
         InvalidRequestError: The conversation cannot be laid out.
     """
     assert request.mode is not None
@@ -153,6 +166,7 @@ def compose(request: Request) -> Prompt:
         tools=request.tools,
         template_kwargs={"enable_thinking": False, **given} if request.direct else given,
         read=read,
+        cancelled=cancelled,
     )
     prompt = build()
     if read is None or prompt.begins_with(read):

@@ -18,12 +18,11 @@ from functools import partial
 
 from qllm_runtime import answering, finding
 from qllm_runtime.decoding import Sampler
-from qllm_runtime.inference import Cancelled
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, lay_out, settle
 from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import in_order
-from qllm_runtime.types import Answer, Document, Piece, Sampling, Source
+from qllm_runtime.types import Answer, Cancelled, Document, Piece, Sampling, Source
 
 #: Tokens of the draft; an answer begins with what it is about.
 DRAFT_TOKENS = 48
@@ -38,16 +37,21 @@ def serve(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
     began = time.perf_counter()
     request = settle(request)
     config = request.config
-    prompt = lay_out(request)
+    prompt = lay_out(request, cancelled)
     tokenized = time.perf_counter()
     looks_up = config.uses_blocks and not config.faithful and len(prompt.ids) > config.n_init + config.n_local
     work = _reread if request.reread and looks_up and request.documents else answering.run
-    for piece in work(request, cancelled, prompt):
+    for piece in _in_turn(request, cancelled, work(request, cancelled, prompt)):
         if piece.answer is not None:
             spent = piece.answer.timings.tokenize_s + tokenized - began
             timings = replace(piece.answer.timings, tokenize_s=spent, total_s=time.perf_counter() - began)
             piece = replace(piece, answer=replace(piece.answer, timings=timings))
         yield piece
+
+
+def _in_turn(request: Request, cancelled: Cancelled, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    with request.inference.turn(cancelled):
+        yield from pieces
 
 
 def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[Piece]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
+from qllm_runtime.errors import CancelledError, InvalidRequestError, UnsupportedModelError
+from qllm_runtime.types import Cancelled, never
 
 _CACHE: weakref.WeakKeyDictionary[Any, tuple[tuple[str, int], SegmentTokenizer]] = weakref.WeakKeyDictionary()
 
@@ -92,15 +93,27 @@ class SegmentTokenizer:
         head = self._inert.encode(text[:cut], add_special_tokens=False).ids
         return [*head, *(self._parse(text[cut:]) if cut < len(text) else [])]
 
-    def text(self, text: str, *, space: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def text(
+        self, text: str, *, space: bool = False, cancelled: Cancelled = never
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and character offsets [n, 2] of any other text, special tokens inert.
 
-        `space`: a space ahead of it belongs to its first word (and to no offset).
+        Args:
+            text: The text.
+            space: A space ahead of it belongs to its first word (and to no offset).
+            cancelled: Asked every few thousand words.
+
+        Raises:
+            CancelledError: As `cancelled` told.
         """
         shift = 1 if space else 0
         text = " " * shift + text
         edges = _chunk_edges(text)
-        parts = [self._encode(text[a:b]) for a, b in pairwise(edges)]
+        parts = []
+        for a, b in pairwise(edges):
+            if cancelled():
+                raise CancelledError("Cancelled before the text was read.")
+            parts.append(self._encode(text[a:b]))
         return concatenate([ids for ids, _ in parts]), np.maximum(_shifted(parts, edges) - shift, 0)
 
     def _parse(self, text: str) -> list[int]:

@@ -14,6 +14,13 @@ QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
 
 #: Called while a document is read with (tokens read so far, tokens in all).
 Progress = Callable[[int, int], None]
+#: Asked within every chunk and every token: whether to give up.
+Cancelled = Callable[[], bool]
+
+
+def never() -> bool:
+    """A request that is never cancelled."""
+    return False
 
 
 def check_mode(mode: str | None) -> None:

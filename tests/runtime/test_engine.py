@@ -58,9 +58,9 @@ def turns(question: str = QUESTION, book: str = BOOK) -> list[Turn]:
 def free(llm: QLLM) -> bool:
     """Whether the model becomes free within a moment."""
     until = time.monotonic() + 20
-    while llm._inference._lock.locked() and time.monotonic() < until:
+    while llm._inference.busy and time.monotonic() < until:
         time.sleep(0.01)
-    return not llm._inference._lock.locked()
+    return not llm._inference.busy
 
 
 # ---------------------------------------------------------------------- answers
