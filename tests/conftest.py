@@ -32,7 +32,12 @@ def run_notebook(tmp_path: Path) -> Callable[[str], Any]:
 def answers(notebook: Any) -> list[str]:
     """The sentences that a notebook prints, each on a line of its own; what is measured stands on other lines."""
     cells = (cell for cell in notebook.cells if cell.cell_type == "code")
-    outputs = (output for cell in cells for output in cell.outputs if output.get("name") != "stderr")
-    texts = "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    outputs = ([output for output in cell.outputs if output.get("name") != "stderr"] for cell in cells)
+    texts = "\n".join("".join(map(_text, cell)) for cell in outputs)
     lines = (line.partition("(expected")[0].strip("[]()', ") for line in texts.splitlines())
     return [line for line in lines if re.fullmatch(r"[A-Z][^'\"|]*\.", line)]
+
+
+def _text(output: Any) -> str:
+    """What an output shows as text; what is printed bit by bit comes in several outputs."""
+    return str(output.get("text") or f"\n{output.get('data', {}).get('text/plain', '')}\n")
