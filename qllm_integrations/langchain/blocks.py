@@ -180,9 +180,8 @@ def _file(block: Mapping[str, Any], where: str) -> Part:
     if block.get("text") is not None:
         document = _document(block["text"], title, block, where)
     elif block.get("base64") is not None or block.get("data") is not None:
-        data = _decode(block.get("base64") or block.get("data") or "", where)
-        document = document_from_bytes(data, _string(block, "mime_type", where), _title(title))
-        document = _document(document.text, title, block, where, document.metadata)
+        data, kind = block.get("base64") or block.get("data") or "", _string(block, "mime_type", where)
+        document = _encoded(data, kind, title, block, where)
     elif block.get("file_id"):
         return MemoryPart(str(block["file_id"]))
     elif block.get("url"):
@@ -203,9 +202,7 @@ def _anthropic(block: Mapping[str, Any], where: str) -> Part:
     if kind == "text":
         document = _document(source.get("data", ""), title, block, where)
     elif kind == "base64":
-        data = _decode(source.get("data", ""), where)
-        read = document_from_bytes(data, _string(source, "media_type", where), _title(title))
-        document = _document(read.text, title, block, where, read.metadata)
+        document = _encoded(source.get("data", ""), _string(source, "media_type", where), title, block, where)
     elif kind == "content":
         document = _document(_texts(source.get("content") or "", where), title, block, where)
     elif kind == "file":
@@ -230,12 +227,17 @@ def _bedrock(body: Mapping[str, Any], where: str) -> Part:
     if "text" in source:
         return DocumentPart(_document(source["text"], title, body, where))
     if "bytes" in source:
-        data = source["bytes"]
         kinds = {"pdf": "application/pdf", "html": "text/html"}
         kind = kinds.get(_string(body, "format", where) or "")
-        read = document_from_bytes(_decode(data, where), kind, _title(title))
-        return DocumentPart(_document(read.text, title, body, where, read.metadata))
+        return DocumentPart(_encoded(source["bytes"], kind, title, body, where))
     raise InvalidRequestError(f"{where}: a document block needs 'text' or 'bytes' in its source.")
+
+
+def _encoded(data: Any, kind: str | None, title: Any, block: Mapping[str, Any], where: str) -> Document:
+    """A document from bytes or base64 of this MIME type; one that a data URL names is nearer to the data."""
+    content, named = _decode(data, where)
+    read = document_from_bytes(content, named or kind, _title(title))
+    return _document(read.text, title, block, where, read.metadata)
 
 
 def _document(
@@ -298,14 +300,16 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
-def _decode(data: Any, where: str) -> bytes:
+def _decode(data: Any, where: str) -> tuple[bytes, str]:
+    """Bytes, and the MIME type that a data URL gives them."""
     if isinstance(data, bytes):
-        return data
+        return data, ""
     if not isinstance(data, str):
         raise InvalidRequestError(f"{where}: the base64 data is {_kind(data)}; it takes text.")
+    kind = ""
     if data.startswith("data:"):
-        data = data.partition(",")[2]
+        kind, _, data = data.removeprefix("data:").partition(",")
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode(data, validate=True), kind.removesuffix(";base64")
     except (binascii.Error, ValueError) as error:
         raise InvalidRequestError(f"{where}: the base64 data cannot be decoded ({error}).") from None
