@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -13,6 +12,7 @@ from langchain_core.messages import content as types
 from langchain_core.messages.block_translators import register_translator
 
 from qllm_runtime import toolcalls
+from qllm_runtime.documents import page_span
 from qllm_runtime.types import Answer, Document, Source, TokenLogprob
 
 PROVIDER = "qllm"
@@ -24,7 +24,8 @@ def citations(sources: Iterable[Source], documents: Sequence[Document]) -> list[
     """The passages behind an answer as standard citation annotations, best first.
 
     `extras` holds `document_index`, `start_char_index`, `end_char_index` (into the document's text) and `score`; for
-    documents with pages also `page` (from 1), and `source` where the document's metadata names one.
+    documents with pages also `page` (from 1) and, if the passage runs on to others, `page_end`; and `source` where the
+    document's metadata names one.
     """
     return [
         _citation(source, documents[source.document] if source.document < len(documents) else None)
@@ -41,7 +42,9 @@ def _citation(source: Source, document: Document | None) -> types.Citation:
         "score": source.score,
     }
     if starts := metadata.get("page_starts"):
-        extras["page"] = max(1, bisect_right(starts, source.start))
+        extras["page"], last = page_span(starts, source.start, source.end)
+        if last > extras["page"]:
+            extras["page_end"] = last
     citation = types.Citation(type="citation", cited_text=source.text, extras=extras)
     origin = metadata.get("source")
     if isinstance(origin, str) and origin.startswith(("http://", "https://")):

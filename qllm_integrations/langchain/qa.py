@@ -49,7 +49,8 @@ class DocumentQA(Runnable[Question, dict[str, Any]]):
 
     Input is a question, or a mapping with "query", "input" or "question". `source_documents` hold the passages that
     were looked up, best first, with the metadata of their documents and `start_char_index`, `end_char_index`, `score`
-    and, for PDFs, `page`. Streaming gives the same dictionary piece by piece; the pieces add up.
+    and, for PDFs, `page` and, if they run on to others, `page_end`. Streaming gives the same dictionary piece by piece;
+    the pieces add up.
 
     Args:
         llm: The chat model that read the documents.

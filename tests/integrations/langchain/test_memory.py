@@ -356,14 +356,6 @@ async def test_document_qa_async(tiny: QLLMChat) -> None:
         assert reduce(add, [piece async for piece in qa.astream("Who speaks?")]) == out
 
 
-def test_pages_of_a_pdf_are_cited(tmp_path: Path) -> None:
-    (tmp_path / "whale.pdf").write_bytes(pdf_bytes("Call me Ishmael.", "The whale was white."))
-    llm = QLLMChat.from_engine(FakeEngine())
-    with llm.add_documents(tmp_path / "whale.pdf") as handle:
-        (citation,) = llm.with_memory(handle).invoke("Who?").content_blocks[0]["annotations"]
-        assert citation["extras"]["page"] == 1
-
-
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "whale.md").write_text("Call me Ishmael.")
