@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole
 from llama_index.core.llms.structured_llm import StructuredLLM
@@ -17,14 +16,11 @@ from llama_index.core.settings import Settings
 from qllm_integrations.aio import run_in_thread
 from qllm_integrations.llama_index.calls import reading_progress, report_reading
 from qllm_integrations.llama_index.documents import citable_block, engine_document, passage
-from qllm_integrations.llama_index.handle import MemoryShelf
+from qllm_integrations.llama_index.handle import MemoryShelf, Reading
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_integrations.llama_index.prompts import routed_messages
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Mode, check_mode
-
-if TYPE_CHECKING:
-    from qllm_runtime.document_memory import DocumentMemory
 
 #: The documents and the question, and nothing else.
 DEFAULT_TEMPLATE = PromptTemplate("{context_str}\n\n{query_str}")
@@ -143,14 +139,13 @@ class Asker:
 
     def memory(
         self, nodes: Sequence[BaseNode], system: str | None, cancel: threading.Event | None = None
-    ) -> DocumentMemory | None:
+    ) -> Reading | None:
         """The kept memory of the nodes under this system text, read now if need be; None when each question reads them."""
         if self.mode == "query_aware" or not nodes:
             return None
-        started = time.perf_counter()
         documents = [engine_document(node) for node in nodes]
         progress = reading_progress(len(documents), self.show_progress or self.llm.show_progress)
-        memory, created = self.shelf.get(
+        reading = self.shelf.get(
             self.llm.engine,
             documents,
             system,
@@ -158,17 +153,16 @@ class Asker:
             progress=progress,
             cancel=cancel,
         )
-        if created:
-            report_reading(memory, time.perf_counter() - started)
-        return memory
+        report_reading(reading)
+        return reading
 
-    async def amemory(self, nodes: Sequence[BaseNode], system: str | None) -> DocumentMemory | None:
+    async def amemory(self, nodes: Sequence[BaseNode], system: str | None) -> Reading | None:
         """As `memory`, without blocking the event loop."""
         if self.mode == "query_aware" or not nodes:
             return None
         return await run_in_thread(lambda cancel: self.memory(nodes, system, cancel))
 
-    def arguments(self, query: str, memory: DocumentMemory | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, query: str, memory: Reading | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the call."""
         given: dict[str, Any] = {"query": query, "mode": self.mode}
         if memory is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +17,7 @@ from llama_index.core.instrumentation.span import active_span_id
 from qllm_integrations.bar import reading_bar
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent, ReadingProgressEvent
+from qllm_integrations.llama_index.handle import Reading
 from qllm_integrations.llama_index.messages import Request, split_kept, to_request
 from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response, cut_off
 from qllm_runtime.errors import InvalidRequestError
@@ -79,23 +79,21 @@ def prepare(
         InvalidRequestError: A block, argument, tool or schema that cannot be honoured.
     """
     options.warn_unknown(given, (*options.SAMPLING_FIELDS, *options.REQUEST_FIELDS), "QLLM")
-    options.check_memory(given.get("memory"))
     options.check_schema(given.get("response_schema"))
-    memory, created = given.get("memory"), False
-    request = to_request(messages, given.get("query"), with_memory=memory is not None)
+    reading = options.reading(given.get("memory"))
+    request = to_request(messages, given.get("query"), with_memory=reading is not None)
     sampling = options.sampling(llm.sampling_defaults, given)
     engine = llm.engine
     progress = reading_progress(len(request.documents), bool(given.get("show_progress") or llm.show_progress))
     variables = {**llm.template_kwargs, **(given.get("template_kwargs") or {})}
-    held: tuple[Document, ...] = tuple(memory.documents) if memory is not None else ()
-    if request.keep and memory is None and given.get("mode") != "query_aware":
-        request, system, held = split_kept(request)
-        started = time.perf_counter()
-        memory, created = llm.shelf.get(
-            engine, held, system, template_kwargs=variables, ttl=request.ttl, progress=progress, cancel=cancel
+    if request.keep and reading is None and given.get("mode") != "query_aware":
+        request, system, kept = split_kept(request)
+        reading = llm.shelf.get(
+            engine, kept, system, template_kwargs=variables, ttl=request.ttl, progress=progress, cancel=cancel
         )
-        if created:
-            report_reading(memory, time.perf_counter() - started)
+        report_reading(reading)
+    memory = reading.memory if reading is not None else None
+    held: tuple[Document, ...] = memory.documents if memory is not None else ()
     request = _bounded(engine, request)
     tools, names, processors = _tools(engine, given)
     call_forced = bool(processors)
@@ -124,7 +122,7 @@ def prepare(
         engine,
         turns,
         arguments,
-        ResponseContext(llm.model, (*held, *request.documents), names, created, call_forced),
+        ResponseContext(llm.model, (*held, *request.documents), names, reading, call_forced),
         schema is not None,
     )
 
@@ -160,9 +158,12 @@ def reading_progress(documents: int, show: bool) -> Progress:
     return update
 
 
-def report_reading(memory: Any, seconds: float) -> None:
-    """Emit the event of a finished reading."""
-    dispatcher.event(DocumentsReadEvent(documents=len(memory.documents), tokens=memory.n_tokens, seconds=seconds))
+def report_reading(reading: Reading) -> None:
+    """Emit the event of a finished reading, if anything was read."""
+    memory = reading.memory
+    if reading.tokens:
+        told = {"documents": len(memory.documents), "tokens": memory.n_tokens, "seconds": reading.seconds}
+        dispatcher.event(DocumentsReadEvent(**told))
 
 
 def _report(answer: Answer, span_id: str | None) -> None:

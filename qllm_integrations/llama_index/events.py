@@ -44,8 +44,8 @@ class DocumentsReadEvent(BaseEvent):  # type: ignore[misc]
     """Documents were read into a memory that outlives the request.
 
     Attributes:
-        documents: How many.
-        tokens: Tokens read.
+        documents: How many it holds.
+        tokens: How many it holds, those of a memory that was continued included.
         seconds: How long it took.
     """
 

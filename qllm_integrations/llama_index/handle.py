@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from qllm_runtime.engine import QLLM as Engine  # noqa: N811
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A memory as one request gets it.
+
+    Attributes:
+        memory: Of the documents.
+        tokens: How many of its tokens were read for this request; the others were there.
+        seconds: How long that took.
+    """
+
+    memory: DocumentMemory
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 @dataclass
 class _Kept:
     engine: Engine
@@ -59,8 +74,8 @@ class MemoryShelf:
         ttl: float | None = None,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
-    ) -> tuple[DocumentMemory, bool]:
-        """The memory of these documents, and whether any of them was read just now. One reading at a time.
+    ) -> Reading:
+        """The memory of these documents, read now as far as none of them is kept. One reading at a time.
 
         Raises:
             CancelledError: `cancel` was set, also while waiting for another reading.
@@ -71,10 +86,13 @@ class MemoryShelf:
             if cancel is not None and cancel.is_set():
                 raise CancelledError("Cancelled while waiting for the documents.")
         try:
+            began = time.perf_counter()
             memory = self._longest(engine, wanted, system, variables)
-            done = len(memory.documents) if memory is not None else 0
+            done, known = (len(memory.documents), memory.n_tokens) if memory is not None else (0, 0)
+            if memory is not None and done == len(wanted):
+                self._keep(_Kept(engine, memory, until))
+                return Reading(memory)
             stride = max(1, -(-len(wanted) // self._steps))
-            created = done < len(wanted)
             while done < len(wanted):
                 end = min(len(wanted), (done // stride + 1) * stride)
                 step = _scaled(progress, wanted, end)
@@ -89,9 +107,7 @@ class MemoryShelf:
                 self._keep(_Kept(engine, memory, until))
                 done = end
             assert memory is not None
-            if not created:
-                self._keep(_Kept(engine, memory, until))
-            return memory, created
+            return Reading(memory, memory.n_tokens - known, time.perf_counter() - began)
         finally:
             self._reading.release()
 

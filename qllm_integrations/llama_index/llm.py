@@ -30,7 +30,7 @@ from qllm_integrations.aio import run_in_thread, stream_in_thread
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.calls import Call, prepare, reading_progress, report_reading
 from qllm_integrations.llama_index.documents import engine_documents
-from qllm_integrations.llama_index.handle import EngineHandle, MemoryShelf
+from qllm_integrations.llama_index.handle import EngineHandle, MemoryShelf, Reading
 from qllm_integrations.llama_index.prompts import routed_messages
 from qllm_integrations.llama_index.responses import completion_response
 from qllm_integrations.llama_index.structured import StructuredMixin
@@ -275,7 +275,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         memory = self.engine.read(
             whole, system=system_prompt, template_kwargs=self.template_kwargs, progress=progress, cancel=cancel
         )
-        report_reading(memory, time.perf_counter() - started)
+        report_reading(Reading(memory, memory.n_tokens, time.perf_counter() - started))
         return memory
 
     def count_tokens(self, text: str) -> int:

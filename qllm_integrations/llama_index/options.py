@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_index.core.tools.types import ToolMetadata
 
+from qllm_integrations.llama_index.handle import Reading
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Sampling
 
@@ -82,16 +83,19 @@ def _specified(tool: Any) -> Mapping[str, Any]:
     return dict(tool)
 
 
-def check_memory(memory: Any) -> None:
-    """Refuse what cannot be the memory of a call.
+def reading(memory: Any) -> Reading | None:
+    """The memory of a call; one that an index keeps says what of it was read for the call.
 
     Raises:
         InvalidRequestError: It is no memory of documents.
     """
-    if memory is not None and not hasattr(memory, "documents"):
+    if memory is None or isinstance(memory, Reading):
+        return memory
+    if not hasattr(memory, "documents"):
         raise InvalidRequestError(
             f"memory takes what QLLM.read returns, got {_kind(memory)}; a MemoryConfig goes to QLLM(memory=...)."
         )
+    return Reading(memory)
 
 
 def check_schema(schema: Any) -> None:

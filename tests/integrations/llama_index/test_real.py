@@ -75,6 +75,34 @@ async def test_index_asks_one_memory_many_times(index: WholeDocumentIndex) -> No
     check_offsets(index, first)
 
 
+def told(response: Any) -> tuple[int, int, float]:
+    """Tokens that were there, tokens read into the memory, seconds of reading that the request took."""
+    usage, timings = response.metadata["qllm"]["usage"], response.metadata["qllm"]["timings"]
+    assert timings["total_s"] >= timings["read_s"] > 0
+    n_read = timings["read_s"] * timings["read_tokens_per_s"]
+    assert n_read == pytest.approx(usage["prompt_tokens"] - usage["cache_read_tokens"])
+    return usage["cache_read_tokens"], usage["cache_creation_tokens"], timings["read_s"]
+
+
+async def test_the_question_that_reads_tells_of_it(llm: QLLM) -> None:
+    documents = [Document(text=text, id_=str(n)) for n, text in enumerate(TEXTS)]
+    index = WholeDocumentIndex.from_documents(documents[:2], llm=llm)
+    engine, streaming = index.as_query_engine(reread=False), index.as_query_engine(reread=False, streaming=True)
+    with recording() as recorder, llm.read(TEXTS[:2]) as two, llm.read(TEXTS) as three:
+        recorder.events.clear()
+        first = told(engine.query(QUESTION))
+        (event,) = (event for event in recorder.events if type(event) is DocumentsReadEvent)
+        assert first[:2] == (0, two.n_tokens)
+        assert first[2] > event.seconds
+        assert told(await engine.aquery(QUESTION))[:2] == (two.n_tokens, 0)
+        index.insert(documents[2])
+        assert told(streaming.query(QUESTION))[:2] == (two.n_tokens, three.n_tokens - two.n_tokens)
+        assert told(streaming.query(QUESTION))[:2] == (three.n_tokens, 0)
+        index.close()
+        answer = index.as_chat_engine(reread=False).chat(QUESTION)
+        assert told(answer)[:2] == (0, three.n_tokens)
+
+
 def test_changes_are_read_on_top(index: WholeDocumentIndex) -> None:
     engine = index.as_query_engine()
     engine.query(QUESTION)
@@ -84,12 +112,16 @@ def test_changes_are_read_on_top(index: WholeDocumentIndex) -> None:
     check_offsets(index, response)
     fresh = WholeDocumentIndex(nodes=index.whole_nodes(), llm=index._llm, mode="read_once", system_prompt="Be brief.")
     assert str(fresh.as_query_engine().query(QUESTION)) == str(response)
-    assert cached(response) == cached(fresh.as_query_engine().query(QUESTION))
+    there, new, _ = told(response)
+    assert min(there, new) > 0
+    assert there + new == cached(fresh.as_query_engine().query(QUESTION)) == cached(engine.query(QUESTION))
 
 
 def test_accumulate_reads_each_alone(index: WholeDocumentIndex) -> None:
     response = index.as_query_engine(response_mode="accumulate").query(QUESTION)
-    assert [told["usage"]["cache_read_tokens"] > 0 for told in response.metadata["qllm"]] == [True] * 3
+    assert [told["usage"]["cache_creation_tokens"] > 0 for told in response.metadata["qllm"]] == [False, True, True]
+    again = index.as_query_engine(response_mode="accumulate").query(QUESTION).metadata["qllm"]
+    assert [told["usage"]["cache_read_tokens"] > 0 for told in again] == [True] * 3
 
 
 def test_structured_answers_from_a_memory(index: WholeDocumentIndex) -> None:
@@ -144,6 +176,10 @@ def test_cache_point(llm: QLLM) -> None:
         message = ChatMessage(blocks=[document, point, TextBlock(text=question)])
         usage.append(llm.chat([*systems, message]).raw["usage"])
     assert usage[0]["cache_creation_tokens"] == usage[1]["cache_read_tokens"] > len(TEXTS[0])
+    more = ChatMessage(blocks=[document, document, point, TextBlock(text=QUESTION)])
+    usage.append(llm.chat([*systems, more]).raw["usage"])
+    assert usage[2]["cache_read_tokens"] == usage[1]["cache_read_tokens"]
+    assert len(TEXTS[0]) < usage[2]["cache_creation_tokens"] < usage[2]["prompt_tokens"] - usage[2]["cache_read_tokens"]
     response = llm.chat([*systems, message], mode="query_aware")  # what a call says outweighs the hint
     assert (response.raw["mode"], response.raw["usage"]["cache_read_tokens"]) == ("query_aware", 0)
     with llm.read(TEXTS[0]) as memory, pytest.raises(InvalidRequestError, match="leave mode out"):
