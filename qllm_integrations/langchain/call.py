@@ -13,6 +13,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 
 from qllm_integrations.langchain import outputs
 from qllm_integrations.langchain.messages import Request
+from qllm_integrations.langchain.progress import Reporter
 from qllm_integrations.langchain.structured import response_schema, unreadable
 from qllm_integrations.langchain.tools import forced
 from qllm_runtime import toolcalls
@@ -34,6 +35,7 @@ class Call:
 
     Attributes:
         engine: Who answers.
+        tokenizer: The engine's; counts the question even if the engine was closed meanwhile.
         model: Its name, as reported in the metadata.
         request: What is asked.
         sampling, mode, reread, template_kwargs, progress: Handed to the engine.
@@ -42,12 +44,14 @@ class Call:
         tools: Tools the model is shown, or None.
         needs_call: Whether an answer without a whole call is an error.
         processors: Grammar of the answer, if it has one.
+        reporter: Whom `progress` tells besides; waited for ahead of the answer.
         timeout: Seconds until the request is given up.
         cancel: Set to give the request up.
         attach: Finds or reads the document memory that the call is asked of; reading counts towards `timeout`.
     """
 
     engine: QLLM
+    tokenizer: Any
     model: str
     request: Request
     sampling: Sampling
@@ -60,6 +64,7 @@ class Call:
     tools: Sequence[dict[str, Any]] | None = None
     needs_call: bool = False
     processors: Sequence[LogitsProcessor] = ()
+    reporter: Reporter = field(default_factory=Reporter)
     timeout: float | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     attach: Callable[[Call], None] = lambda _: None
@@ -70,7 +75,7 @@ class Call:
         Raises:
             OutputParserException: A forced tool call was cut off.
         """
-        with self._time_limit():
+        with self._time_limit(), self.reporter.telling(self.cancel):
             self.attach(self)
             answer = self.engine.chat(**self._arguments())
         message = outputs.to_message(answer, self._names(), **self._fields(answer))
@@ -88,11 +93,12 @@ class Call:
         splitter = toolcalls.CallSplitter(names) if (names := self._names()) is not None else None
         n_calls, spoken, called, answer = 0, False, False, None
         unsent: list[TokenLogprob] = []
-        with self._time_limit():
+        with self._time_limit(), self.reporter.telling(self.cancel):
             self.attach(self)
             pieces = self.engine.chat_stream(**self._arguments())
             try:
                 for piece in pieces:
+                    self.reporter.settle()
                     unsent += piece.logprobs
                     answer = piece.answer or answer
                     if piece.reasoning:
@@ -156,8 +162,8 @@ class Call:
 
     def _fields(self, answer: Answer) -> dict[str, Any]:
         documents = self.documents()
-        n_query = self.engine.count_tokens(answer.query) if answer.query else 0
-        metadata = outputs.metadata(answer, self.model, query_tokens=n_query, documents=len(documents))
+        query = self.tokenizer(answer.query, add_special_tokens=False, verbose=False).input_ids
+        metadata = outputs.metadata(answer, self.model, query_tokens=len(query), documents=len(documents))
         if answer.logprobs is not None:
             metadata["logprobs"] = outputs.logprobs(answer.logprobs)
         cited = outputs.citations(answer.sources, documents)

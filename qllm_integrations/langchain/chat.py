@@ -189,12 +189,9 @@ class QLLMChat(ChatRequests):
         **kwargs: Any,
     ) -> ChatResult:
         reporter = current_async_reporter(run_manager)
-        result = await run_in_thread(
+        return await run_in_thread(
             lambda cancel: _result(self._prepare(messages, stop, kwargs, reporter, cancel).answer())
         )
-        if reporter:
-            await reporter.settle()
-        return result
 
     async def _astream(
         self,
@@ -207,8 +204,6 @@ class QLLMChat(ChatRequests):
         stream = stream_in_thread(lambda cancel: self._prepare(messages, stop, kwargs, reporter, cancel).chunks())
         try:
             async for message in stream:
-                if reporter:
-                    await reporter.settle()
                 chunk = ChatGenerationChunk(message=message)
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -243,7 +238,7 @@ class QLLMChat(ChatRequests):
         Raises:
             DocumentError: A document is empty, unreadable or of an unsupported kind.
         """
-        return self._read(documents, system, show_progress, progress, surrounding_reporter())
+        return self._read(documents, system, show_progress, progress, surrounding_reporter(), threading.Event())
 
     async def aadd_documents(
         self,
@@ -255,12 +250,9 @@ class QLLMChat(ChatRequests):
     ) -> DocumentHandle:
         """Like `add_documents`, in a worker thread; cancelling the task stops the reading within one chunk."""
         reporter = async_surrounding_reporter()
-        handle = await run_in_thread(
+        return await run_in_thread(
             lambda cancel: self._read(documents, system, show_progress, progress, reporter, cancel)
         )
-        if reporter:
-            await reporter.settle()
-        return handle
 
     def _read(
         self,
@@ -268,13 +260,16 @@ class QLLMChat(ChatRequests):
         system: str | None,
         show_progress: bool | None,
         progress: Progress | None,
-        reporter: Reporter | None,
-        cancel: threading.Event | None = None,
+        reporter: Reporter,
+        cancel: threading.Event,
     ) -> DocumentHandle:
         shown = self.show_progress if show_progress is None else show_progress
         engine, whole = self._engine(self.model), to_documents(documents)
         told = progress_of(len(whole), reporter=reporter, bar=shown, own=progress)
-        memory = engine.read(whole, system=system, template_kwargs=self.template_kwargs, progress=told, cancel=cancel)
+        with reporter.telling(cancel):
+            memory = engine.read(
+                whole, system=system, template_kwargs=self.template_kwargs, progress=told, cancel=cancel
+            )
         return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
 
     def with_memory(self, handle: DocumentHandle) -> Self:

@@ -103,7 +103,7 @@ class ChatRequests(ChatSettings):
         messages: Sequence[BaseMessage],
         stop: list[str] | None,
         options: Mapping[str, Any],
-        reporter: Reporter | None = None,
+        reporter: Reporter,
         cancel: threading.Event | None = None,
     ) -> Call:
         """Everything of a request but the answer. Blocks while a model loads."""
@@ -131,6 +131,7 @@ class ChatRequests(ChatSettings):
         engine = self._engine(model)
         call = Call(
             engine=engine,
+            tokenizer=engine.tokenizer,
             model=model,
             request=guided(request, engine),
             sampling=self._sampling(stop, options),
@@ -140,6 +141,7 @@ class ChatRequests(ChatSettings):
             progress=progress_of(
                 len(request.documents), reporter=reporter, bar=options.get("show_progress", self.show_progress)
             ),
+            reporter=reporter,
             timeout=options.get("timeout", self.timeout),
             cancel=cancel or threading.Event(),
             attach=partial(self._attach_memory, mode=options.get("mode")),
