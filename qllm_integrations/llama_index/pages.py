@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
+from qllm_runtime.documents import page_span
 from qllm_runtime.errors import DocumentError, InvalidRequestError
 
 #: Metadata of a rejoined document: [label, start offset, id] of each of its pages; older indexes have no ids.
@@ -119,10 +119,9 @@ def page_label(pages: Sequence[Sequence[Any]] | None, start: int, end: int) -> s
     """Label of the page a passage stands on, "3-4" when it runs over a page break."""
     if not pages:
         return None
-    starts = [int(page[1]) for page in pages]
-    first = max(0, bisect.bisect_right(starts, start) - 1)
-    last = max(first, bisect.bisect_left(starts, end) - 1)
-    return str(pages[first][0]) if first == last else f"{pages[first][0]}-{pages[last][0]}"
+    first, last = page_span([int(page[1]) for page in pages], start, end)
+    label = str(pages[first - 1][0])
+    return label if first == last else f"{label}-{pages[last - 1][0]}"
 
 
 def _page(part: Document, label: str) -> Page:
