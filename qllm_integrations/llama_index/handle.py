@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,18 @@ from qllm_runtime.types import Document, Progress
 if TYPE_CHECKING:
     from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM as Engine  # noqa: N811
+
+
+_locking: WeakSet[MemoryShelf | EngineHandle] = WeakSet()
+
+
+def _after_fork() -> None:
+    """Threads that hold locks do not live on in a forked process."""
+    for holder in list(_locking):
+        holder.renew_locks()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class _Kept:
 class MemoryShelf:
     """Document memories by what was read, so that the same text is read once.
 
-    A memory that holds the first of the documents asked for is continued: only the others are read.
+    A memory that holds the first of the documents asked for is continued: only the others are read. A pickle carries no
+    memories.
 
     Args:
         limit: How many are kept; the one unused for longest goes first. None keeps all.
@@ -61,6 +75,11 @@ class MemoryShelf:
         self._families = families
         self._steps = steps
         self._kept: list[_Kept] = []  # last used last
+        self.renew_locks()
+        _locking.add(self)
+
+    def renew_locks(self) -> None:
+        """Nobody holds them."""
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # apart from the other: changing an index must not wait for a reading
 
@@ -82,7 +101,8 @@ class MemoryShelf:
         """
         wanted, variables = tuple(documents), dict(template_kwargs or {})
         until = None if ttl is None else time.monotonic() + ttl
-        while not self._reading.acquire(timeout=0.05):
+        turn = self._reading  # `progress` may fork, which renews it
+        while not turn.acquire(timeout=0.05):
             if cancel is not None and cancel.is_set():
                 raise CancelledError("Cancelled while waiting for the documents.")
         try:
@@ -109,7 +129,7 @@ class MemoryShelf:
             assert memory is not None
             return Reading(memory, memory.n_tokens - known, time.perf_counter() - began)
         finally:
-            self._reading.release()
+            turn.release()
 
     def retain(self, keep: Callable[[Document], bool]) -> None:
         """Drop the memories that hold a document `keep` refuses."""
@@ -125,6 +145,9 @@ class MemoryShelf:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __reduce__(self) -> tuple[type[MemoryShelf], tuple[int | None, int, int | None]]:
+        return MemoryShelf, (self._limit, self._steps, self._families)
 
     def _keep(self, new: _Kept) -> None:
         """Put a memory last, and let those unused for longest go where there are too many."""
@@ -184,8 +207,13 @@ class EngineHandle:
         self._borrowed = engine is not None
         self._closed = False
         self._sharing: WeakSet[EngineHandle] = WeakSet((self,))  # open handles of this engine
-        self._lock = threading.Lock()
+        self.renew_locks()
         self.shelf = MemoryShelf(shelf_limit)
+        _locking.add(self)
+
+    def renew_locks(self) -> None:
+        """Nobody holds it."""
+        self._lock = threading.Lock()
 
     def loaded(self, settings: Mapping[str, Any]) -> Engine | None:
         """The engine if it is there already, with these settings."""

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,12 @@ from tests.integrations.llama_index.tiny_model import save_tiny
 
 TEXT = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke. "
 QUESTION = "What is the secret number?"
+
+
+def forking(test: Any) -> Any:
+    """Marks a test that forks this process while it has threads."""
+    test = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")(test)
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")(test)
 
 
 class Facts(BaseMemoryBlock[str]):
@@ -93,6 +105,70 @@ def test_a_template_reads_under_its_system_message(index: WholeDocumentIndex, en
     assert engine.readings[-1].system == "Read closely."
 
 
+def test_another_engine_reads_for_itself(index: WholeDocumentIndex, engine: FakeEngine) -> None:
+    other = FakeEngine("It is 4712.")
+    for _ in range(2):
+        assert str(index.as_query_engine().query(QUESTION)) == "It is 4711."
+        assert str(index.as_query_engine(llm=QLLM.from_engine(other)).query(QUESTION)) == "It is 4712."
+    assert (len(engine.readings), len(other.readings)) == (1, 1)
+
+
+def test_what_was_closed_is_read_again(index: WholeDocumentIndex, engine: FakeEngine) -> None:
+    for _ in range(2):
+        index.as_query_engine().query(QUESTION)
+    assert len(engine.readings) == 1
+    engine.readings[0].close()
+    index.as_query_engine().query(QUESTION)
+    assert engine.requests[-1]["memory"] is engine.readings[1]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+def test_an_index_is_copied_without_its_memories(
+    index: WholeDocumentIndex, llm: QLLM, engine: FakeEngine, again: Callable[[Any], WholeDocumentIndex]
+) -> None:
+    index.as_query_engine().query(QUESTION)
+    copied = again(index)
+    assert [node.get_content() for node in copied.whole_nodes()] == [TEXT]
+    assert (len(index._shelf), len(copied._shelf)) == (1, 0)
+    for day in range(6):
+        assert copied.as_query_engine(llm=llm, system_prompt=f"Day {day}.").query(QUESTION).source_nodes
+    assert len(copied._shelf) == 4
+    assert len(engine.readings) == 7
+
+
+def in_a_fork(call: Callable[[], Any]) -> int:
+    """0 when `call` returns something true in a forked process within ten seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if call() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@forking
+def test_a_fork_does_not_wait_for_a_reading_in_the_other_process(
+    index: WholeDocumentIndex, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.as_query_engine().query(QUESTION)
+    reads, go_on, read = threading.Event(), threading.Event(), engine.read
+
+    def slow(*documents: Any, **arguments: Any) -> Any:
+        reads.set()
+        go_on.wait()
+        return read(*documents, **arguments)
+
+    monkeypatch.setattr(engine, "read", slow)
+    query = index.as_query_engine(system_prompt="Be brief.").query
+    reader = threading.Thread(target=query, args=(QUESTION,), daemon=True)
+    reader.start()
+    reads.wait()
+    with index._shelf._lock:
+        assert in_a_fork(lambda: str(index.as_query_engine().query(QUESTION)) == "It is 4711.") == 0
+    go_on.set()
+    reader.join()
+    assert len(engine.readings) == 2
+
+
 def test_with_the_real_engine(tmp_path: Path) -> None:
     layout = MemoryConfig(n_local=128, exec_block_size=32, block_size=16, n_init=8, topk=4)
     with QLLM(model=save_tiny(tmp_path), max_tokens=3, memory=layout) as llm:
@@ -105,6 +181,26 @@ def test_with_the_real_engine(tmp_path: Path) -> None:
 
 
 # settings of the engine
+
+
+@forking
+def test_a_fork_does_not_wait_for_a_model_that_loads_in_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on, parent = threading.Event(), threading.Event(), os.getpid()
+
+    def load(**settings: Any) -> FakeEngine:
+        if os.getpid() == parent:
+            loading.set()
+            go_on.wait()
+        return FakeEngine("Hello.")
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    llm = QLLM()
+    loader = threading.Thread(target=llm.complete, args=("Hi",), daemon=True)
+    loader.start()
+    loading.wait()
+    assert in_a_fork(lambda: llm.complete("Hi").text == "Hello.") == 0
+    go_on.set()
+    loader.join()
 
 
 @pytest.fixture
