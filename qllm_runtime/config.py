@@ -38,7 +38,6 @@ _PUBLISHED_ENGINE_KEYS = frozenset(
         "pin_memory",
         "faiss",
         "fattn",
-        "base",
         "path",
         "tokenizer_path",
         "conv_type",
@@ -46,7 +45,7 @@ _PUBLISHED_ENGINE_KEYS = frozenset(
         "attn_type",
     )
 )
-# keys that change results and the only values that are served; the rotary base is read from the model
+# keys that change results and the only values that are served
 _PUBLISHED_FIXED: dict[str, tuple[Any, ...]] = {
     "distance_scale": (None, 1, 1.0),
     "perhead": (None, False),
@@ -124,6 +123,13 @@ class MemoryConfig(BaseModel):
         description="How the host keeps blocks with device_blocks: 'auto' as the model computes them, 'fp8' as float8_e4m3fn "
         "with a scale per block and head, which halves host memory and transfers and costs accuracy (benchmarks/LOG.md).",
     )
+    rope_theta: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Rotary base theta that the settings are meant for ('base' of published files, whose code puts it in "
+        "place of the model's); a model of another one is refused. None: any.",
+    )
     faithful: bool = Field(
         default=False, description="Reproduce the published research code number for number, quirks included."
     )
@@ -132,7 +138,10 @@ class MemoryConfig(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'MemoryConfig'}: {e['msg']}" for e in error.errors()]
+            lines = [
+                f"{'.'.join(map(str, e['loc'])) or 'MemoryConfig'}: {e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            ]
             raise InvalidConfigError("Invalid memory configuration: " + "; ".join(lines)) from None
 
     @model_validator(mode="after")
@@ -254,7 +263,7 @@ class MemoryConfig(BaseModel):
             published = True
         if published:
             values["summary"] = "published"
-        names = {"question_weight": "query_weight", "exc_block_size": "exec_block_size"}
+        names = {"question_weight": "query_weight", "exc_block_size": "exec_block_size", "base": "rope_theta"}
         outer = {k: raw[k] for k in ("chunk_size",) if k in raw}
         for key, value in {**section, **outer}.items():
             name = names.get(key, key)

@@ -81,7 +81,8 @@ class QLLM:
         self._loaded: LoadedModel | None = loaded
         self.name = loaded.name
         config = loaded.inference.model.config.get_text_config()
-        self._trained_length = int(getattr(config, "max_position_embeddings", None) or 4096)
+        trained = getattr(config, "max_position_embeddings", None)
+        self._trained_length = int(trained) if trained and trained > 0 else 4096
         self.memory = memory or MemoryConfig.for_model(int(min(self._trained_length, short_length(config))))
 
     @property

@@ -15,11 +15,12 @@ from qllm_kernels.dispatch import on_device
 from qllm_runtime import captured
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.errors import CancelledError, ClosedError, InvalidRequestError, OutOfMemoryError
+from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError, InvalidRequestError, OutOfMemoryError
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
+from qllm_runtime.rotary import thetas
 from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
 from qllm_runtime.types import Cancelled, never
 from qllm_runtime.waiting import Line
@@ -164,16 +165,28 @@ class Inference:
         )
 
     def cache(self, config: MemoryConfig, *, rows: int = 1, reserve: int = 0) -> MemoryCache:
-        """Empty memories for `rows` sequences of about `reserve` tokens."""
+        """Empty memories for `rows` sequences of about `reserve` tokens.
+
+        Raises:
+            InvalidConfigError: The configuration is meant for another rotary base.
+        """
         facts = self.facts
+        known = thetas(self.model.config.get_text_config())
+        if config.rope_theta is not None and known and config.rope_theta not in known:
+            raise InvalidConfigError(
+                f"The memory configuration is meant for a rotary base (rope_theta, 'base') of {config.rope_theta:g}, the model "
+                f"has {', '.join(f'{theta:g}' for theta in sorted(known))}; leave it out, or load the model with it."
+            )
 
         def make(layer: int, row: int) -> LayerMemory:
             info = facts.layers[layer]
             held = config.n_init + config.n_local + config.block_size + config.exec_block_size
-            frame = info.sliding_window + 1 if info.sliding_window else (reserve if config.policy == "full" else held)
+            # the published code puts its own attention in place of every layer's, whatever window that had
+            sliding = None if config.faithful else info.sliding_window
+            frame = sliding + 1 if sliding else (reserve if config.policy == "full" else held)
             rotation = facts.rotation(layer, next(info.module.parameters()).device, frame)
-            if info.sliding_window is not None:
-                return DenseMemory(rotation, info.sliding_window)
+            if sliding is not None:
+                return DenseMemory(rotation, sliding)
             if config.policy == "full":
                 return DenseMemory(rotation, reserve=reserve)
             if config.faithful:

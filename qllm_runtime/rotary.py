@@ -18,12 +18,22 @@ _LENGTH_DEPENDENT = ("longrope", "dynamic")
 
 def short_length(config: Any) -> float:
     """Length up to which a model of this configuration keeps the rotary frequencies of short texts; mostly unlimited."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
     limits = [
-        kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") in _LENGTH_DEPENDENT
+        kind.get("original_max_position_embeddings")
+        for kind in _kinds(config)
+        if kind.get("rope_type") in _LENGTH_DEPENDENT
     ]
     return min((limit for limit in limits if limit), default=float("inf"))
+
+
+def thetas(config: Any) -> set[float]:
+    """Bases of the rotary frequencies of a model of this configuration, one per kind of layer."""
+    return {float(kind["rope_theta"]) for kind in _kinds(config) if kind.get("rope_theta")}
+
+
+def _kinds(config: Any) -> list[dict[str, Any]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
 
 
 @contextmanager

@@ -238,7 +238,8 @@ def _rotary_module(model: PreTrainedModel) -> torch.nn.Module:
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(rotary, torch.nn.Module):
         raise UnsupportedModelError(
-            f"{name} has no rotary position embedding on its decoder; its positions cannot be re-assigned."
+            f"{name} has no rotary position embedding that its layers share (`rotary_emb` of the decoder); other kinds of "
+            "positions, and rotations that each layer computes for itself, cannot be re-assigned."
         )
     return rotary
 
@@ -367,7 +368,8 @@ def probe(model: PreTrainedModel) -> ModelFacts:
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"{name} does not run with a replaced attention: {type(error).__name__}: {error}"
+            f"{name} does not run with a replaced attention ({type(error).__name__}): its layers work on the cached keys "
+            "themselves or keep other states (latent or linear attention, convolutions, recurrence)."
         ) from error
     finally:
         handle.remove()

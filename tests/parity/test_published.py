@@ -64,8 +64,10 @@ class Run:
             assert actual is None or actual.numel() == 0, f"{name} exists, the published code has none"
             return
         assert actual is not None, f"{name} is missing"
+        # scores are sums of products that nothing normalises; in float32 those of a thousand are known to a hundredth
+        rtol = 1e-5 if name == "block_scores" else 0
         torch.testing.assert_close(
-            actual.reshape(expected.shape), expected, atol=TOLERANCE, rtol=0, msg=lambda m: f"{name}: {m}"
+            actual.reshape(expected.shape), expected, atol=TOLERANCE, rtol=rtol, msg=lambda m: f"{name}: {m}"
         )
 
 

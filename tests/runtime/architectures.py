@@ -94,6 +94,7 @@ REFUSED: dict[str, tuple[str, dict[str, object]]] = {
     "bloom": ("bloom", {}),
     "mamba": ("mamba", {}),
     "t5": ("t5", {}),
+    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": False}),
 }
 
 

@@ -279,6 +279,25 @@ def test_what_a_request_finds_it_leaves() -> None:
     assert torch.equal(stock(model, ids), before)
 
 
+def test_faithful_layers_have_no_window_of_their_own() -> None:
+    config = NARROW.replace(faithful=True)
+    plain, windowed = (build("mistral", {"sliding_window": width}) for width in (None, 40))
+    windowed.load_state_dict(plain.state_dict())
+    ids = text(plain, 150)
+    answers = [QLLM(model, memory=config).generate(ids, (4, 12), max_tokens=6) for model in (plain, windowed)]
+    assert answers[0] == answers[1]
+    assert answers[0] != QLLM(windowed, memory=NARROW).generate(ids, (4, 12), max_tokens=6)
+
+
+def test_a_configuration_for_another_rotary_base_is_refused() -> None:
+    model = build(*SUPPORTED["llama"])
+    ids = text(model, 40)
+    own = model.config.rope_parameters["rope_theta"]
+    assert QLLM(model, memory=NARROW.replace(rope_theta=own)).generate(ids, max_tokens=1)
+    with pytest.raises(InvalidConfigError, match=r"rotary base .* of 300, the model has"):
+        QLLM(model, memory=NARROW.replace(rope_theta=300)).generate(ids, max_tokens=1)
+
+
 def test_a_request_within_a_request_is_refused() -> None:
     model = build(*SUPPORTED["llama"])
     llm, ids = QLLM(model, memory=NARROW), text(model, 40)
@@ -361,6 +380,7 @@ REASONS = {
     "mamba": "no rotary position embedding",
     "hunyuan": "gives other logits",
     "t5": "encoder-decoder",
+    "falcon": "its layers work on the cached keys",
 }
 
 

@@ -147,6 +147,7 @@ def test_published_files(tmp_path: Path, kind: str, policy: str, faithful: bool)
         repr_topk=4,
         exec_block_size=256,
         query_weight=4,
+        rope_theta=1_000_000,
         summary="published",
         chunk_size=8192,
         faithful=faithful,
