@@ -70,7 +70,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer a message."""
         if chat_history is not None:
-            self._history.set(chat_history)
+            self._history.set(list(chat_history))
         asked, nodes = ChatMessage(message), list(self._nodes())
         messages, system = self._messages([*self._history.get(input=message), asked], nodes)
         document_memory = self._asker.memory(nodes, system)
@@ -83,7 +83,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer a message without blocking the event loop."""
         if chat_history is not None:
-            await self._history.aset(chat_history)
+            await self._history.aset(list(chat_history))
         asked, nodes = ChatMessage(message), await run_in_thread(lambda cancel: list(self._nodes()))
         messages, system = self._messages([*await self._history.aget(input=message), asked], nodes)
         document_memory = await self._asker.amemory(nodes, system)
@@ -98,7 +98,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """Answer a message piece by piece; `source_nodes` fill when the answer is complete."""
         if chat_history is not None:
-            self._history.set(chat_history)
+            self._history.set(list(chat_history))
         asked, nodes, sources = ChatMessage(message), list(self._nodes()), Sources()
         messages, system = self._messages([*self._history.get(input=message), asked], nodes)
         document_memory = self._asker.memory(nodes, system)
@@ -122,7 +122,7 @@ class WholeDocumentChatEngine(BaseChatEngine):
     ) -> StreamingAgentChatResponse:
         """Answer a message piece by piece without blocking the event loop."""
         if chat_history is not None:
-            await self._history.aset(chat_history)
+            await self._history.aset(list(chat_history))
         asked, sources = ChatMessage(message), Sources()
         nodes = await run_in_thread(lambda cancel: list(self._nodes()))
         messages, system = self._messages([*await self._history.aget(input=message), asked], nodes)

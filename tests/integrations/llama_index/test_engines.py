@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from llama_index.core import Document, SummaryIndex
 from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core.base.llms.types import CitableBlock, TextBlock
 from llama_index.core.base.response.schema import AsyncStreamingResponse, PydanticResponse, Response, StreamingResponse
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, CondenseQuestionChatEngine, SimpleChatEngine
 from llama_index.core.instrumentation.events.query import QueryEndEvent, QueryStartEvent
@@ -204,6 +205,10 @@ async def test_errors_keep_their_type(index: WholeDocumentIndex, engine: FakeEng
     chat = index.as_chat_engine()
     with pytest.raises(MemoryError):
         list(chat.stream_chat(QUESTION).response_gen)
+    with pytest.raises(MemoryError):
+        chat.chat(QUESTION)
+    with pytest.raises(MemoryError):
+        await chat.achat(QUESTION)
     assert chat.chat_history == []
 
 
@@ -253,8 +258,19 @@ async def test_chat_engine(index: WholeDocumentIndex, engine: FakeEngine) -> Non
     assert [message.content for message in chat.chat_history][-1] == "It is 4711."
     chat.reset()
     assert chat.chat_history == []
-    chat.chat("Hi", chat_history=[ChatMessage("A"), ChatMessage("B", role="assistant")])
-    assert len(chat.chat_history) == 4
+    history = [ChatMessage("A"), ChatMessage("B", role="assistant")]
+    chat.chat("Hi", chat_history=history)
+    assert [message.content for message in chat.chat_history] == ["A", "B", "Hi", "It is 4711."]
+    await chat.achat("Ho", chat_history=history)
+    assert [message.content for message in chat.chat_history] == ["A", "B", "Ho", "It is 4711."]
+
+
+def test_documents_of_the_history_are_no_sources_of_the_index(index: WholeDocumentIndex, engine: FakeEngine) -> None:
+    letter = CitableBlock(title="letter", source="", content="My secret number is 4712.")
+    history = [ChatMessage(blocks=[letter, TextBlock(text="Thank you.")]), ChatMessage("Yes.", role="assistant")]
+    answer = index.as_chat_engine(chat_history=history).chat(QUESTION)
+    assert [document.text for document in engine.requests[-1]["turns"][0].documents] == ["My secret number is 4712."]
+    assert {found.node.ref_doc_id for found in answer.source_nodes} == {"book", "other"}
 
 
 async def test_streaming_chat(index: WholeDocumentIndex, engine: FakeEngine) -> None:
