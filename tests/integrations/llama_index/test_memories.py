@@ -21,6 +21,7 @@ from qllm_integrations.llama_index import QLLM, WholeDocumentIndex
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM as Engine
 from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.types import Document as EngineDocument
 from tests.integrations.llama_index.fake_engine import FakeEngine
 from tests.integrations.llama_index.tiny_model import save_tiny
 
@@ -230,6 +231,10 @@ def test_a_changed_model_is_loaded(loads: list[dict[str, Any]]) -> None:
     assert [made["model"] for made in loads] == ["one", "two", "three"]
     assert loads[0]["token"] == "secret"
     assert not old.closed  # a request may still use it
+    llm.shelf.get(llm.engine, [EngineDocument(TEXT)], None)
+    llm.model = "four"
+    assert llm.engine.name == "four"
+    assert len(llm.shelf) == 0
     third.close()
     assert not llm.engine.closed
 

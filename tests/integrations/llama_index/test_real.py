@@ -264,6 +264,17 @@ async def test_reading_is_reported(llm: QLLM) -> None:
         assert steps(recorder) == []
 
 
+def test_reading_ahead_of_a_cache_point_is_reported_once(llm: QLLM) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    document = CitableBlock(title="once", source="s", content=TEXTS[1])
+    message = ChatMessage(blocks=[document, point, TextBlock(text=QUESTION)])
+    with recording() as recorder:
+        n = llm.chat([message]).raw["usage"]["cache_creation_tokens"]
+        assert [step for step in steps(recorder) if step[1] == step[2]] == [(1, n, n)]
+        llm.chat([message])
+        assert steps(recorder) == []
+
+
 def test_reading_an_index_is_reported_as_one(llm: QLLM) -> None:
     with recording() as recorder, llm.read(TEXTS) as memory:
         assert [event.tokens for event in recorder.events if type(event) is DocumentsReadEvent] == [memory.n_tokens]

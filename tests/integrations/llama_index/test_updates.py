@@ -128,6 +128,32 @@ def test_older_indexes_without_part_ids(llm: QLLM) -> None:
     assert texts(index) == ["one\n\ntwo"]
 
 
+def test_only_what_all_pages_say_is_said_of_the_file(llm: QLLM) -> None:
+    parts = [page(1, "one", author="A", year=1), page(2, "two", author="B", year=1)]
+    index = WholeDocumentIndex.from_documents(parts, llm=llm)
+    assert index.whole_nodes()[0].metadata.keys() == {"file_path", "file_name", "year", "page_offsets"}
+    index.update_ref_doc(page(2, "TWO", year=2))
+    assert index.whole_nodes()[0].metadata.keys() == {"file_path", "file_name", "page_offsets"}
+
+
+def test_an_id_tells_more_than_a_path(llm: QLLM) -> None:
+    parts = [Document(text=name, id_=name, metadata={"file_path": f"/d/{name}"}) for name in ("a", "b")]
+    index = WholeDocumentIndex.from_documents(parts, llm=llm)
+    assert index.refresh_ref_docs([Document(text="moved", id_="b", metadata={"file_path": "/d/a"})]) == [True]
+    assert texts(index) == ["a", "moved"]
+
+
+def test_a_file_that_was_read_is_not_changed(llm: QLLM) -> None:
+    index = WholeDocumentIndex.from_documents([page(1, "one", last_accessed_date="2025-01-01")], llm=llm)
+    assert index.refresh_ref_docs([page(1, "one", last_accessed_date="2025-01-02")]) == [False]
+    assert index.refresh_ref_docs([page(1, "one", last_modified_date="2025-01-02")]) == [True]
+
+
+def test_what_is_updated_but_unknown_goes_last(index: WholeDocumentIndex) -> None:
+    index.update_ref_doc(Document(text="new", id_="n"))
+    assert texts(index) == ["one\n\ntwo\n\nthree", "other", "new"]
+
+
 def test_callers_keep_their_ids(llm: QLLM) -> None:
     index = WholeDocumentIndex.from_documents([Document(text="x", id_="a", metadata={"file_path": "/d/f"})], llm=llm)
     given = Document(text="y", id_="b", metadata={"file_path": "/d/f"})
@@ -145,6 +171,13 @@ def test_load_index_from_storage(index: WholeDocumentIndex, llm: QLLM, tmp_path:
     assert type(loaded) is WholeDocumentIndex
     assert texts(loaded) == texts(index)
     assert str(loaded.as_query_engine().query(QUESTION)) == "It is 4711."
+
+
+def test_the_order_is_stored(llm: QLLM, tmp_path: Path) -> None:
+    index = WholeDocumentIndex.from_documents([Document(text=name, id_=name) for name in "abc"], llm=llm)
+    index.update_ref_doc(Document(text="B", id_="b"))
+    index.storage_context.persist(tmp_path)
+    assert texts(WholeDocumentIndex.load(tmp_path, llm=llm)) == texts(index) == ["a", "B", "c"]
 
 
 def test_stores_of_older_versions_load(index: WholeDocumentIndex, llm: QLLM, tmp_path: Path) -> None:
