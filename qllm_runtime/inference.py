@@ -49,6 +49,7 @@ class Inference:
 
     Attributes:
         captures: Steps of single sequences are recorded and run again where that is possible.
+        torn: This process was forked in the middle of a request; the model answers no more.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -57,7 +58,7 @@ class Inference:
         self._line = Line()
         self._holder: int | None = None  # thread whose turn it is
         self._at_work = False  # inside of `request`
-        self._torn = False  # this process was forked in the middle of a request
+        self.torn = False
         self._steps: weakref.WeakKeyDictionary[MemoryCache, CapturedSteps] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -93,7 +94,7 @@ class Inference:
             ClosedError: This process was forked while the model was at work in the other one.
             InvalidRequestError: A callback of a request makes another one, which would wait for itself.
         """
-        if self._torn:
+        if self.torn:
             raise ClosedError(
                 "This process was forked while the model was answering, so its copy of the model is half-way through that "
                 "request; load models after the fork."
@@ -146,7 +147,7 @@ class Inference:
 
     def forked(self) -> None:
         """This process is a copy of one in which requests were waiting or under way."""
-        self._torn = self._torn or self._holder is not None
+        self.torn = self.torn or self._holder is not None
         self._line, self._holder, self._at_work = Line(), None, False
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:

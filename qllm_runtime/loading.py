@@ -48,6 +48,18 @@ _shared: weakref.WeakValueDictionary[tuple[Any, ...], LoadedModel] = weakref.Wea
 _loading = threading.Lock()
 
 
+def _after_fork() -> None:
+    """Let the new process load what it cannot use its copy of."""
+    global _loading
+    _loading = threading.Lock()
+    for key, loaded in list(_shared.items()):
+        if loaded.inference.torn:
+            del _shared[key]
+
+
+os.register_at_fork(after_in_child=_after_fork)  # behind that of `Inference`, which finds out
+
+
 def locate(model: str | os.PathLike[str]) -> str:
     """Path or hub id behind a model name."""
     if str(model) in BUILTIN_MODELS:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from qllm_runtime.errors import CancelledError, ClosedError
 from qllm_runtime.types import Document
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
 
 #: Memories kept for documents marked with `cache_control`, per chat model.
 MAX_KEPT = 4
+_states: WeakSet[State] = WeakSet()
+
+
+def _after_fork() -> None:
+    for state in list(_states):
+        state.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class State:
@@ -34,6 +45,12 @@ class State:
         self._reading: dict[str, threading.Event] = {}
         self.closed = False
         self.token: str | None = None
+        _states.add(self)
+
+    def forked(self) -> None:
+        """Threads that held the lock or were reading do not live on in this process."""
+        self._lock = threading.RLock()
+        self._reading.clear()
 
     def adopt(self, engine: QLLM, key: Callable[[], str]) -> None:
         """Use an engine that the caller owns (and closes); `token` tells it apart from every other, also in `key`."""
@@ -110,7 +127,7 @@ class State:
             return memory, True
         finally:
             with self._lock:
-                del self._reading[key]
+                self._reading.pop(key, None)  # gone already in a process forked meanwhile
             done.set()
 
     def close(self) -> None:
