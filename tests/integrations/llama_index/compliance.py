@@ -97,8 +97,10 @@ def recording() -> Iterator[Recorder]:
     """Collect the events of a block."""
     dispatcher, handler = get_dispatcher(), Recorder()
     dispatcher.add_event_handler(handler)
-    yield handler
-    dispatcher.event_handlers.remove(handler)
+    try:
+        yield handler
+    finally:
+        dispatcher.event_handlers.remove(handler)
 
 
 async def stays_free(call: Callable[[], Awaitable[Any]], limit: float, attempts: int = 4) -> bool:
@@ -299,7 +301,7 @@ class LLMCompliance:
         talked = [ChatMessage("Hi"), ChatMessage("Hello.", role="assistant"), ChatMessage("Go on")]
         for messages in (doubled, tooled, talked):
             before = copy.deepcopy(messages)
-            assert llm.chat(messages, **self.short).message.content is not None
+            assert llm.chat(messages, **self.short).message.content
             assert messages == before
 
     # templates
