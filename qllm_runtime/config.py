@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qllm_runtime.errors import InvalidConfigError
 
@@ -143,6 +151,14 @@ class MemoryConfig(BaseModel):
                 for e in error.errors()
             ]
             raise InvalidConfigError("Invalid memory configuration: " + "; ".join(lines)) from None
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All settings; the rotary base only where one is demanded, which leaves what it applies to as it is."""
+        settings: dict[str, Any] = handler(self)
+        if self.rope_theta is None:
+            settings.pop("rope_theta", None)
+        return settings
 
     @model_validator(mode="after")
     def _fill(self) -> MemoryConfig:
