@@ -223,7 +223,7 @@ def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> N
     trained = getattr(inference.model.config.get_text_config(), "max_position_embeddings", None)
     if config.policy == "full" and trained and len(prompt.ids) > trained:
         warnings.warn(
-            f"policy 'full' reads {len(prompt.ids)} tokens with a model trained for {trained}; expect poor answers. The "
+            f"policy 'full' reads more than the {trained} tokens that the model was trained for; expect poor answers. The "
             "policies 'qllm' and 'infllm' stay within the trained window.",
             stacklevel=2,
         )
