@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
 from qllm_runtime.rotary import thetas
 from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
 from qllm_runtime.types import Cancelled, never
-from qllm_runtime.waiting import Line
+from qllm_runtime.waiting import Line, after_fork
 
 # by the model's id, which is its own as long as its entry lives: the entry's value holds the model
 _serving: weakref.WeakValueDictionary[int, Inference] = weakref.WeakValueDictionary()
@@ -38,7 +37,7 @@ def _after_fork() -> None:
         inference.forked()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 class Inference:

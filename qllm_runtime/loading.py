@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from qllm_runtime.inference import Inference
 from qllm_runtime.seam import is_out_of_memory
+from qllm_runtime.waiting import after_fork
 
 _BUILTIN = Path(__file__).parent / "models"
 BUILTIN_MODELS = ("reader", "reader-plain")
@@ -57,7 +58,7 @@ def _after_fork() -> None:
             del _shared[key]
 
 
-os.register_at_fork(after_in_child=_after_fork)  # behind that of `Inference`, which finds out
+after_fork(_after_fork)  # behind that of `Inference`, which finds out
 
 
 def locate(model: str | os.PathLike[str]) -> str:

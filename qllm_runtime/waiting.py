@@ -1,14 +1,22 @@
-"""Requests to one model wait in line for it."""
+"""Requests to one model wait in line for it; what waits in one process does not live on in a fork of it."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from qllm_runtime.errors import CancelledError
 from qllm_runtime.types import Cancelled
 
 _POLL_S = 0.05  # how long a cancelled request may go on waiting
+
+
+def after_fork(act: Callable[[], None]) -> None:
+    """Have `act` called in every forked process, in the order of these calls; there are none on Windows."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=act)
 
 
 class Line:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import uuid
 from collections import OrderedDict
@@ -13,6 +12,7 @@ from weakref import WeakSet
 
 from qllm_runtime.errors import CancelledError, ClosedError
 from qllm_runtime.types import Document
+from qllm_runtime.waiting import after_fork
 
 if TYPE_CHECKING:
     from qllm_integrations.langchain.memory import DocumentHandle
@@ -29,7 +29,7 @@ def _after_fork() -> None:
         state.forked()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 class State:

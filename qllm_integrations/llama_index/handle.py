@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from weakref import WeakSet
 
 from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError
 from qllm_runtime.types import Document, Progress
+from qllm_runtime.waiting import after_fork
 
 if TYPE_CHECKING:
     from qllm_runtime.document_memory import DocumentMemory
@@ -27,7 +27,7 @@ def _after_fork() -> None:
         holder.renew_locks()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 @dataclass(frozen=True)
