@@ -19,8 +19,8 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 app = typer.Typer(
     name="qllm",
-    help="Ask questions of whole documents. A document is a .txt, .md, .html or .pdf file, or any other file of text; a "
-    "folder stands for all files in it, - for standard input.",
+    help="Ask questions of whole documents. A document is a .txt, .md, .html, .pdf, .docx or .epub file, or any "
+    "other file of text; a folder stands for all files in it, - for standard input.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

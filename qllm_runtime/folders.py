@@ -28,7 +28,7 @@ def load_path(path: str | Path) -> list[Document]:
 
 
 def load_folder(path: str | Path) -> list[Document]:
-    """Read every text, HTML and PDF file below a folder.
+    """Read every text, HTML, PDF, Word and EPUB file below a folder.
 
     In a git checkout those are the files that git does not ignore, with those of submodules and of other checkouts inside
     of it; elsewhere all but hidden ones (`.name`) and what lies in hidden folders. Empty files are passed over; files that
@@ -61,7 +61,7 @@ def load_folder(path: str | Path) -> list[Document]:
             documents.append(replace(document, title=join_surrogates(name.as_posix())))
     if not documents:
         reason = f": {left_out[0]}" if left_out else "."
-        raise DocumentError(f"There is no text, HTML or PDF file in the directory {str(path)!r}{reason}")
+        raise DocumentError(f"There is no text, HTML, PDF, Word or EPUB file in the directory {str(path)!r}{reason}")
     if left_out:
         more = f" And {len(left_out) - _NAMED} more." if len(left_out) > _NAMED else ""
         warnings.warn(

@@ -151,11 +151,11 @@ def _is_compound(node: LexborNode) -> bool:
             return False
         inside = [child for child in node.iter(include_text=True) if _is_seen(child)]
         if len(inside) != 1:
-            return len(inside) > 1 and not _is_enclosed([child.text(deep=False).strip() for child in inside])
+            return len(inside) > 1 and not is_enclosed([child.text(deep=False).strip() for child in inside])
         (node,) = inside
         if node.is_text_node:
             text = (node.text_content or "").strip()
-            return not (_WORD.fullmatch(text) or _is_enclosed(text))
+            return not (_WORD.fullmatch(text) or is_enclosed(text))
     return False
 
 
@@ -165,8 +165,8 @@ def _is_seen(node: LexborNode) -> bool:
     return node.is_element_node and node.tag not in _HIDDEN and node.tag != "mspace"
 
 
-def _is_enclosed(symbols: Sequence[str]) -> bool:
-    """Whether the first symbol opens the parenthesis that the last one closes."""
+def is_enclosed(symbols: Sequence[str]) -> bool:
+    """Whether the first symbol of a formula opens the parenthesis that the last one closes."""
     depth = 0
     for at, symbol in enumerate(symbols):
         depth += (symbol in _OPENING) - (symbol in _CLOSING)

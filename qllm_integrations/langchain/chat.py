@@ -224,8 +224,9 @@ class QLLMChat(ChatRequests):
         """Read documents once, to ask many questions of them.
 
         Args:
-            documents: Text, `pathlib.Path`s (files of text, HTML or PDF, or folders of them), LangChain documents, blobs,
-                loaders, or several of them. Pages of one PDF become one document again; citations carry the page.
+            documents: Text, `pathlib.Path`s (files of text, HTML, PDF, Word or EPUB, or folders of them), LangChain
+                documents, blobs, loaders, or several of them. Pages of one PDF become one document again; citations carry
+                the page.
             system: System prompt that the questions will be asked with; it stands ahead of the documents.
             show_progress: Show a bar in tokens on stderr.
             progress: Called with (tokens read, tokens in all). Inside a tool or chain, the callback handlers of its run

@@ -125,7 +125,7 @@ def find_handle(memory_id: str, engine_key: str) -> DocumentHandle:
 
 
 Documents = str | Path | types.Document | LangChainDocument | Blob | BaseLoader
-"""What can be read: text, a path (a file of text, HTML or PDF, or a folder of them), a document, a blob, a loader."""
+"""What can be read: text, a path (of a file that can be read, or of a folder), a document, a blob, a loader."""
 
 
 def to_documents(source: Documents | Iterable[Documents]) -> list[types.Document]:

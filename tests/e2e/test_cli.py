@@ -15,6 +15,7 @@ from qllm_runtime.command_options import Options
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidConfigError
 from qllm_runtime.types import Answer, Document, Source
+from tests.office import epub, packed, word
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -183,6 +184,34 @@ class TestAsk:
         pages = {source["text"].strip(): source["pages"] for source in json.loads(out)["sources"]}
         assert next(pages[text] for text in pages if text.endswith("71432."))[1] == 2
 
+    def test_word_files_and_books(self, qllm, tmp_path):
+        contract, novel = tmp_path / "contract.docx", tmp_path / "novel.epub"
+        row = "<w:tr><w:tc><w:p><w:r><w:t>{}</w:t></w:r></w:p></w:tc></w:tr>"
+        key = row.format("The pass key is 71432.")
+        contract.write_bytes(word("It rained.", f"<w:tbl><w:tblPr/><w:tblGrid/>{key}</w:tbl>"))
+        novel.write_bytes(epub("The sea was calm.", "The captain is Ahab."))
+        for given in ([contract, "--document", novel], [tmp_path]):
+            document, *more = given
+            status, out, _ = qllm("ask", document, "What is the pass key?", *more, "--json")
+            assert status == 0
+            texts = {
+                str(contract): "It rained.\n\nThe pass key is 71432.",
+                str(novel): "The sea was calm.\n\nThe captain is Ahab.",
+            }
+            result = json.loads(out)
+            assert "71432" in result["answer"]
+            assert "71432" in result["sources"][0]["text"]
+            for source in result["sources"]:
+                assert source["pages"] is None
+                assert source["text"] == texts[source["document"]][source["start"] : source["end"]]
+
+    def test_a_word_file_on_standard_input(self, model):
+        arguments = ["ask", "-", "Who was abroad?", "--model", model, "--max-tokens", "2", "--json"]
+        done = run_process(*arguments, input=word("Nobody was abroad that night."), encoding=None)
+        assert done.returncode == 0, done.stderr
+        sources = json.loads(done.stdout)["sources"]
+        assert sources and all(source["text"] in "Nobody was abroad that night." for source in sources)
+
     def test_pdf_and_standard_input(self, model, book, tmp_path):
         pytest.importorskip("pypdf")
         sys.path.insert(0, str(ROOT / "tests" / "runtime"))
@@ -218,8 +247,8 @@ class TestBadInput:
         assert (status, out) == (2, "")
         assert len(err.splitlines()) == 1, err
         assert err.startswith("qllm: ")
-        for word in words:
-            assert word in err
+        for part in words:
+            assert part in err
 
     @pytest.mark.parametrize(
         ("data", "word"),
@@ -236,6 +265,26 @@ class TestBadInput:
         path.write_bytes(data)
         self.refused(qllm("ask", path, "Who?", "--model", model), "bad.txt", word)
         self.refused(qllm("chat", path, "--model", model), "bad.txt", word)
+
+    @pytest.mark.parametrize(
+        ("name", "data", "words"),
+        [
+            ("old.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), (".doc", "save it as .docx")),
+            ("rich.rtf", b"{\\rtf1 Hello}", (".rtf", "save it as .docx")),
+            ("open.odt", packed({"mimetype": "application/vnd.oasis.opendocument.text"}), (".odt", "save it as .docx")),
+            ("cut.docx", word("x")[:500], ("damaged", "download it or save it again")),
+            ("not.epub", b"text", ("not an EPUB file",)),
+            (
+                "drm.epub",
+                epub("x", members={"META-INF/encryption.xml": '<x><CipherReference URI="OEBPS/c1.xhtml"/></x>'}),
+                ("DRM",),
+            ),
+        ],
+    )
+    def test_files_of_other_kinds(self, qllm, model, tmp_path, name, data, words):
+        path = tmp_path / name
+        path.write_bytes(data)
+        self.refused(qllm("ask", path, "Who?", "--model", model), name, *words)
 
     def test_missing_things(self, qllm, model, book, tmp_path):
         self.refused(qllm("ask", tmp_path / "none.txt", "Who?"), "no file")

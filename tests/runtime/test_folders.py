@@ -11,6 +11,7 @@ import pytest
 
 from qllm_runtime.errors import DocumentError
 from qllm_runtime.folders import load_folder
+from tests.office import epub, word
 
 
 def write(folder: Path, **files: str | bytes) -> None:
@@ -26,6 +27,19 @@ def test_files_in_order_of_their_paths(tmp_path: Path) -> None:
     assert [d.title for d in documents] == ["a/z.md", "b.py", "c.html"]
     assert [d.text for d in documents] == ["# One", "two = 2\n", "Three"]
     assert [d.metadata["source"] for d in documents] == [str(tmp_path / d.title) for d in documents]
+
+
+def test_word_files_and_books_are_read(tmp_path: Path) -> None:
+    write(
+        tmp_path, a_docx=word("The rent is 900."), b_epub=epub("Call me Ishmael."), c_txt="seen", d_odt=word("x")[:90]
+    )
+    with pytest.warns(UserWarning, match=r"1 of 4 files .*d\.odt. is a damaged zip archive"):
+        documents = load_folder(tmp_path)
+    assert [(d.title, d.text) for d in documents] == [
+        ("a.docx", "The rent is 900."),
+        ("b.epub", "Call me Ishmael."),
+        ("c.txt", "seen"),
+    ]
 
 
 def test_hidden_files_are_left_out_outside_of_a_checkout(tmp_path: Path) -> None:
@@ -59,7 +73,7 @@ def test_empty_files_are_passed_over(tmp_path: Path, recwarn: pytest.WarningsRec
 
 
 def test_a_folder_without_documents_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="no text, HTML or PDF file in the directory"):
+    with pytest.raises(DocumentError, match="no text, HTML, PDF, Word or EPUB file in the directory"):
         load_folder(tmp_path)
     write(tmp_path, b_bin=b"\0\1")
     with pytest.raises(DocumentError, match=r"in the directory .*: .*b\.bin.* binary"):

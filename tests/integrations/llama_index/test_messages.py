@@ -39,6 +39,7 @@ from qllm_runtime.types import Document, Piece
 from tests.integrations.byte_llama import byte_tokenizer
 from tests.integrations.llama_index.fake_engine import FakeEngine
 from tests.integrations.llama_index.tiny_model import SPECIALS, TEMPLATE
+from tests.office import EPUB, WORD, epub, word
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
 QUESTION = "What is the secret number?"
@@ -108,6 +109,21 @@ def test_document_blocks(tmp_path: Path) -> None:
     html = DocumentBlock(data=b"<html><body><p>Hello &amp; bye</p></body></html>", document_mimetype="text/html")
     assert to_request([ChatMessage(blocks=[html])]).documents[0].text.strip() == "Hello & bye"
     assert to_request([ChatMessage(blocks=[html])]).documents[0].title is None
+
+
+@pytest.mark.parametrize(("name", "kind", "data"), [("a.docx", WORD, word(BOOK)), ("a.epub", EPUB, epub(BOOK))])
+def test_word_files_and_books_as_blocks(tmp_path: Path, name: str, kind: str, data: bytes) -> None:
+    file = tmp_path / name
+    file.write_bytes(data)
+    for block in (
+        DocumentBlock(path=file),
+        DocumentBlock(data=data, title=name),
+        DocumentBlock(data=base64.b64encode(data), document_mimetype=kind, title=name),
+        DocumentBlock(url=f"data:{kind};base64,{base64.b64encode(data).decode()}", title=name),
+        CitableBlock(title=name, source="s", content=[DocumentBlock(data=data)]),
+    ):
+        (document,) = to_request([ChatMessage(blocks=[block, TextBlock(text=QUESTION)])]).documents
+        assert document == Document(BOOK, name)
 
 
 @pytest.mark.parametrize("block", [DocumentBlock(path="/no/such/file.txt"), DocumentBlock(data=b"\x89PNG\x00\x00\x01")])
