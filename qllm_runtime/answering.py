@@ -197,8 +197,8 @@ def _record(cache: MemoryCache, inference: Inference, length: int) -> torch.Tens
         places = positions.reshape(-1).to(mass.device).clamp(max=length)
         mass.index_add_(0, places, weights.reshape(-1).to(mass))
 
-    for index, memory in enumerate(cache.memories()):
-        if inference.facts.layers[index].sliding_window is None:
+    for memory, facts in zip(cache.memories(), inference.facts.layers.values(), strict=True):
+        if facts.sliding_window is None:
             memory.on_weights = add
     return mass
 

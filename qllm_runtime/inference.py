@@ -20,7 +20,15 @@ from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
 from qllm_runtime.rotary import thetas
-from qllm_runtime.seam import MemoryCache, ModelFacts, examine, installed, is_out_of_memory, stand_in_mask
+from qllm_runtime.seam import (
+    MemoryCache,
+    ModelFacts,
+    decoder_of,
+    examine,
+    installed,
+    is_out_of_memory,
+    stand_in_mask,
+)
 from qllm_runtime.types import Cancelled, never
 from qllm_runtime.waiting import Line, after_fork
 
@@ -83,6 +91,11 @@ class Inference:
     def vocabulary(self) -> int:
         """Tokens the model has an embedding for."""
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the memory of each layer with attention is."""
+        return [layer.device for layer in self.facts.layers.values()]
 
     @contextmanager
     def turn(self, cancelled: Cancelled = never) -> Iterator[None]:
@@ -184,7 +197,7 @@ class Inference:
             # the published code puts its own attention in place of every layer's, whatever window that had
             sliding = None if config.faithful else info.sliding_window
             frame = sliding + 1 if sliding else (reserve if config.policy == "full" else held)
-            rotation = facts.rotation(layer, next(info.module.parameters()).device, frame)
+            rotation = facts.rotation(layer, info.device, frame)
             if sliding is not None:
                 return DenseMemory(rotation, sliding)
             if config.policy == "full":
@@ -194,7 +207,7 @@ class Inference:
                 return kind(config, rotation, None)
             return BlockMemory(config, rotation, reserve)
 
-        cache = MemoryCache(len(facts.layers), make)
+        cache = facts.cache(make)
         cache.prepare(rows)
         return cache
 
@@ -216,9 +229,14 @@ class Inference:
             progress: Called after every chunk with the number of tokens read in it.
             cancelled: Asked before every chunk.
         """
+        if cache.recurrent and len(rows) > 1:
+            for row, tokens in enumerate(rows):
+                if len(tokens):
+                    self.read(cache.alone(row), [tokens], config, progress=progress, cancelled=cancelled)
+            return
         piece = config.exec_block_size
         chunk = config.chunk_size if config.faithful else max(piece, config.chunk_size // piece * piece)
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         for start in range(0, max(len(row) for row in rows), chunk):
             if cancelled():
                 raise CancelledError("Cancelled while reading.")
@@ -232,6 +250,10 @@ class Inference:
 
     def step(self, cache: MemoryCache, tokens: Sequence[int | None]) -> torch.Tensor:
         """Feed one token per row (None: the row is finished) and return logits [rows, vocab]."""
+        if cache.recurrent and len(tokens) > 1:
+            outs = [None if token is None else self.step(cache.alone(row), [token]) for row, token in enumerate(tokens)]
+            blank = torch.zeros_like(next(out for out in outs if out is not None))
+            return torch.cat([blank if out is None else out for out in outs])
         cache.lengths = [0 if token is None else 1 for token in tokens] if None in tokens else None
         if len(tokens) == 1 and tokens[0] is not None and self.captures:
             captured_logits = self._captured_step(cache, tokens[0])

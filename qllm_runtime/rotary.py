@@ -1,10 +1,10 @@
-"""Rotary position embedding at positions of our own choosing, through the architecture's own function."""
+"""Rotary position embedding at positions of our own choosing, the way a model's own layers were seen to rotate."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from qllm_kernels import rotary
 from qllm_runtime.memory.base import Rotation, Tables
 
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
+_TOLERANCE = 1e-2  # of what two numbers of a model in bfloat16 may differ by
 
 
 def short_length(config: Any) -> float:
@@ -61,15 +62,21 @@ class RotaryTable:
         layer_type: Passed on to it, if it takes one.
         device: Where the table lives.
         long: Give all positions the frequencies of long texts.
+        lead: Dimensions ahead of the positions that the module takes: [1], or [3, 1] for several axes.
     """
 
     def __init__(
-        self, module: torch.nn.Module, layer_type: str | None, device: torch.device, long: bool = False
+        self,
+        module: torch.nn.Module,
+        layer_type: str | None,
+        device: torch.device,
+        long: bool = False,
+        lead: tuple[int, ...] = (1,),
     ) -> None:
         self._module = module
         self._args: tuple[Any, ...] = () if layer_type is None else (layer_type,)
-        self._device = device
-        self._cos = self._sin = torch.empty(1, 0, 0)
+        self.device, self._lead = device, lead
+        self._cos = self._sin = torch.empty(0, 0)
         self._last: tuple[int, int, torch.Tensor, torch.Tensor] = (0, 0, self._cos, self._sin)
         config = getattr(module, "config", None)
         parameters = getattr(config, "rope_parameters", None) or {}
@@ -87,76 +94,137 @@ class RotaryTable:
             self._least, self.comfortable_length = self.comfortable_length + 1, None
 
     def rows(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of cos and sin [1, n, rotary_dim] of positions start .. start + n - 1."""
+        """Tables of cos and sin [n, columns] of positions start .. start + n - 1."""
         if self.comfortable_length is not None and start + n > self.comfortable_length:
             if self._beyond is None:
                 layer_type = self._args[0] if self._args else None
-                self._beyond = RotaryTable(self._module, layer_type, self._device, long=True)
+                self._beyond = RotaryTable(self._module, layer_type, self.device, True, self._lead)
             return self._beyond.rows(start, n)
         if self._last[:2] != (start, n):  # layer after layer asks for the same rows
             self._reserve(start + n)
-            self._last = (start, n, self._cos[:, start : start + n], self._sin[:, start : start + n])
+            self._last = (start, n, self._cos[start : start + n], self._sin[start : start + n])
         return self._last[2], self._last[3]
 
     def _reserve(self, length: int) -> None:
-        have = self._cos.shape[1]
+        have = self._cos.shape[0]
         if length <= have:
             return
         grown = max(length, 2 * have, self._least)
         if self.comfortable_length is not None:
             grown = min(grown, self.comfortable_length)
-        positions = torch.arange(grown, device=self._device)[None]
-        probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self._device)
+        positions = torch.arange(grown, device=self.device).expand(*self._lead, grown)
+        probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self.device)
         with unchanged(self._module):
-            cos, sin = self._module.forward(probe, positions, *self._args)
-        self._cos, self._sin = cos.float().to(self._device), sin.float().to(self._device)
+            if self.comfortable_length is not None:  # a short call first: modules remember the longest one
+                self._module.forward(probe, positions[..., :1], *self._args)
+            cos, sin = split(self._module.forward(probe, positions, *self._args))
+        self._cos, self._sin = cos.float().to(self.device), sin.float().to(self.device)
 
 
-class ArchitectureRotation(Rotation):
-    """Applies `apply_rotary_pos_emb` of the attention module's own architecture.
+def split(tables: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [n, columns] of what a rotary module returns for one sequence: two tables, or a complex one.
 
-    Args:
-        attention: A module of that architecture.
-        table: cos and sin.
-        head_dim: Size of a head; the function may rotate only a part of it.
+    Modules with tables for several axes (time, height, width) have the columns of them all.
+    """
+    cos, sin = (tables.real, tables.imag) if isinstance(tables, torch.Tensor) else tables
+    n = cos.shape[-2]
+    return cos.movedim(-2, 0).reshape(n, -1), sin.movedim(-2, 0).reshape(n, -1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an attention layer rotates, as it was seen to.
+
+    Attributes:
+        columns: [rotary_dim] the column of the tables that turns each dimension.
+        order: [head_dim] dimensions of a head, those that turn first: first members of all pairs, second members, the others.
+            None where heads come in an order that `qllm_kernels.rotary` takes.
+        interleaved: Pairs are neighbours; otherwise half the turning dimensions apart.
     """
 
-    def __init__(self, attention: torch.nn.Module, table: RotaryTable, head_dim: int) -> None:
-        self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        self._table = table
-        self.comfortable_length = table.comfortable_length
-        cos, _ = table.rows(0, 1)
-        self._eye = torch.eye(head_dim, device=cos.device)[None, :, None]  # rows as heads of one token
-        self._turn: tuple[int, torch.Tensor] | None = None
-        self._tables: Tables | None = None
-        self._pairs: tuple[int, bool] | None = None  # rotated dimensions, interleaved
-        self._knows_pairs = False
-        sample = self._eye[:, :1]
-        try:
-            self._rotary_dim = head_dim
-            self._rotate(sample, sample[:, :0], 0, 1)
-        except RuntimeError:  # partial rotary outside the function: it is handed the rotary dimensions only
-            self._rotary_dim = cos.shape[-1]
-            self._rotate(sample, sample[:, :0], 0, 1)
+    columns: tuple[int, ...]
+    order: tuple[int, ...] | None
+    interleaved: bool
 
-    def _rotate(self, a: torch.Tensor, b: torch.Tensor, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._table.rows(start, n)
-        dim = self._rotary_dim
-        if dim == a.shape[-1]:
-            out: tuple[torch.Tensor, torch.Tensor] = self._apply(a, b, cos, sin)
-            return out
-        a_turned, b_turned = self._apply(a[..., :dim], b[..., :dim], cos, sin)
-        return torch.cat((a_turned, a[..., dim:]), -1), torch.cat((b_turned, b[..., dim:]), -1)
+
+def learn_layout(
+    plain: torch.Tensor, quarter: torch.Tensor, turned: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> Layout | None:
+    """Find out from what a layer makes of given tables which dimensions it turns, in which pairs, by which columns.
+
+    Args:
+        plain, quarter, turned: [rows, head_dim] the same heads with cos = 1 and sin = 0, with cos = 0 and sin = 1, and with an
+            angle per column.
+        cos, sin: [columns] of these angles. Columns that are always alike have the same angle.
+
+    Returns:
+        The layout, or None where nothing turns.
+
+    Raises:
+        ValueError: It is no rotation of pairs of dimensions by the angles of the tables.
+    """
+    plain, quarter, turned = plain.double(), quarter.double(), turned.double()
+    size = plain.norm(dim=0).clamp(min=1e-30)
+    moving = ((quarter - plain).norm(dim=0) > _TOLERANCE * size).nonzero()[:, 0]
+    if not len(moving):
+        return None
+    a, b, c = plain[:, moving], quarter[:, moving], turned[:, moving]
+    likeness = (b / b.norm(dim=0)).T @ (a / a.norm(dim=0))
+    partner = likeness.abs().argmax(1)
+    sign = likeness.gather(1, partner[:, None])[:, 0].sign()
+    alike = (b - sign * a[:, partner]).norm(dim=0) <= _TOLERANCE * b.norm(dim=0)
+    paired = (partner[partner] == torch.arange(len(moving), device=partner.device)) & (sign[partner] == -sign)
+    # c = x a + y b, dimension by dimension
+    aa, ab, bb, ac, bc = (a * a).sum(0), (a * b).sum(0), (b * b).sum(0), (a * c).sum(0), (b * c).sum(0)
+    x, y = (ac * bb - bc * ab) / (aa * bb - ab * ab), (bc * aa - ac * ab) / (aa * bb - ab * ab)
+    fits = (x * a + y * b - c).norm(dim=0) <= _TOLERANCE * c.norm(dim=0)
+    away, column = torch.hypot(x[:, None] - cos.double(), y[:, None] - sin.double()).min(1)
+    if not bool((alike & paired & fits & (away < _TOLERANCE)).all()):
+        raise ValueError("not a rotation of pairs of dimensions")
+    columns = dict(zip(moving.tolist(), column.tolist(), strict=True))
+    pairs = [(i, j) for i, j, s in zip(moving.tolist(), moving[partner].tolist(), sign.tolist(), strict=True) if s < 0]
+    neighbours = [i for pair in pairs for i in pair]
+    if neighbours == list(range(len(neighbours))):
+        return Layout(tuple(columns[i] for i in neighbours), None, True)
+    apart = [first for first, _ in pairs] + [second for _, second in pairs]
+    order = apart + [i for i in range(plain.shape[1]) if i not in columns]
+    known = order == list(range(len(order)))
+    return Layout(tuple(columns[i] for i in apart), None if known else tuple(order), False)
+
+
+class PairRotation(Rotation):
+    """Turns the pairs of a layout by the rows of a table.
+
+    Args:
+        layout: Of the heads as they arrive (in its `order`).
+        table: cos and sin.
+        head_dim: Size of a head.
+    """
+
+    def __init__(self, layout: Layout, table: RotaryTable, head_dim: int) -> None:
+        self._layout, self._table = layout, table
+        self.comfortable_length = table.comfortable_length
+        self._columns = torch.tensor(layout.columns, device=table.device)
+        self._eye = torch.eye(head_dim, device=table.device)
+        self._turn: tuple[int, torch.Tensor] | None = None
+        self._rows: tuple[int, int, torch.Tensor, torch.Tensor] | None = None
+        self._tables: Tables | None = None
+
+    def _angles(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [n, rotary_dim] of positions start, start + 1, ..."""
+        if self._rows is None or self._rows[:2] != (start, n):  # layer after layer asks for the same rows
+            cos, sin = self._table.rows(start, n)
+            self._rows = (start, n, cos[:, self._columns], sin[:, self._columns])
+        return self._rows[2], self._rows[3]
 
     @override
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        x4 = x[None].float()
-        return self._rotate(x4, x4[:, :0], start, x.shape[1])[0][0].to(x.dtype)
+        return rotary.rotate(x, *self._angles(start, x.shape[-2]), interleaved=self._layout.interleaved)
 
     def _turned(self, position: int) -> torch.Tensor:
         """Matrix [head_dim, head_dim] that rotates a row to `position`: cheaper than the function when layers share it."""
         if self._turn is None or self._turn[0] != position:
-            self._turn = (position, self._rotate(self._eye, self._eye[:, :0], position, 1)[0][0, :, 0])
+            self._turn = (position, self.rotate_all(self._eye[None], position)[0])
         return self._turn[1]
 
     @override
@@ -164,50 +232,23 @@ class ArchitectureRotation(Rotation):
         if a.shape[1] == 1:
             turn = self._turned(start)
             return (a.float() @ turn).to(a.dtype), (b.float() @ turn).to(b.dtype)
-        a4, b4 = self._rotate(a[None].float(), b[None].float(), start, a.shape[1])
-        return a4[0].to(a.dtype), b4[0].to(b.dtype)
+        return self.rotate(a, start), self.rotate(b, start)
 
     @override
     def rotate_all(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        # the rows become heads of a single token, so that all of them meet the same table row
-        x4 = x.float().reshape(1, -1, 1, x.shape[-1])
-        return self._rotate(x4, x4[:, :0], position, 1)[0].reshape(x.shape).to(x.dtype)
+        return rotary.rotate(x, *self._angles(position, 1), interleaved=self._layout.interleaved)
 
     @override
     def tables(self, n: int, device: torch.device) -> Tables | None:
         if self.comfortable_length is not None:
             return None
-        if not self._knows_pairs:
-            self._pairs, self._knows_pairs = self._find_pairs(), True
-        if self._pairs is not None and (self._tables is None or n > self._tables.cos.shape[0]):
+        if self._tables is None or n > self._tables.cos.shape[0]:
             have = 0 if self._tables is None else self._tables.cos.shape[0]
-            self._tables = self._paired(max(n, 2 * have), *self._pairs)
+            cos, sin = self._table.rows(0, max(n, 2 * have))
+            self._tables = Tables(
+                cos[:, self._columns].contiguous(), sin[:, self._columns].contiguous(), self._layout.interleaved
+            )
         return self._tables
-
-    def _find_pairs(self) -> tuple[int, bool] | None:
-        """How many dimensions the function rotates and which belong together; None: neither in halves nor as neighbours."""
-        head_dim = self._eye.shape[-1]
-        sample = torch.randn(1, 5, head_dim, generator=torch.Generator().manual_seed(0)).to(self._eye.device)
-        expected = self.rotate(sample, 0)
-        width = self._table.rows(0, 1)[0].shape[-1]
-        for dim in (width, 2 * width):  # tables of some models hold one column per pair
-            for interleaved in (False, True):
-                if dim <= head_dim:
-                    cos, sin, _ = self._paired(5, dim, interleaved)
-                    if torch.allclose(rotary.rotate(sample, cos, sin, interleaved=interleaved), expected, atol=1e-4):
-                        return dim, interleaved
-        return None
-
-    def _paired(self, n: int, dim: int, interleaved: bool) -> Tables:
-        """Tables read off what the function makes of ones at the first or the second members of all pairs."""
-        second = torch.arange(dim, device=self._eye.device)
-        second = second % 2 == 1 if interleaved else second >= dim // 2
-        probe = torch.zeros(1, n, self._eye.shape[-1], device=self._eye.device)
-        probe[:, :, :dim] = second.float()
-        by_second = self.rotate(probe, 0)[0, :, :dim]
-        probe[:, :, :dim] = 1 - second.float()
-        by_first = self.rotate(probe, 0)[0, :, :dim]
-        return Tables(torch.where(second, by_second, by_first), torch.where(second, by_first, -by_second), interleaved)
 
 
 class NoRotation(Rotation):

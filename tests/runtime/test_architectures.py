@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from architectures import REFUSED, SUPPORTED, build
+from architectures import REFUSED, SUPPORTED, WIDE, N, assert_same, build, model_of, stock, text
 from definition import Naive, Rotate
 from transformers import PreTrainedModel
 
@@ -22,11 +22,9 @@ from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.outside import Outside
 from qllm_runtime.rotary import short_length
-from qllm_runtime.seam import examine, installed
+from qllm_runtime.seam import decoder_of, examine, installed
 from qllm_runtime.support import check_support
 
-N = 100
-WIDE = MemoryConfig(n_local=128, exec_block_size=16, chunk_size=32, n_init=4, block_size=16)
 NARROW = MemoryConfig(
     n_local=16, exec_block_size=8, chunk_size=24, n_init=4, block_size=4, topk=2, repr_topk=2, query_weight=2.0
 )
@@ -39,26 +37,6 @@ _LONGROPE: dict[str, object] = {
     },
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-
-
-@cache
-def model_of(name: str) -> PreTrainedModel:
-    return build(*SUPPORTED[name])
-
-
-def text(model: PreTrainedModel, n: int = N) -> torch.Tensor:
-    """Distinct tokens: repeated ones have equal keys in the first layer, hence blocks of equal score."""
-    return 3 + torch.randperm(model.config.vocab_size - 3, generator=torch.Generator().manual_seed(1))[None, :n]
-
-
-def stock(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    spread = max(1.0, expected.std().item())
-    torch.testing.assert_close(actual / spread, expected / spread, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -116,16 +94,19 @@ def own_rotation(model: PreTrainedModel, layer: int) -> Rotate:
     if not facts.rotary:
         return lambda x, position: x
     apply = sys.modules[type(facts.module).__module__].apply_rotary_pos_emb
-    rotary = model.get_decoder().rotary_emb
+    (rotary,) = (part for part in decoder_of(model).children() if type(part).__name__.endswith("RotaryEmbedding"))
     types = getattr(model.config, "layer_types", None)
     several = hasattr(rotary, "layer_types")  # one rotary module for layers of two kinds
+    single = "k" not in inspect.signature(apply).parameters
+    part_only = model.config.model_type in ("stablelm", "phi", "persimmon") or hasattr(model.config, "qk_rope_head_dim")
 
     def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
         arguments = (types[layer],) if several else ()
         cos, sin = rotary(x[None], torch.tensor([[position]]), *arguments)
-        width = x.shape[-1] if model.config.model_type not in ("stablelm", "phi", "persimmon") else cos.shape[-1]
+        width = cos.shape[-1] if part_only else x.shape[-1]
         head = x[None, :, None, :width]
-        return torch.cat((apply(head, head, cos, sin)[0][0, :, 0], x[:, width:]), -1)
+        turned = apply(head, cos, sin) if single else apply(head, head, cos, sin)[0]
+        return torch.cat((turned[0, :, 0], x[:, width:]), -1)
 
     return rotate
 
@@ -134,7 +115,8 @@ def own_rotation(model: PreTrainedModel, layer: int) -> Rotate:
     "name",
     [
         "llama", "llama-yarn", "phi3-longrope", "gemma2", "gemma3", "smollm3", "stablelm", "gpt_oss", "glm4", "qwen3_moe",
-        "cohere",
+        "cohere", "deepseek_v3", "deepseek_v3-yarn", "minicpm3", "gemma4", "qwen3_next", "lfm2", "falcon_h1",
+        "granitemoehybrid", "kimi_linear", "zamba2",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("selection", ["shared", "per_kv_head"])
@@ -144,7 +126,7 @@ def test_definition_beyond_the_window(name: str, selection: str) -> None:
     config = NARROW.replace(selection=selection)
     ids = text(model, 84)
     cache = inference.cache(config)
-    for layer in cache.layers:
+    for layer in cache.attention:
         layer.rows = [Recorder(layer.rows[0])]
     for memory in cache.memories():
         memory.set_query(27, 31)
@@ -153,7 +135,7 @@ def test_definition_beyond_the_window(name: str, selection: str) -> None:
         for token in ids[0, 76:]:
             inference.step(cache, [int(token)])
     compared = 0
-    for index, recorder in enumerate(cache.memories()):
+    for index, recorder in zip(inference.facts.layers, cache.memories(), strict=True):
         if not isinstance(recorder.memory, BlockMemory) or (compared == 2 and index < 3):
             continue
         naive = Naive(config, own_rotation(model, index), recorder.calls[0][3], [(27, 31)])
@@ -374,13 +356,19 @@ def test_an_error_inside_the_model_leaves_nothing_behind() -> None:
 # ---------------------------------------------------------------------- refusals
 
 REASONS = {
-    "gpt2": "no rotary position embedding",
-    "opt": "no rotary position embedding",
-    "bloom": "no rotary position embedding",
-    "mamba": "no rotary position embedding",
-    "hunyuan": "gives other logits",
+    "gpt2": "positions are part of what they compute with",
+    "opt": "positions are part of what they compute with",
+    "bloom": "does not route its attention",
+    "mamba": "no attention layers",
+    "hunyuan": "a weighted norm after the rotation",
     "t5": "encoder-decoder",
-    "falcon": "its layers work on the cached keys",
+    "falcon": "does not route its attention",
+    "diffllama": "attends several times in a layer",
+    "doge": "gives other logits",
+    "jamba": "cannot be read in chunks",
+    "recurrent_gemma": "a rotation that each layer makes for itself",
+    "llama4": "within fixed chunks",
+    "deepseek_v32": "choose or compress the tokens",
 }
 
 

@@ -1,0 +1,134 @@
+"""What stands in for parts of a stock model while memories serve it, and is taken away again.
+
+* A forward hook on the decoder's `rotary_emb` replaces its tables.
+* Hooks on the decoder note the cache that a forward pass runs on.
+* An attention function registered under our name hands queries, keys and values to that cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from qllm_runtime.cache import ServingCache
+from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
+from qllm_runtime.memory.base import Scoring
+from qllm_runtime.rotary import unchanged
+
+ATTENTION = "qllm_memory"
+
+
+class _Current(threading.local):
+    """The cache of the forward pass under way in this thread."""
+
+    cache: ServingCache | None = None
+
+
+_current = _Current()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if _current.cache is None:
+        raise InvalidRequestError(
+            "While a memory is installed the model must be called with a MemoryCache as past_key_values."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scale, softcap, s_aux)
+    return _current.cache.attend(module, query, key, value, scoring, sliding_window).contiguous(), None
+
+
+def stand_in_mask(device: torch.device) -> torch.Tensor:
+    """Stands in for an attention mask that is made already, so that transformers makes none; memories look at none."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
+def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """The attention of the model and of its parts (text, vision), as `set_attn_implementation` takes it."""
+    parts = {name: getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {})}
+    found = {"": model.config, **{name: part for name, part in parts.items() if part is not None}}
+    return {name: part._attn_implementation for name, part in found.items()}
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that turns tokens into hidden states."""
+    decoder = model.get_decoder()
+    if decoder is model or not isinstance(decoder, PreTrainedModel):  # a head may go by the name of decoder
+        decoder = model.base_model
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
+def _enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    given = (x for x in (*args, *kwargs.values()) if isinstance(x, ServingCache))
+    _current.cache = next(given, None)
+
+
+def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+    _current.cache = None
+
+
+@contextmanager
+def hooked(model: PreTrainedModel, rotary: torch.nn.Module | None, tables: Callable[..., Any]) -> Iterator[None]:
+    """Have the cache that `model` is called with compute its attention.
+
+    Args:
+        model: The model.
+        rotary: Its rotary embedding, if it has one.
+        tables: Forward hook (with keyword arguments) on that.
+
+    Raises:
+        UnsupportedModelError: The model's attention cannot be replaced.
+    """
+    previous = _implementations(model)
+    decoder = decoder_of(model)
+    with ExitStack() as stack:
+        if rotary is not None:
+            stack.enter_context(unchanged(rotary))
+            stack.callback(rotary.register_forward_hook(tables, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_pre_hook(_enter, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_hook(_leave, always_call=True).remove)
+        stack.callback(model.set_attn_implementation, previous)
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not route its attention through transformers' AttentionInterface."
+            )
+        yield
+
+
+def identity(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Tables that rotate nothing."""
+    if isinstance(output, torch.Tensor):  # complex numbers
+        return torch.ones_like(output)
+    return torch.ones_like(output[0]), torch.zeros_like(output[1])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the many ways in which host and device say that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
