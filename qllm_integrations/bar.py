@@ -1,4 +1,4 @@
-"""A bar in tokens on standard error, for frameworks that have none of their own."""
+"""A bar on standard error, for frameworks that have none of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from qllm_runtime.types import Progress
 
 
-def reading_bar() -> Progress:
+def reading_bar(what: str = "Reading", unit: str = "tokens") -> Progress:
     """Shows how far a reading is; begins anew when one is complete."""
     from tqdm.auto import tqdm
 
@@ -16,7 +16,7 @@ def reading_bar() -> Progress:
     def show(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, desc="Reading", unit=" tokens", unit_scale=True, leave=False)
+            bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=unit == "tokens", leave=False)
         bar.total = total
         bar.update(done - bar.n)
         if done >= total:

@@ -1,4 +1,4 @@
-"""The options that `qllm ask` and `qllm chat` share."""
+"""The options that `qllm ask`, `qllm chat` and `qllm read` share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from qllm_runtime.config import MemoryConfig, Policy, Selection, Summary
+from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.inventory import BUILTIN
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def _above_zero(share: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Documents, model, memory and sampling; what each one does stands in its help."""
+class ReadingOptions:
+    """Documents, model and memory; what each one does stands in its help."""
 
     more: Annotated[list[str] | None, typer.Option("--document", help="A further document; may be repeated.")] = None
     model: Annotated[str, typer.Option(help="reader, reader-plain, a folder, or a Hugging Face hub id.")] = "reader"
@@ -40,16 +41,6 @@ class Options:
         ),
     ] = None
     system: Annotated[str | None, typer.Option(help="System text ahead of everything.")] = None
-    reread: Annotated[
-        bool, typer.Option(help="Read the passages behind a draft of the answer again before it is written.")
-    ] = True
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0
-    top_p: Annotated[
-        float | None, typer.Option(max=1, callback=_above_zero, help="Nucleus sampling: a share above 0.")
-    ] = None
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None
     n_init: Annotated[int | None, typer.Option(min=0, help="Initial tokens that stay visible.")] = None
     n_local: Annotated[int | None, typer.Option(min=1, help="Local window in tokens.")] = None
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a memory block.")] = None
@@ -61,15 +52,13 @@ class Options:
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """How an answer is written, as the engine takes it."""
-        names = ("reread", "max_tokens", "temperature", "top_p", "seed", "stop")
-        return {name: getattr(self, name) for name in names}
+    def _chosen(self) -> dict[str, Any]:
+        """Settings of the memory that the command line names."""
+        return {name: getattr(self, name) for name in _MEMORY if getattr(self, name) is not None}
 
     def open(self) -> QLLM:
         """Load the model and lay out its memory."""
-        chosen = {name: getattr(self, name) for name in _MEMORY if getattr(self, name) is not None}
+        chosen = self._chosen()
         stored = None
         if self.memory_config is not None:
             # once, as it may be a pipe, and first, as an inconsistent file should not cost the time to load a model
@@ -89,6 +78,42 @@ class Options:
             chosen["exec_block_size"] = min(llm.memory.exec_block_size, chosen["n_local"])
         llm.memory = llm.memory.replace(**chosen)
         return llm
+
+    def check_layout(self, reading: str) -> None:
+        """See to it that no setting is asked for that the reading on disk was made without.
+
+        Raises:
+            InvalidRequestError: One is.
+        """
+        given = ["memory_config"] if self.memory_config is not None else []
+        given += [name for name in ("system", *self._chosen()) if getattr(self, name) is not None]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InvalidRequestError(
+                f"{reading!r} was read already, with settings of its own; leave out {names}, or read the documents again."
+            )
+
+
+@dataclass(frozen=True)
+class Options(ReadingOptions):
+    """`ReadingOptions`, and how answers are written."""
+
+    reread: Annotated[
+        bool, typer.Option(help="Read the passages behind a draft of the answer again before it is written.")
+    ] = True
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0
+    top_p: Annotated[
+        float | None, typer.Option(max=1, callback=_above_zero, help="Nucleus sampling: a share above 0.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """How an answer is written, as the engine takes it."""
+        names = ("reread", "max_tokens", "temperature", "top_p", "seed", "stop")
+        return {name: getattr(self, name) for name in names}
 
 
 def _changed(stored: MemoryConfig, chosen: dict[str, Any]) -> MemoryConfig:

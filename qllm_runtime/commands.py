@@ -1,19 +1,24 @@
-"""The commands `qllm ask`, `qllm chat`, `qllm models` and `qllm bench`. Nothing heavy is imported before a model is needed."""
+"""The commands of `qllm`. Nothing heavy is imported before a model is needed."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qllm_runtime.bench_command import bench
-from qllm_runtime.command_options import Options, quiet, takes_options
+from qllm_runtime.command_options import Options, ReadingOptions, quiet, takes_options
 from qllm_runtime.errors import DocumentError, InvalidRequestError, ModelNotFoundError
 from qllm_runtime.types import Document, Mode
+
+if TYPE_CHECKING:
+    from qllm_runtime.document_memory import DocumentMemory
+    from qllm_runtime.engine import QLLM
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -48,7 +53,9 @@ def _root(
 @app.command()
 @takes_options
 def ask(
-    document: Annotated[str, typer.Argument(help="File, folder, or - for standard input.", show_default=False)],
+    document: Annotated[
+        str, typer.Argument(help="File, folder, saved reading, or - for standard input.", show_default=False)
+    ],
     question: Annotated[str, typer.Argument(help="What to ask of it.", show_default=False)],
     *,
     options: Options,
@@ -63,19 +70,25 @@ def ask(
 
     if not question.strip():
         raise InvalidRequestError("The question is empty.")
-    names, documents = _load([document, *(options.more or ())])
+    reading, documents = _load([document, *(options.more or ())], options)
     llm = options.open()
+    memory = None if reading is None else _resume(llm, reading, documents)
+    documents = documents if memory is None else memory.documents
+    names = _names(documents)
     asked: dict[str, Any] = {"mode": mode, "system": options.system, **options.asked}
     if json_output:
         import json
 
         with console.reading() as progress:
-            answer = llm.ask(question, documents, progress=progress, **asked)
+            answer = llm.ask(question, memory or documents, progress=progress, **asked)
         utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        result = console.as_json(answer, documents, names, options.model, llm.memory.policy)
+        policy = (memory.config if memory else llm.memory).policy
+        result = console.as_json(answer, documents, names, options.model, policy)
         print(json.dumps(result, ensure_ascii=not utf8), flush=True)
         return
-    answer = console.write_stream(lambda progress: llm.stream(question, documents, progress=progress, **asked))
+    answer = console.write_stream(
+        lambda progress: llm.stream(question, memory or documents, progress=progress, **asked)
+    )
     print(f"\n{console.heading(answer)}")
     console.print_sources(answer.sources, documents, names, whole=False)
     print(f"\n{console.summary(answer)}", flush=True)
@@ -84,7 +97,7 @@ def ask(
 @app.command()
 @takes_options
 def chat(
-    document: Annotated[str, typer.Argument(help="File or folder to talk about.", show_default=False)],
+    document: Annotated[str, typer.Argument(help="File, folder or saved reading to talk about.", show_default=False)],
     *,
     options: Options,
 ) -> None:
@@ -93,7 +106,7 @@ def chat(
     One question per line. /sources shows the passages behind the last answer, /new forgets the conversation (not the
     documents), /quit or the end of the input ends it.
     """
-    from qllm_runtime import conversation
+    from qllm_runtime import console, conversation
 
     given = [document, *(options.more or ())]
     if "-" in given:
@@ -102,8 +115,46 @@ def chat(
         raise InvalidRequestError(
             "Standard input is closed: there are no questions to read; leave it open or use `qllm ask`."
         )
-    names, documents = _load(given)
-    conversation.hold(options.open(), documents, names, options.system, options.asked)
+    reading, documents = _load(given, options)
+    llm = options.open()
+    if reading is not None:
+        memory = _resume(llm, reading, documents)
+    else:
+        with console.reading() as progress:
+            memory = llm.read(documents, system=options.system, progress=progress)
+    conversation.hold(llm, memory, _names(memory.documents), options.asked)
+
+
+@app.command()
+@partial(takes_options, kind=ReadingOptions)
+def read(
+    document: Annotated[
+        str, typer.Argument(help="File, folder, saved reading, or - for standard input.", show_default=False)
+    ],
+    *,
+    options: ReadingOptions,
+    out: Annotated[str, typer.Option(help="Folder to save the reading in.", show_default=False)],
+) -> None:
+    """Read documents now and save the reading: `qllm ask OUT QUESTION` and `qllm chat OUT` then read nothing again.
+
+    It holds the texts, and the keys and values of every token. A reading that is in the folder already is replaced; as
+    DOCUMENT, a saved reading is continued with what --document names.
+    """
+    from qllm_runtime import console
+    from qllm_runtime.reading_folder import check_target
+
+    check_target(Path(out))
+    reading, documents = _load([document, *(options.more or ())], options)
+    llm = options.open()
+    if reading is not None:
+        memory = _resume(llm, reading, documents)
+    else:
+        with console.reading() as progress:
+            memory = llm.read(documents, system=options.system, progress=progress)
+    with console.reading("Saving", "layers") as progress:
+        memory.save(out, progress=progress)
+    size = sum(file.stat().st_size for file in Path(out).iterdir())
+    print(f"{out}: {len(memory.documents):,} documents, {memory.n_tokens:,} tokens, {size / 2**20:,.0f} MiB")
 
 
 @app.command()
@@ -136,14 +187,40 @@ def models(
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
 
-def _load(given: Sequence[str]) -> tuple[list[str], list[Document]]:
-    """What the documents named on the command line are called, and the documents; those of a folder one by one."""
+def _load(given: Sequence[str], options: ReadingOptions) -> tuple[Path | None, Sequence[Document]]:
+    """The saved reading that the first name on the command line may be, and the documents; those of a folder one by one."""
     from qllm_runtime.folders import load_path
+    from qllm_runtime.reading_folder import is_reading
 
+    readings = [name for name in given if is_reading(Path(name))]
+    if readings and (len(readings) > 1 or readings[0] != given[0]):
+        raise DocumentError(f"{readings[-1]!r} is a saved reading: name one only, ahead of all documents.")
+    if readings:
+        options.check_layout(readings[0])
     if given.count("-") > 1:
         raise DocumentError("Standard input can be read only once; name - once.")
     for name in given:
         if _ADDRESS.match(name) and not Path(name).exists():
             raise DocumentError(f"{name!r} is an address, and nothing is fetched; save the page and name the file.")
-    documents = [document for name in given for document in load_path(name)]
-    return [document.metadata["source"] for document in documents], documents
+    documents = [document for name in given[len(readings) :] for document in load_path(name)]
+    return (Path(readings[0]) if readings else None), documents
+
+
+def _resume(llm: QLLM, reading: Path, documents: Sequence[Document]) -> DocumentMemory:
+    """A saved reading, and behind it further documents that are read now."""
+    from qllm_runtime import console
+
+    with console.reading("Loading", "layers") as progress:
+        memory = llm.load_memory(reading, progress=progress)
+    if not documents:
+        return memory
+    with console.reading() as progress:
+        return llm.read(documents, after=memory, progress=progress)
+
+
+def _names(documents: Sequence[Document]) -> list[str]:
+    """What sources call the documents; those of a reading saved from Python need not have a file."""
+    return [
+        str(document.metadata.get("source") or document.title or f"document {number}")
+        for number, document in enumerate(documents, 1)
+    ]

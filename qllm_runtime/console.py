@@ -18,19 +18,19 @@ _SHOWN = 320  # characters of a passage that are printed; --json and /sources ha
 
 
 @contextmanager
-def reading() -> Iterator[Progress]:
-    """A bar in tokens on stderr, or a line every tenth of the way where stderr is no terminal."""
+def reading(what: str = "Reading", unit: str = "tokens") -> Iterator[Progress]:
+    """A bar on stderr, or a line every tenth of the way where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _Lines(what, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("Reading"),
+        TextColumn(what),
         BarColumn(bar_width=None),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens {task.fields[speed]}"),
+        TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit} {{task.fields[speed]}}"),
         TimeElapsedColumn(),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
@@ -47,12 +47,13 @@ def reading() -> Iterator[Progress]:
 
 
 class _Lines:
-    def __init__(self) -> None:
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         if total and self._next < 2.0 and done >= min(self._next, 1.0) * total:
-            print(f"Reading: {done:,}/{total:,} tokens", file=sys.stderr, flush=True)
+            print(f"{self._what}: {done:,}/{total:,} {self._unit}", file=sys.stderr, flush=True)
             self._next = done / total + 0.1 if done < total else 2.0
 
 

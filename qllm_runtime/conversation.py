@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from qllm_runtime import console
 from qllm_runtime.errors import QLLMError
-from qllm_runtime.types import Answer, Document, Turn
+from qllm_runtime.types import Answer, Turn
 
 if TYPE_CHECKING:
+    from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM
 
 _HELP = "One question per line; /sources, /new, /quit."
 
 
-def hold(
-    llm: QLLM, documents: Sequence[Document], names: Sequence[str], system: str | None, options: Mapping[str, Any]
-) -> None:
-    """Read the documents once, then answer line after line; earlier turns are part of the conversation."""
-    with console.reading() as progress:
-        memory = llm.read(documents, system=system, progress=progress)
+def hold(llm: QLLM, memory: DocumentMemory, names: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Answer line after line about what was read; earlier turns are part of the conversation."""
     tty = sys.stdin.isatty()
     if tty:
         print(f"{memory.n_tokens:,} tokens read. {_HELP}")
@@ -31,7 +28,7 @@ def hold(
         if line == "/quit":
             break
         if line == "/sources":
-            console.print_sources(answer.sources if answer else (), documents, names, whole=True)
+            console.print_sources(answer.sources if answer else (), memory.documents, names, whole=True)
         elif line == "/new":
             history, answer = [], None
         elif line.startswith("/"):
@@ -47,7 +44,7 @@ def hold(
                 print(f"qllm: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
                 continue
             history += [Turn("user", (line,)), Turn("assistant", (answer.text,))]
-            console.print_sources(answer.sources[:2], documents, names, whole=False)
+            console.print_sources(answer.sources[:2], memory.documents, names, whole=False)
             print(console.summary(answer), flush=True)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qllm_runtime.errors import ClosedError, InvalidRequestError
-from qllm_runtime.types import Document
+from qllm_runtime.types import Document, Progress
 
 if TYPE_CHECKING:
     from qllm_runtime.config import MemoryConfig
@@ -75,12 +77,38 @@ class DocumentMemory:
         """
         cache = self._cache  # another thread may close this memory meanwhile
         if cache is None:
-            raise ClosedError(f"Document memory {self.id} was closed; read the documents again.")
+            raise self._was_closed()
         if inference is not self._inference:
             raise InvalidRequestError(
                 f"Document memory {self.id} was read by another model; read the documents with this one."
             )
         return self._prompt, cache
+
+    def save(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+        """Write it to a folder, for `QLLM.load_memory` in another process or on another day; texts are part of it.
+
+        Keys and values take their size in the model's dtype (`nbytes`, about). A reading that is in the folder already is
+        replaced when the new one is whole.
+
+        Args:
+            path: The folder; it need not be there.
+            progress: Called with (layers written, layers in all).
+
+        Raises:
+            SavedReadingError: The folder cannot be written, holds something else, or does not fit on the disk.
+            InvalidRequestError: Metadata that JSON cannot hold, or a memory in faithful mode.
+            ClosedError: The memory was closed.
+        """
+        from qllm_runtime import saving
+
+        inference = self._inference
+        if inference is None:
+            raise self._was_closed()
+        with inference.request():
+            saving.write(Path(path), self, inference, progress)
+
+    def _was_closed(self) -> ClosedError:
+        return ClosedError(f"Document memory {self.id} was closed; read the documents again.")
 
     def close(self) -> None:
         """Free the blocks. Answers under way still finish."""

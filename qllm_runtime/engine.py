@@ -6,12 +6,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
 from transformers import PreTrainedModel
 
-from qllm_runtime import answering
+from qllm_runtime import answering, saving
 from qllm_runtime.arguments import DocumentLike, as_documents, as_rows
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, check_sampling
@@ -220,6 +221,24 @@ class QLLM:
             cache, known = answering.resume(inference, config, prompt, reading)
             answering.feed(inference, cache, prompt.ids[known:], config, len(prompt.ids), known, progress, cancelled)
         return DocumentMemory(whole, system, prompt, cache, inference, config, variables)
+
+    def load_memory(
+        self, path: str | os.PathLike[str], *, progress: Progress | None = None, cancel: threading.Event | None = None
+    ) -> DocumentMemory:
+        """Load what `DocumentMemory.save` wrote; nothing is read again.
+
+        Args:
+            path: The folder.
+            progress: Called with (layers loaded, layers in all).
+            cancel: Set it to stop within a layer.
+
+        Raises:
+            SavedReadingError: No reading, a damaged one, or one by another model or chat template.
+            CancelledError: `cancel` was set.
+            OutOfMemoryError: The message names the setting to lower.
+        """
+        cancelled = never if cancel is None else cancel.is_set
+        return saving.load(Path(path), self._need_tokenizer(), self._inference, progress, cancelled)
 
     # ------------------------------------------------------------------ questions
 

@@ -31,6 +31,10 @@ class ContextOverflowError(InvalidRequestError):
     """More tokens than the window or the model's limit allows; nothing is ever truncated silently."""
 
 
+class SavedReadingError(QLLMError):
+    """A reading cannot be written to disk, or what is there is damaged or was read by another model."""
+
+
 class OutOfMemoryError(QLLMError, MemoryError):
     """Host or device memory ran out; the message names the setting that lowers the need."""
 

@@ -142,14 +142,18 @@ def build_reading(
     *,
     system: str | None,
     template_kwargs: Mapping[str, Any] | None = None,
+    read: Prompt | None = None,
     cancelled: Cancelled = never,
 ) -> Prompt:
-    """The beginning of every "read_once" prompt with these documents and this system text: up to the documents' end."""
+    """The beginning of every "read_once" prompt with these documents and this system text: up to the documents' end.
+
+    What `read` has made of the first of them is not tokenised again.
+    """
     turns = [Turn("system", (system,))] if system else []
     messages = lay_out([*turns, Turn("user", tuple(documents))], None, "read_once")
     segmenter, segments = _segments(tokenizer, messages, "read_once", None, template_kwargs, False)
     last = max(i for i, segment in enumerate(segments) if segment.kind == "document")
-    return _tokenise(tokenizer, segmenter, segments[: last + 1], None, cancelled)
+    return _tokenise(tokenizer, segmenter, segments[: last + 1], read, cancelled)
 
 
 def renders_tools(tokenizer: Any) -> bool:

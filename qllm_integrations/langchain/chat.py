@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -14,6 +15,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from qllm_integrations.aio import run_in_thread, stream_in_thread
+from qllm_integrations.bar import reading_bar
 from qllm_integrations.langchain import tools as tool_forms
 from qllm_integrations.langchain.memory import DocumentHandle, Documents, find_handle, to_documents
 from qllm_integrations.langchain.messages import translate
@@ -271,6 +273,25 @@ class QLLMChat(ChatRequests):
             memory = engine.read(
                 whole, system=system, template_kwargs=self.template_kwargs, progress=told, cancel=cancel
             )
+        return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
+
+    def load_documents(self, path: str | Path, *, show_progress: bool | None = None) -> DocumentHandle:
+        """Take up documents that `DocumentHandle.save` wrote, in any process with the same model; nothing is read again.
+
+        Raises:
+            SavedReadingError: No reading is there, it is damaged, or another model read it.
+        """
+        return self._load(path, show_progress, threading.Event())
+
+    async def aload_documents(self, path: str | Path, *, show_progress: bool | None = None) -> DocumentHandle:
+        """Like `load_documents`, in a worker thread."""
+        return await run_in_thread(lambda cancel: self._load(path, show_progress, cancel))
+
+    def _load(self, path: str | Path, show_progress: bool | None, cancel: threading.Event) -> DocumentHandle:
+        shown = self.show_progress if show_progress is None else show_progress
+        progress = reading_bar("Loading", "layers") if shown else None
+        engine = self._engine(self.model)
+        memory = engine.load_memory(path, progress=progress, cancel=cancel)
         return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
 
     def with_memory(self, handle: DocumentHandle) -> Self:

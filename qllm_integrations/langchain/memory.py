@@ -13,6 +13,7 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.documents.base import Blob
 
+from qllm_integrations.bar import reading_bar
 from qllm_runtime import types
 from qllm_runtime.documents import document_from_bytes, document_from_text
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
@@ -29,7 +30,7 @@ _lock = threading.Lock()
 
 
 class DocumentHandle:
-    """Names documents that a model has read; made by `QLLMChat.add_documents`.
+    """Names documents that a model has read; made by `QLLMChat.add_documents` and `load_documents`.
 
     The memory lives in this process until `close()` (of the handle or of the chat model), or until both the handle and
     the chat model are gone, and holds the keys and values of every token, so close what you no longer ask; a block or
@@ -73,6 +74,20 @@ class DocumentHandle:
         """A content block that stands for the documents: `HumanMessage([handle.block(), {"type": "text", ...}])`."""
         return {"type": "text-plain", "mime_type": "text/plain", "file_id": self.id}
 
+    def save(self, path: str | Path, *, show_progress: bool = False) -> None:
+        """Write what was read to a folder, texts included; `QLLMChat.load_documents` takes it up without reading again.
+
+        Args:
+            path: The folder. A reading that is there already is replaced when the new one is whole.
+            show_progress: Show a bar on stderr.
+
+        Raises:
+            SavedReadingError: The folder cannot be written, holds something else, or does not fit on the disk.
+            InvalidRequestError: Metadata of a document that JSON cannot hold.
+            ClosedError: The memory was given back.
+        """
+        self.memory.save(path, progress=reading_bar("Saving", "layers") if show_progress else None)
+
     def close(self) -> None:
         """Give the memory back. Requests that name it then fail with `ClosedError`."""
         with _lock:
@@ -94,7 +109,7 @@ class DocumentHandle:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "A DocumentHandle names memory of this process and cannot be pickled; read the documents again elsewhere."
+            "A DocumentHandle names memory of this process and cannot be pickled; save() it and load_documents() elsewhere."
         )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError
+from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError, SavedReadingError
 from qllm_runtime.types import Document, Progress
 from qllm_runtime.waiting import after_fork
 
@@ -62,6 +64,10 @@ class MemoryShelf:
     A memory that holds the first of the documents asked for is continued: only the others are read. A pickle carries no
     memories.
 
+    Attributes:
+        saved: A reading on disk that is taken up by the first request it serves, if its model and documents are those asked
+            for; None: there is none.
+
     Args:
         limit: How many are kept; the one unused for longest goes first. None keeps all.
         steps: Read several documents in about this many steps and keep the memory after each, so that a change
@@ -75,6 +81,7 @@ class MemoryShelf:
         self._families = families
         self._steps = steps
         self._kept: list[_Kept] = []  # last used last
+        self.saved: Path | None = None
         self.renew_locks()
         _locking.add(self)
 
@@ -107,6 +114,8 @@ class MemoryShelf:
                 raise CancelledError("Cancelled while waiting for the documents.")
         try:
             began = time.perf_counter()
+            if self.saved is not None:
+                self._take_up(self.saved, engine, cancel)
             memory = self._longest(engine, wanted, system, variables)
             done, known = (len(memory.documents), memory.n_tokens) if memory is not None else (0, 0)
             if memory is not None and done == len(wanted):
@@ -130,6 +139,14 @@ class MemoryShelf:
             return Reading(memory, memory.n_tokens - known, time.perf_counter() - began)
         finally:
             turn.release()
+
+    def _take_up(self, saved: Path, engine: Engine, cancel: threading.Event | None) -> None:
+        """Load the reading on disk; one that does not fit the model is left alone, and the documents are read again."""
+        try:
+            self._keep(_Kept(engine, engine.load_memory(saved, cancel=cancel), None))
+        except SavedReadingError as error:
+            warnings.warn(f"{error} They are read again now.", stacklevel=2)
+        self.saved = None
 
     def retain(self, keep: Callable[[Document], bool]) -> None:
         """Drop the memories that hold a document `keep` refuses."""

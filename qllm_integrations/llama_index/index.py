@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -18,6 +19,7 @@ from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, Document, TransformComponent
 from llama_index.core.storage.storage_context import StorageContext
 
+from qllm_integrations.bar import reading_bar
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.asking import Asker, asking_llm, system_text
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
@@ -28,6 +30,7 @@ from qllm_integrations.llama_index.handle import MemoryShelf
 from qllm_integrations.llama_index.query_engine import WholeDocumentQueryEngine
 from qllm_integrations.llama_index.retriever import LookupRetriever
 from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.reading_folder import is_reading
 from qllm_runtime.types import Mode, check_mode
 
 # memories kept while several documents are read one after the other
@@ -70,13 +73,13 @@ class WholeDocumentIndex(IndexContents):
             print(found.score, found.node.metadata["file_name"], found.node.start_char_idx, found.node.end_char_idx)
         ```
 
-        Read once, then chat; keep the documents on disk:
+        Read once, then chat; keep the documents on disk, and what was read of them:
 
         ```python
         index = WholeDocumentIndex.from_documents([Document(text=text)], llm=llm, mode="read_once", show_progress=True)
         chat = index.as_chat_engine()
         print(chat.chat("What is the secret number?"))
-        index.storage_context.persist("store")
+        index.persist("store")
         index = WholeDocumentIndex.load("store", llm=llm)
         ```
     """
@@ -156,7 +159,9 @@ class WholeDocumentIndex(IndexContents):
         mode: Mode | None = None,
         **kwargs: Any,
     ) -> WholeDocumentIndex:
-        """Load an index that `index.storage_context.persist(persist_dir)` wrote; its texts are read anew when asked.
+        """Load an index that `persist` or `index.storage_context.persist(persist_dir)` wrote.
+
+        What `persist` kept of the reading is taken up by the first question; without it the texts are read anew then.
 
         Raises:
             InvalidRequestError: No index of whole documents there, or several and no `index_id`.
@@ -174,7 +179,29 @@ class WholeDocumentIndex(IndexContents):
                 "index.storage_context.persist(...)."
             ) from None
         struct = stored_struct(storage_context, str(persist_dir), index_id)
-        return cls(index_struct=struct, storage_context=storage_context, llm=llm, mode=mode, **kwargs)
+        index = cls(index_struct=struct, storage_context=storage_context, llm=llm, mode=mode, **kwargs)
+        reading = _reading_in(persist_dir, struct.index_id)
+        if is_reading(reading):
+            index._shelf.saved = reading
+        return index
+
+    def persist(self, persist_dir: str | Path) -> None:
+        """Write the index and the reading of its documents to a directory, so that `load` has nothing to read again.
+
+        The documents are read now if they were not; in mode "query_aware", where each question reads them, only the index is
+        written. Keys and values of every token take as much on disk as in memory.
+
+        Raises:
+            SavedReadingError: The reading does not fit on the disk, or cannot be written.
+        """
+        self.storage_context.persist(persist_dir=str(persist_dir))
+        asker = self._asker(None)
+        reading = asker.memory(self.whole_nodes(), system_text(asker.opened(())))
+        if reading is not None:
+            reading.memory.save(
+                _reading_in(persist_dir, self.index_id),
+                progress=reading_bar("Saving", "layers") if self._show_progress else None,
+            )
 
     # Asking
 
@@ -304,6 +331,10 @@ class WholeDocumentIndex(IndexContents):
     def close(self) -> None:
         """Free the memories of the documents now."""
         self._shelf.close()
+
+
+def _reading_in(persist_dir: str | Path, index_id: str) -> Path:
+    return Path(persist_dir) / f"reading-{quote(index_id, safe='')}"
 
 
 # for load_index_from_storage

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.memory.record import LookupHook
 
 if TYPE_CHECKING:
     import torch
 
 WeightsHook = Callable[["torch.Tensor", "torch.Tensor"], None]
+#: What was read, as tensors by name.
+State = dict[str, "torch.Tensor"]
 
 
 class Tables(NamedTuple):
@@ -129,6 +132,20 @@ class LayerMemory(ABC):
     def question_scores(self) -> torch.Tensor | None:
         """What the question alone says of every block that left the window (eq. 5), [blocks]; None where nothing asks them."""
         return None
+
+    def state(self) -> State:
+        """All that was read, on the host, for `restore`; questions are no part of it.
+
+        Raises:
+            InvalidRequestError: Memories of this kind are not kept.
+        """
+        raise InvalidRequestError(
+            "Readings in faithful mode are not saved: it is for comparison. Read the documents with faithful=False."
+        )
+
+    def restore(self, state: State, device: torch.device) -> None:
+        """Take in on `device` what `state` of a memory with this layout returned; nothing was appended yet."""
+        raise NotImplementedError
 
     @abstractmethod
     def fork(self) -> Self:

@@ -33,7 +33,7 @@ from qllm_kernels.dispatch import (
 from qllm_kernels.mass import Mass
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.memory.base import Rotation, Scoring, Steady
+from qllm_runtime.memory.base import Rotation, Scoring, State, Steady
 from qllm_runtime.memory.far_keys import FarKeys
 from qllm_runtime.memory.outside import Outside
 from qllm_runtime.memory.places import DevicePlace, Place
@@ -340,6 +340,19 @@ class BlockMemory(SteadyMemory):
         return out.view(heads, 1, -1)
 
     # -------------------------------------------------------------- life
+
+    @override
+    def state(self) -> State:
+        oldest = self._oldest(self._n_blocks)
+        window = {f"window.{name}": part for name, part in self._window.state(oldest).items()}
+        return {"counts": torch.tensor([self.n_seen, self._n_blocks]), **window, **self._outside.state()}
+
+    @override
+    def restore(self, state: State, device: torch.device) -> None:
+        self.n_seen, self._n_blocks = state["counts"].tolist()
+        window = {name.removeprefix("window."): part for name, part in state.items() if name.startswith("window.")}
+        self._window.restore(self._oldest(self._n_blocks), window, device)
+        self._outside.restore(state, device)
 
     @override
     def fork(self) -> Self:

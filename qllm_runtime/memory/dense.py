@@ -12,7 +12,8 @@ from typing_extensions import override
 from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
 from qllm_kernels.dispatch import attend_pieces, attend_step, backend, rotate_append, step_mass
 from qllm_kernels.rotary import Arrival, Destination
-from qllm_runtime.memory.base import Rotation, Scoring, Steady, Tables
+from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.memory.base import Rotation, Scoring, State, Steady, Tables
 from qllm_runtime.memory.places import DevicePlace, Place
 from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 
@@ -232,6 +233,38 @@ class DenseMemory(SteadyMemory):
             # torch functions that stand in for a kernel look at all slots
             for buffer in (self._key, self._value):
                 buffer[:, self.n_seen - self._base :] = 0
+
+    @override
+    def state(self) -> State:
+        if self._key is None or self._key_raw is None or self._value is None:
+            return {"counts": torch.tensor([0, 0])}
+        end = self.n_seen - self._base
+        rows = slice(0 if self._window is None else max(0, end - self._window + 1), end)
+        kept = self._key if self._window is None else self._key_raw  # full attention keeps keys as they are rotated
+        counts = torch.tensor([self.n_seen, self._rotation.comfortable_length or 0])
+        return {"counts": counts, "key": kept[:, rows].cpu(), "value": self._value[:, rows].cpu()}
+
+    @override
+    def restore(self, state: State, device: torch.device) -> None:
+        n_seen, comfortable_length = state["counts"].tolist()
+        if not n_seen:
+            return
+        if self._window is None and comfortable_length != (self._rotation.comfortable_length or 0):
+            raise InvalidRequestError(
+                "These documents were read with the rotary frequencies of shorter texts, which a reading of this length does "
+                "not have; read all of them at once and save that."
+            )
+        key, value = state["key"].to(device), state["value"].to(device)
+        n = key.shape[1]
+        self.n_seen, self._base = n_seen, n_seen - n
+        self._make_room(key, value, 0)
+        assert self._key is not None and self._key_raw is not None and self._value is not None
+        self._value[:, :n] = value
+        if self._window is None:
+            self._key[:, :n] = key
+        else:
+            self._key_raw[:, :n] = key
+            self._key[:, :n] = self._rotation.rotate(key, 0)
 
     @override
     def fork(self) -> Self:

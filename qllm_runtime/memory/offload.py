@@ -157,6 +157,10 @@ class OffloadedStore(BlockStore):
         return self._slots, self._state
 
     @override
+    def _run(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._slabs[index].contents(self._runs[index].key.shape[1])
+
+    @override
     def fork(self) -> OffloadedStore:
         child = OffloadedStore(self._device_blocks, quantised=self._quantised)
         child._inherited = child._runs = self._runs

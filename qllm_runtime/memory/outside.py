@@ -14,7 +14,7 @@ from qllm_kernels.refine import refine_choice
 from qllm_kernels.rotary import Arrival
 from qllm_kernels.summary import key_bounds
 from qllm_runtime.config import CANDIDATES, MemoryConfig
-from qllm_runtime.memory.base import Rotation
+from qllm_runtime.memory.base import Rotation, State
 from qllm_runtime.memory.digest import BlockDigest
 from qllm_runtime.memory.far_keys import FarKeys
 from qllm_runtime.memory.guide import Guide
@@ -24,6 +24,8 @@ from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.store import BlockStore, PagedKeys
+
+_TOGETHER = 256  # blocks taken from the host at a time
 
 
 class Terms(TypedDict):
@@ -376,6 +378,29 @@ class Outside:
     def _border(self, oldest: Sequence[int], device: torch.device) -> torch.Tensor | None:
         """First tokens of windows, [pieces]; None where none reaches back to the question."""
         return to_device(oldest, device) if self.query.end > min(oldest) else None
+
+    def state(self) -> State:
+        """Initial tokens and blocks on the host."""
+        found: State = {}
+        if self._initial is not None:
+            found["initial.key"], found["initial.value"] = (x.cpu() for x in self._initial)
+        if len(self.store):
+            key, value, summaries = self.store.contents()
+            found |= {"blocks.key": key, "blocks.value": value}
+            if summaries is not None:
+                found["blocks.summaries"] = summaries
+        return found
+
+    def restore(self, state: State, device: torch.device) -> None:
+        """Keep what `state` returned."""
+        if "initial.key" in state:
+            self._initial = state["initial.key"].to(device), state["initial.value"].to(device)
+        if "blocks.key" in state:
+            key, value, summaries = state["blocks.key"], state["blocks.value"], state.get("blocks.summaries")
+            for at in range(0, key.shape[1], _TOGETHER):
+                rows = slice(at, at + _TOGETHER)
+                compact = None if summaries is None else summaries[:, :, rows].to(device)
+                self.keep_blocks(key[:, rows].to(device), value[:, rows].to(device), compact)
 
     def fork(self) -> Self:
         """An independent continuation that shares initial tokens and blocks."""

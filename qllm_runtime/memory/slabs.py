@@ -9,6 +9,8 @@ from typing_extensions import override
 
 from qllm_kernels.dispatch import backend, copy_pages, dequantise_pages, quantise_pages
 
+_TOGETHER = 1024  # pages turned back from fp8 at a time
+
 
 class Slab:
     """Room for pages, pinned where the device is a GPU; a page holds the keys and values of a head's block in a row.
@@ -70,6 +72,16 @@ class Slab:
         found = self.split(self.data[first:end])[0]
         return found if backend(self._device) == "triton" else found.to(self._device)
 
+    def contents(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `n` pages as `write` takes them, on the host; waits for copies under way."""
+        self._await_copies()
+        return self.split(self.data[:n])
+
+    def _await_copies(self) -> None:
+        """Let all that is on its way to the host arrive."""
+        if self._device.type == "cuda":
+            copying(self._device).synchronize()
+
 
 class QuantisedSlab(Slab):
     """Pages as float8_e4m3fn, half of what bf16 takes on the host and on the way to the device.
@@ -104,11 +116,24 @@ class QuantisedSlab(Slab):
 
     @override
     def keys(self, first: int, end: int) -> torch.Tensor:
-        n, small = end - first, self._parts(self.data)[0]
+        return self._part(0, first, end)
+
+    @override
+    def contents(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._await_copies()
+        turns = [slice(at, min(at + _TOGETHER, n)) for at in range(0, n, _TOGETHER)]
+        key, value = (
+            torch.cat([self._part(part, rows.start, rows.stop).cpu() for rows in turns], 1) for part in (0, 1)
+        )
+        return key, value
+
+    def _part(self, part: int, first: int, end: int) -> torch.Tensor:
+        """Keys (0) or values (1) [kv_heads, n, block_size, dim] of pages first .. end - 1 in the dtype of the model."""
+        n, small = end - first, self._parts(self.data)[part]
         found = torch.empty(n, *small.shape[1:], dtype=self._dtype, device=self._device)
         moves = _each(first, end, self._device)
-        dequantise_pages(small.transpose(0, 1), self._scales[0], found.transpose(0, 1), *moves)
-        return found.view(n, -1, *self._shapes[0][2:]).transpose(0, 1)
+        dequantise_pages(small.transpose(0, 1), self._scales[part], found.transpose(0, 1), *moves)
+        return found.view(n, -1, *self._shapes[part][2:]).transpose(0, 1)
 
 
 def _each(first: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -173,6 +173,19 @@ class BlockStore:
         place = torch.arange(ids.shape[0] * ids.shape[2], device=ids.device).view(ids.shape[0], 1, -1)
         return self.keys(ids).flatten(1, 2), place.expand_as(ids)
 
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Copies of all blocks on the host, as `append` takes them; there is one."""
+        runs = [self._run(index) for index in range(len(self._runs))]
+        summaries = None
+        if not any(_shares_keys(run) for run in self._runs):
+            summaries = torch.cat([run.summaries.cpu() for run in self._runs], 2)
+        key, value = (torch.cat([part.cpu() for part in parts], 1) for parts in zip(*runs, strict=True))
+        return key, value, summaries
+
+    def _run(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a run, in the dtype of the model."""
+        return self._runs[index].key, self._runs[index].value
+
     def fork(self) -> BlockStore:
         """A store that continues after this one's present blocks."""
         child = BlockStore()
@@ -231,5 +244,9 @@ def take(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _nbytes(pages: Pages) -> int:
-    shared = pages.summaries.data_ptr() == pages.key.data_ptr()
-    return pages.key.nbytes + pages.value.nbytes + (0 if shared else pages.summaries.nbytes)
+    return pages.key.nbytes + pages.value.nbytes + (0 if _shares_keys(pages) else pages.summaries.nbytes)
+
+
+def _shares_keys(pages: Pages) -> bool:
+    """Whether the keys themselves are the summaries."""
+    return pages.summaries.data_ptr() == pages.key.data_ptr()

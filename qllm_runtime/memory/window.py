@@ -10,7 +10,7 @@ import torch
 from qllm_kernels.dispatch import backend, linear_top_keys, mean_keys, published_means, query_prefix, rotate_append
 from qllm_kernels.rotary import Arrival, Destination
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.memory.base import Rotation, Scoring, Tables
+from qllm_runtime.memory.base import Rotation, Scoring, State, Tables
 
 
 class Window:
@@ -194,6 +194,27 @@ class Window:
             softcap=scoring.softcap,
         )
         return key, value, summaries
+
+    def state(self, oldest: int) -> State:
+        """What is visible from absolute index `oldest` on, on the host."""
+        rows = slice(oldest - self.base, self.used)
+        parts = {"key": self.key_raw, "value": self.value, "query": self._query, "lse": self._lse}
+        return {name: part[:, rows].cpu() for name, part in parts.items() if part.numel()}
+
+    def restore(self, oldest: int, state: State, device: torch.device) -> None:
+        """Begin at absolute index `oldest` with what `state` returned."""
+        self.base = oldest
+        if not state:
+            return
+        found = {name: part.to(device) for name, part in state.items()}
+        key, value, n = found["key"], found["value"], found["key"].shape[1]
+        self._make_room(n, found.get("query", key), key, value, 0)
+        self.key_raw[:, :n], self.value[:, :n] = key, value
+        self.key[:, :n] = self._rotation.rotate(key, 0)
+        for name, buffer in (("query", self._query), ("lse", self._lse)):
+            if name in found:
+                buffer[:, :n] = found[name]
+        self.used = n
 
     def fork(self) -> Self:
         """An independent continuation."""

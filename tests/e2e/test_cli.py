@@ -1,5 +1,6 @@
 """The command line as a user meets it: its output, its exit status, its one line of complaint."""
 
+import io
 import json
 import os
 import signal
@@ -229,6 +230,65 @@ class TestAsk:
 
 
 @pytest.mark.skipif(not (ROOT / "qllm_runtime/models/reader-plain").exists(), reason="the trained readers are not here")
+class TestRead:
+    """`qllm read`, and what it saved in place of a document."""
+
+    @pytest.fixture
+    def reading(self, qllm, model, book, tmp_path):
+        status, out, _ = qllm("read", book, "--model", model, "--out", tmp_path / "saved")
+        assert status == 0
+        assert out.startswith(f"{tmp_path / 'saved'}: 1 documents, ")
+        return str(tmp_path / "saved")
+
+    def test_answers_are_those_of_the_file(self, qllm, model, book, reading):
+        asked = ["Who was abroad?", "--model", model, "--max-tokens", 8, "--json"]
+        from_file, from_reading = (json.loads(qllm("ask", name, *asked)[1]) for name in (book, reading))
+        assert from_reading["answer"] == from_file["answer"]
+        assert from_reading["sources"] == from_file["sources"]
+        assert from_file["usage"]["cache_read_tokens"] == 0 < from_reading["usage"]["cache_read_tokens"]
+
+    def test_more_is_read_behind_it(self, qllm, model, reading, tmp_path):
+        (tmp_path / "fog.md").write_text("The fog came and went.")
+        more = ["--document", tmp_path / "fog.md", "--model", model]
+        status, out, err = qllm("ask", reading, "Who was abroad?", *more, "--max-tokens", 4, "--json")
+        assert status == 0 and "Loading: 2/2 layers" in err
+        status, saved, _ = qllm("read", reading, *more, "--out", reading)
+        assert status == 0 and ": 2 documents, " in saved
+        status, again, err = qllm("ask", reading, "Who was abroad?", "--model", model, "--max-tokens", 4, "--json")
+        assert json.loads(again)["answer"] == json.loads(out)["answer"]
+        assert json.loads(again)["usage"]["cache_read_tokens"] == json.loads(out)["usage"]["cache_read_tokens"]
+
+    def test_chat(self, qllm, model, reading, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Who was abroad?\n"))
+        status, out, _ = qllm("chat", reading, "--model", model, "--max-tokens", 4)
+        assert status == 0
+        assert "tokens read before" in out and "a book.txt[" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["ask", "READING", "Who?", "--n-local", "64", "--policy", "infllm"], "leave out --policy, --n-local"),
+            (["ask", "READING", "Who?", "--system", "Be brief."], "leave out --system"),
+            (["ask", "BOOK", "Who?", "--document", "READING"], "ahead of all documents"),
+            (["ask", "READING", "Who?", "--document", "READING"], "name one only"),
+            (["ask", "READING", "Who?", "--model", "reader-plain"], "was read by"),
+            (["ask", "READING", "Who?", "--mode", "query_aware"], "were read before"),
+            (["read", "BOOK", "--out", "BOOK"], "name another folder"),
+            (["read", "BOOK"], "--out"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, qllm, model, book, reading, arguments, words):
+        named = [{"READING": reading, "BOOK": book}.get(argument, argument) for argument in arguments]
+        status, out, err = qllm(*named, *([] if "--model" in named else ["--model", model]))
+        assert (status, out) == (2, "")
+        assert words in err.splitlines()[-1]
+        assert err.splitlines()[-1].startswith("qllm: ")
+
+    def test_what_cannot_be_written_costs_no_reading(self, qllm, model, book):
+        _, _, err = qllm("read", book, "--model", model, "--out", Path(book).parent)
+        assert err.count("\n") == 1
+
+
 def test_the_reader_finds_a_fact_and_shows_it(qllm, tmp_path):
     fact = "The pass key is 71432."
     path = tmp_path / "story.txt"

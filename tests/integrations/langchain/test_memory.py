@@ -26,7 +26,7 @@ from qllm_integrations.langchain import QLLM_STUFF_PROMPT, DocumentQA, QLLMChat
 from qllm_integrations.langchain.memory import to_documents
 from qllm_runtime import types
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError
+from qllm_runtime.errors import ClosedError, DocumentError, InvalidRequestError, SavedReadingError
 
 # no two blocks alike: between equals a lookup may choose either
 BOOK = " ".join(f"It was night {n * n}. Call me Ishmael. Some {n} years ago I went to sea." for n in range(20))
@@ -40,6 +40,26 @@ def tiny(tiny_path: str) -> QLLMChat:
 
 def details(message: AIMessage) -> dict[str, int]:
     return dict(message.usage_metadata["input_token_details"])
+
+
+async def test_what_was_read_comes_back_from_disk(tiny_path: str, other_path: str, tmp_path: Path) -> None:
+    first, second = QLLMChat(model=tiny_path), QLLMChat(model=tiny_path)
+    documents = [Document(page_content=BOOK, metadata={"source": "a/whale.txt", "page": 3}), OTHER]
+    with first.add_documents(documents) as handle:
+        handle.save(tmp_path / "reading", show_progress=True)
+        expected = first.with_memory(handle).invoke("Who speaks?")
+    for loaded in (second.load_documents(tmp_path / "reading"), await second.aload_documents(tmp_path / "reading")):
+        ai = second.with_memory(loaded).invoke([HumanMessage("Who speaks?")])
+        assert (ai.text, ai.content_blocks) == (expected.text, expected.content_blocks)
+        assert details(ai) == {"cache_read": loaded.n_tokens, "cache_creation": 0}
+        found = DocumentQA(second, loaded).invoke("Who speaks?")["source_documents"]
+        assert {source.metadata.get("source") for source in found} <= {"a/whale.txt", None}
+    with pytest.raises(SavedReadingError, match="other weights"):
+        QLLMChat(model=other_path).load_documents(tmp_path / "reading")
+    second.close()
+    assert loaded.closed
+    with pytest.raises(ClosedError):
+        handle.save(tmp_path / "again")
 
 
 def test_read_once_ask_many(tiny: QLLMChat) -> None:

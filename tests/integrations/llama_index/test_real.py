@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core import Document
+from llama_index.core import Document, StorageContext
 from llama_index.core.base.llms.types import (
     CacheControl,
     CachePoint,
@@ -115,6 +116,58 @@ def test_changes_are_read_on_top(index: WholeDocumentIndex) -> None:
     there, new, _ = told(response)
     assert min(there, new) > 0
     assert there + new == cached(fresh.as_query_engine().query(QUESTION)) == cached(engine.query(QUESTION))
+
+
+class TestReadingsOnDisk:
+    """`index.persist` and `WholeDocumentIndex.load`."""
+
+    def test_nothing_is_read_again(self, llm: QLLM, index: WholeDocumentIndex, tmp_path: Path) -> None:
+        expected = index.as_query_engine().query(QUESTION)
+        index.persist(tmp_path)
+        loaded = WholeDocumentIndex.load(tmp_path, llm=llm, system_prompt="Be brief.")
+        response = loaded.as_query_engine().query(QUESTION)
+        assert response.response == expected.response
+        assert cached(response) == cached(expected) > 0
+        loaded.insert(Document(text="Volume 9. The end.", id_="9"))
+        assert cached(loaded.as_query_engine().query(QUESTION)) == cached(response)  # what was added is read
+        assert cached(loaded.as_query_engine().query(QUESTION)) > cached(response)
+
+    def test_it_is_read_to_be_kept(self, llm: QLLM, tmp_path: Path) -> None:
+        index = WholeDocumentIndex.from_documents([Document(text=TEXTS[0])], llm=llm)
+        index.persist(tmp_path)
+        loaded = WholeDocumentIndex.load(tmp_path, llm=llm)
+        with recording() as recorder:
+            loaded.as_query_engine().query(QUESTION)
+        assert not [event for event in recorder.events if isinstance(event, ReadingProgressEvent)]
+
+    def test_a_changed_document_is_read_again(self, llm: QLLM, index: WholeDocumentIndex, tmp_path: Path) -> None:
+        index.persist(tmp_path)
+        loaded = WholeDocumentIndex.load(tmp_path, llm=llm, system_prompt="Be brief.")
+        loaded.update_ref_doc(Document(text="Volume 0. " + TEXTS[1], id_="0", metadata={"file_name": "0.txt"}))
+        response = loaded.as_query_engine().query(QUESTION)
+        check_offsets(loaded, response)
+
+    def test_of_another_model_it_is_read_again(self, index: WholeDocumentIndex, tmp_path: Path) -> None:
+        index.persist(tmp_path / "store")
+        loaded = WholeDocumentIndex.load(tmp_path / "store", llm=QLLM(model="reader", dtype="float32", max_tokens=6))
+        with pytest.warns(UserWarning, match="other weights .* read again now"):
+            loaded.as_query_engine().query(QUESTION)
+
+    def test_each_question_reads_for_itself(self, llm: QLLM, tmp_path: Path) -> None:
+        index = WholeDocumentIndex.from_documents([Document(text=TEXTS[0])], llm=llm, mode="query_aware")
+        index.persist(tmp_path)
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    def test_several_indexes_in_one_place(self, llm: QLLM, tmp_path: Path) -> None:
+        storage = StorageContext.from_defaults()
+        for name in ("a", "../b"):
+            index = WholeDocumentIndex.from_documents([Document(text=f"{name} {TEXTS[0]}")], storage, llm=llm)
+            index.set_index_id(name)
+            index.persist(tmp_path / "store")
+        assert len([path for path in (tmp_path / "store").iterdir() if path.is_dir()]) == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["store"]
+        loaded = WholeDocumentIndex.load(tmp_path / "store", llm=llm, index_id="../b")
+        assert cached(loaded.as_query_engine().query(QUESTION)) > 0
 
 
 def test_accumulate_reads_each_alone(index: WholeDocumentIndex) -> None:
