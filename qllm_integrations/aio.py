@@ -57,6 +57,7 @@ async def stream_in_thread(items: Callable[[threading.Event], Iterator[T]]) -> A
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[_Kind, Any]] = asyncio.Queue()  # as long as the answer at most
     cancel = threading.Event()
+    abandoned = threading.Event()  # apart from the other: `items` may set that itself, and say why by raising
 
     def work() -> None:
         last: tuple[_Kind, Any] = ("end", None)
@@ -64,7 +65,7 @@ async def stream_in_thread(items: Callable[[threading.Event], Iterator[T]]) -> A
             source = items(cancel)
             try:
                 for item in source:
-                    if cancel.is_set() or not _post(loop, cancel, queue.put_nowait, ("item", item)):
+                    if abandoned.is_set() or not _post(loop, cancel, queue.put_nowait, ("item", item)):
                         break
             finally:
                 close = getattr(source, "close", None)
@@ -84,6 +85,7 @@ async def stream_in_thread(items: Callable[[threading.Event], Iterator[T]]) -> A
                 raise value
             yield value
     finally:
+        abandoned.set()
         cancel.set()
 
 

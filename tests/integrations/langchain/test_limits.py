@@ -77,6 +77,16 @@ async def test_a_handler_cannot_hold_a_request_beyond_its_time(run: Callable[...
         await handler.freed.wait()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("run", [invoke, stream])
+async def test_an_answer_that_takes_too_long_is_given_up(run: Callable[..., Any], streaming: bool) -> None:
+    engine = FakeEngine(reply="x" * CHUNKS, step=0.01)
+    llm = QLLMChat.from_engine(engine, max_tokens=CHUNKS, streaming=streaming)
+    with pytest.raises(TimeoutError, match=r"timeout=0\.3"):
+        await run(llm, AsyncCallbackHandler(), timeout=0.3)
+    assert 0 < engine.n_generated < CHUNKS
+
+
 @pytest.mark.parametrize("run", [invoke, stream, read])
 async def test_cancelling_does_not_wait_for_a_handler(run: Callable[..., Any]) -> None:
     handler = Hangs()
