@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import warnings
 from dataclasses import replace
@@ -12,6 +13,12 @@ from qllm_runtime.errors import DocumentError
 from qllm_runtime.types import Document
 
 _NAMED = 3  # files left out that a warning names
+# A folder may come from anyone: no program that its git configuration names is run, as a monitor, a hook or a way to fetch.
+_GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+_NO_FETCH = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
+# what is left of the caller's GIT_*: others make another repository, index or configuration answer
+_KEPT = ("GIT_EXEC_PATH", "GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
+_LIST = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
 
 
 def load_path(path: str | Path) -> list[Document]:
@@ -31,8 +38,9 @@ def load_folder(path: str | Path) -> list[Document]:
     """Read every text, HTML, PDF, Word and EPUB file below a folder.
 
     In a git checkout those are the files that git does not ignore, with those of submodules and of other checkouts inside
-    of it; elsewhere all but hidden ones (`.name`) and what lies in hidden folders. Empty files are passed over; files that
-    hold something else than text are left out, and a warning says which.
+    of it (nothing that their configuration names is run). Elsewhere, and in a folder of a checkout that git ignores
+    altogether, they are all but hidden ones (`.name`) and those in hidden folders. Empty files are passed over; files that
+    hold anything but text are left out, and a warning says which.
 
     Args:
         path: The folder.
@@ -46,7 +54,7 @@ def load_folder(path: str | Path) -> list[Document]:
     """
     folder = Path(path)
     try:
-        names = sorted(name for name in set(_tracked(folder) or _visible(folder)) if (folder / name).is_file())
+        names = sorted(name for name in set(_listed(folder)) if (folder / name).is_file())
         files = [name for name in names if (folder / name).stat().st_size]
     except OSError as error:
         raise DocumentError(f"Cannot read the folder {str(path)!r}: {error.strerror or error}.") from error
@@ -71,12 +79,18 @@ def load_folder(path: str | Path) -> list[Document]:
     return documents
 
 
+def _listed(folder: Path) -> list[Path]:
+    """Files below a folder that are candidates for reading, some more than once."""
+    files = _tracked(folder)
+    if files or (files is not None and not _ignored(folder)):
+        return files
+    return _visible(folder)
+
+
 def _tracked(folder: Path) -> list[Path] | None:
     """Files below a folder that git tracks or would track, some more than once; None outside of a checkout or without git."""
-    command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        listed = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
-    except (OSError, subprocess.CalledProcessError):
+    listed = _git(folder, *_LIST)
+    if listed is None:
         return None
     files: list[Path] = []
     for name in (Path(name.decode("utf-8", "surrogateescape")) for name in listed.split(b"\0") if name):
@@ -88,6 +102,24 @@ def _tracked(folder: Path) -> list[Path] | None:
         inside = _tracked(nested)
         files.extend(name / file for file in (_visible(nested) if inside is None else inside))
     return files
+
+
+def _ignored(folder: Path) -> bool:
+    """Whether a folder of a checkout is ignored as a whole; one with a `.gitignore` of `*` is not, its files are."""
+    whole = folder.resolve()
+    return not (whole / ".git").exists() and _git(whole.parent, "check-ignore", "-q", "--", whole.name) is not None
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    """What git prints in a folder; None where it fails or is not installed."""
+    environment = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("GIT_")}
+    command = [*_GIT, "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(
+            command, capture_output=True, check=True, stdin=subprocess.DEVNULL, env={**environment, **_NO_FETCH}
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -169,3 +169,31 @@ def test_a_submodule_whose_repository_is_gone(tmp_path: Path) -> None:
     (top / "module" / ".git").unlink()  # not checked out
     (top / "module" / "l.txt").unlink()
     assert [d.title for d in load_folder(top)] == [".gitmodules", "a.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the script is one of a shell")
+def test_the_configuration_of_a_folder_runs_nothing(tmp_path: Path) -> None:
+    top = repository(tmp_path / "top", a_txt="seen", deep__b_txt="seen")
+    inner = repository(top / "inner", c_txt="seen")
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    script.chmod(0o755)
+    for checkout in (top, inner):
+        git(checkout, "config", "core.fsmonitor", str(script))
+    assert [d.title for d in load_folder(top)] == ["a.txt", "deep/b.txt", "inner/c.txt"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_repository_of_the_environment_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = repository(tmp_path / "top", a_txt="seen")
+    other = repository(tmp_path / "other", n_txt="no") / ".git"
+    (other / "info" / "exclude").write_text("*.txt\n")
+    monkeypatch.setenv("GIT_DIR", str(other))
+    assert [d.title for d in load_folder(top)] == ["a.txt"]
+
+
+def test_a_folder_whose_files_are_all_ignored_holds_none(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    write(tmp_path, kept__a_txt="no", kept___gitignore="*\n")
+    with pytest.raises(DocumentError, match="There is no text"):
+        load_folder(tmp_path / "kept")
