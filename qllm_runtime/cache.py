@@ -16,8 +16,10 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from typing_extensions import override
 
 from qllm_kernels.dispatch import on_device
-from qllm_runtime.memory.base import LayerMemory, Scoring
+from qllm_runtime.memory.base import LayerMemory, Scoring, State
 
+#: Where recurrent layers hold their states, and how they take them in.
+_STATES = {"conv_states": "update_conv_state", "recurrent_states": "update_recurrent_state"}
 #: Makes the memory of (layer index, row of the batch).
 MemoryFactory = Callable[[int, int], LayerMemory]
 
@@ -229,6 +231,31 @@ class MemoryCache(ServingCache):
     ) -> torch.Tensor:
         layer: MemoryLayer = self.layers[self.layer_of(module)]
         return layer.attend(query, key, value, scoring)
+
+    def kind(self, index: int) -> type:
+        """What kind of memory a layer has; its own type where it has none."""
+        layer = self.layers[index]
+        return type(layer.rows[0] if isinstance(layer, MemoryLayer) else layer)
+
+    def state(self, index: int) -> State:
+        """All that a layer of a cache of one row holds of what was read, on the host; see `LayerMemory.state`."""
+        layer = self.layers[index]
+        found = layer.rows[0].state() if isinstance(layer, MemoryLayer) else {}
+        if isinstance(layer, LinearAttentionLayer):
+            for name in _STATES:
+                kept = {i: x for i, x in getattr(layer, name).items() if x is not None}
+                found |= {f"{name}.{i}": x.cpu() for i, x in kept.items()}
+        return found
+
+    def restore(self, index: int, state: State, device: torch.device) -> None:
+        """Take in what `state` of this layer returned; nothing was read yet."""
+        layer = self.layers[index]
+        if isinstance(layer, MemoryLayer):
+            layer.rows[0].restore(state, device)
+        for name, update in _STATES.items() if isinstance(layer, LinearAttentionLayer) else ():
+            for key, kept in state.items():
+                if key.startswith(f"{name}."):
+                    getattr(layer, update)(kept.to(device), state_idx=int(key.rpartition(".")[2]))
 
     def nbytes(self) -> int:
         """Bytes held by all layers and rows."""

@@ -94,8 +94,12 @@ class Inference:
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where the memory of each layer with attention is."""
-        return [layer.device for layer in self.facts.layers.values()]
+        """Where each layer is."""
+        facts, layers = self.facts, getattr(decoder_of(self.model), "layers", ())
+        return [
+            facts.layers[i].device if i in facts.layers else next(layers[i].parameters()).device
+            for i in range(len(facts.slots))
+        ]
 
     @contextmanager
     def turn(self, cancelled: Cancelled = never) -> Iterator[None]:

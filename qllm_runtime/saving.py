@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,14 +85,15 @@ def write(path: Path, memory: DocumentMemory, inference: Inference, progress: Pr
             for index, span in enumerate(prompt.document_spans)
         }
         save_file({"ids": torch.from_numpy(prompt.ids), **offsets}, folder / TOKENS)
-        layers = cache.memories()
-        for index, layer in enumerate(layers):
-            state = {name: tensor.contiguous() for name, tensor in layer.state().items()}
-            if index == 0:
-                check_space(folder, len(layers) * sum(tensor.nbytes for tensor in state.values()))
+        n_layers = len(cache.layers)
+        alike = Counter(map(cache.kind, range(n_layers)))
+        for index in range(n_layers):
+            state = {name: tensor.contiguous() for name, tensor in cache.state(index).items()}
+            # each layer takes as much as the first of its kind
+            check_space(folder, alike.pop(cache.kind(index), 1) * sum(tensor.nbytes for tensor in state.values()))
             save_file(state, folder / layer_file(index))
             if progress is not None:
-                progress(index + 1, len(layers))
+                progress(index + 1, n_layers)
         (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -198,19 +200,20 @@ class _Saved:
             SavedReadingError: Files are missing or damaged.
             CancelledError: As `cancelled` told.
         """
-        for index, (layer, device) in enumerate(zip(cache.memories(), devices, strict=True)):
+        for index, device in enumerate(devices):
             if cancelled():
                 raise CancelledError("Cancelled while loading a reading.")
             try:
                 with safe_open(self._path / layer_file(index), framework="pt") as file:
                     state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                layer.restore(state, device)
+                cache.restore(index, state, device)
             except (OSError, KeyError, SafetensorError) as error:
                 raise self._damaged(error) from error
-            if layer.n_seen != len(self.prompt.ids):
-                raise self._damaged(f"layer {index} has {layer.n_seen} tokens of {len(self.prompt.ids)}")
             if progress is not None:
                 progress(index + 1, len(devices))
+        seen = {memory.n_seen for memory in cache.memories()}
+        if seen != {len(self.prompt.ids)}:
+            raise self._damaged(f"its layers hold {sorted(seen)} tokens of {len(self.prompt.ids)}")
 
     def _damaged(self, reason: object) -> SavedReadingError:
         return SavedReadingError(

@@ -37,6 +37,8 @@ LAYOUTS = {
     "offloaded, every key": {"device_blocks": 32, "repr_topk": 8},
 }
 
+HYBRIDS = ("qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "gemma3n")
+
 
 def engine(memory: MemoryConfig = tiny.MEMORY, seed: int = 0) -> QLLM:
     return QLLM(tiny.model(seed), tiny.tokenizer(), memory, name="tiny")
@@ -82,11 +84,11 @@ class TestAnswers:
             assert first.keys() == second.keys()
             assert all(torch.allclose(first[key].float(), second[key].float(), rtol=1e-6) for key in first)
 
-    @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "phi3-longrope", "mistral-sliding"])
+    @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "phi3-longrope", "mistral-sliding", *HYBRIDS])
     def test_of_models_with_sliding_layers_and_several_rotaries(self, tmp_path, name):
         kind, settings = architectures.SUPPORTED[name]
         llm = QLLM(architectures.build(kind, {**settings, "vocab_size": 264}), tiny.tokenizer(), tiny.MEMORY, name=name)
-        memory = llm.read("the cat sat " * 40)
+        memory = llm.read(" ".join(f"the cat {n * n} sat" for n in range(30)))  # no two blocks alike
         memory.save(tmp_path / "reading")
         loaded = llm.load_memory(tmp_path / "reading")
         mine, theirs = (llm.ask("the cat", documents=read, max_tokens=8, logprobs=0) for read in (memory, loaded))
