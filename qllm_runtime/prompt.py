@@ -217,38 +217,35 @@ def _tokenise(
     position = closing = 0
     space = segmenter.prefixes  # a space ahead of the next text is part of its first word
     for index, segment in enumerate(segments):
+        offsets = np.zeros((0, 2), np.int64)
         if segment.kind == "template":
             following = segments[index + 1].kind if index + 1 < len(segments) else "template"
             space = segmenter.prefixes and following != "template" and segment.text.endswith(" ")
             text = segment.text[:-1] if space else segment.text
             ids = np.array(segmenter.template(text, first=index == 0), dtype=np.int64)
-            if index == 0:
-                ids = _with_bos(tokenizer, ids)
+        elif known and segment.kind == "document" and int(segment.document or 0) < len(known.document_spans):
+            span = known.document_spans[int(segment.document or 0)]
+            ids, offsets = known.ids[span.start : span.end], span.offsets
         else:
-            if known and segment.kind == "document" and int(segment.document or 0) < len(known.document_spans):
-                span = known.document_spans[int(segment.document or 0)]
-                ids, offsets = known.ids[span.start : span.end], span.offsets
-            else:
-                ids, offsets = segmenter.text(segment.text, space=space, cancelled=cancelled)
-            if index == 0:
-                ids, offsets = _with_bos(tokenizer, ids), offsets
-            space = False
-            end = position + len(ids)
-            if segment.kind == "query":
-                queries.append((position, end))
-            elif segment.kind == "document":
-                spans.append(DocumentSpan(int(segment.document or 0), position, end, offsets))
+            ids, offsets = segmenter.text(segment.text, space=space, cancelled=cancelled)
+        if index == 0 and _lacks_bos(tokenizer, ids):  # a part of its own: a template may begin with a content
+            parts.append(np.array([tokenizer.bos_token_id], dtype=np.int64))
+            position = 1
+        end = position + len(ids)
+        if segment.kind == "query":
+            queries.append((position, end))
+        elif segment.kind == "document":
+            spans.append(DocumentSpan(int(segment.document or 0), position, end, offsets))
         parts.append(ids)
-        position += len(ids)
+        position = end
+        space = space and segment.kind == "template"
         closing = len(ids) if segment.kind == "template" else 0
     return Prompt(concatenate(parts), tuple(queries), tuple(spans), spans[-1].end if spans else 0, closing)
 
 
-def _with_bos(tokenizer: Any, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def _lacks_bos(tokenizer: Any, ids: NDArray[np.int64]) -> bool:
+    """Whether a prompt that begins with `ids` needs a beginning-of-sequence token ahead of them."""
     bos = tokenizer.bos_token_id
     if bos is None or (len(ids) and ids[0] == bos):
-        return ids
-    adds_it = tokenizer("a")["input_ids"][:1] == [bos]
-    if tokenizer.chat_template and not adds_it:
-        return ids
-    return np.concatenate([np.array([bos], dtype=np.int64), ids])
+        return False
+    return not tokenizer.chat_template or tokenizer("a")["input_ids"][:1] == [bos]

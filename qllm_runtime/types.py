@@ -1,12 +1,12 @@
-"""What goes into a request and what comes out of it. Plain data; importing this loads neither torch nor transformers."""
+"""Inputs and outputs of a request. Plain data; importing this loads neither torch nor transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 
 Mode = Literal["query_aware", "read_once"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -14,7 +14,7 @@ QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
 
 #: Called while a document is read with (tokens read so far, tokens in all).
 Progress = Callable[[int, int], None]
-#: Asked within every chunk and every token: whether to give up.
+#: Polled before every chunk and after every token; return True to cancel.
 Cancelled = Callable[[], bool]
 
 
@@ -62,13 +62,36 @@ class Turn:
 
     Attributes:
         role: "system", "user", "assistant" or "tool".
-        content: Its parts in order. A `Document` is read as a document, a `str` is ordinary text.
+        content: Its parts in order. A `Document` is read as a document, a `str` is ordinary text. A single part may be given
+            as it is: `Turn("user", "Who wrote the letter?")`.
         extras: Further keys of the message that the chat template understands (`tool_calls`, `tool_call_id`, `name`).
+
+    Raises:
+        InvalidRequestError: A part that is neither.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: tuple[str | Document, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    if TYPE_CHECKING:  # what `content` may be given as
+
+        def __init__(
+            self,
+            role: Literal["system", "user", "assistant", "tool"],
+            content: str | Document | Iterable[str | Document] = (),
+            extras: Mapping[str, Any] = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        given: Any = self.content
+        parts = (given,) if isinstance(given, str | Document) or not isinstance(given, Iterable) else tuple(given)
+        for part in parts:
+            if not isinstance(part, str | Document):
+                raise InvalidRequestError(
+                    f"A turn holds texts and Documents, not {type(part).__name__}; pass a str, a Document or a tuple of these."
+                )
+        object.__setattr__(self, "content", parts)
 
     @property
     def text(self) -> str:

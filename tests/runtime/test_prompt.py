@@ -155,6 +155,31 @@ def test_a_prompt_on_top_of_another_beginning(backends, mode):
     assert (moved.read_end, moved.closing) == (long.read_end, long.closing)
 
 
+@pytest.mark.parametrize("mode", ["read_once", "query_aware"])
+def test_a_template_that_begins_with_the_content(backend, mode):
+    tokenizer = wrap(backend, "{% for m in messages %}{{ m.content }}\n{% endfor %}", adds_bos=True)
+    documents = [Document("It rained. The captain wrote it.")]
+    turns = [Turn("user", (*documents, QUERY))]
+    prompt = build_prompt(tokenizer, turns, query=QUERY, mode=mode)
+    assert (prompt.ids == tokenizer.bos_token_id).nonzero()[0].tolist() == [0]
+    (span,) = prompt.document_spans
+    assert len(span.offsets) == span.end - span.start
+    spans = [(span.start, span.end), *prompt.query_spans]
+    said = [tokenizer.decode(prompt.ids[a:b], clean_up_tokenization_spaces=False).lstrip() for a, b in spans]
+    assert said == [documents[0].text, *[QUERY] * (2 if mode == "query_aware" else 1)]
+    if mode == "read_once":
+        assert prompt.begins_with(build_reading(tokenizer, documents, system=None))
+
+
+def test_a_turn_of_one_part():
+    assert Turn("user", "Who?") == Turn("user", ("Who?",)) == Turn("user", ["Who?"])
+    document = Document("It rained.")
+    assert Turn("user", document).documents == (document,) and Turn("user", "Who?").text == "Who?"
+    for content in (None, 3, b"Who?", ("Who?", None), [["Who?"]]):
+        with pytest.raises(InvalidRequestError, match="a str, a Document or a tuple"):
+            Turn("user", content)
+
+
 def test_one_bos_whoever_writes_it(backend):
     turns = [Turn("user", ("Hello",))]
     silent = CHATML.removeprefix("{{ bos_token }}")
