@@ -152,7 +152,7 @@ class CapturedSteps:
             if steady is None:
                 return None
             steadies.append(steady)
-        reads = (*(x for steady in steadies for x in steady.reads), *cache.states())
+        reads = tuple(x for steady in steadies for x in steady.reads)
         self._write(token, steadies)
         assert self._board is not None
         for memory, numbers in zip(memories, self._board[1:], strict=True):

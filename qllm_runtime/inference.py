@@ -259,7 +259,8 @@ class Inference:
             blank = torch.zeros_like(next(out for out in outs if out is not None))
             return torch.cat([blank if out is None else out for out in outs])
         cache.lengths = [0 if token is None else 1 for token in tokens] if None in tokens else None
-        if len(tokens) == 1 and tokens[0] is not None and self.captures:
+        # states of recurrent layers change in ways of the model's own, which no recording was tried with
+        if len(tokens) == 1 and tokens[0] is not None and self.captures and not cache.recurrent:
             captured_logits = self._captured_step(cache, tokens[0])
             if captured_logits is not None:
                 return captured_logits

@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -153,11 +155,18 @@ def _config(where: str, common: dict[str, Any]) -> PreTrainedConfig:
     except Exception as error:  # what a damaged file makes the code of each architecture raise
         raise ModelNotFoundError(f"Cannot load the configuration of {where!r}: {_reason(error)}. {_AGAIN}") from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    if auto_class(config) is None and not remote:
         raise UnsupportedModelError(
             f"{where!r} is no causal language model of transformers: its model type is {config.model_type!r}."
         )
     return config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What makes models of a configuration that write text, those that also see images among them; None: there are none."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
 
 
 def _tokenizer(where: str, common: dict[str, Any]) -> Any:
@@ -175,7 +184,7 @@ def _network(
 ) -> PreTrainedModel:
     try:
         with _no_bar_of_weights():
-            network, info = AutoModelForCausalLM.from_pretrained(
+            network, info = (auto_class(config) or AutoModelForCausalLM).from_pretrained(
                 where, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **common
             )
         network = network.to(place).eval()

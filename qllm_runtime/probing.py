@@ -80,11 +80,13 @@ class ProbeCache(MemoryCache):
             raise UnsupportedModelError(
                 f"{self._name}: layers {missing} do not use transformers' AttentionInterface (or hold no attention)."
             )
-        used = [slot.states and bool(states_of(self.layers[index])) for index, slot in enumerate(self._slots)]
-        return [
-            Slot(index in self.calls, slot.states if carries else 0)
-            for index, (slot, carries) in enumerate(zip(self._slots, used, strict=True))
-        ]
+        found = []
+        for index in range(
+            max(len(self._slots), max(self.calls) + 1)
+        ):  # stock caches may end before layers that share keys
+            states = self._slots[index].states if index < len(self._slots) else 0
+            found.append(Slot(index in self.calls, states if states and states_of(self.layers[index]) else 0))
+        return found
 
     @override
     def attend(

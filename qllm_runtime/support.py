@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qllm_runtime.errors import ModelNotFoundError, UnsupportedModelError
+from qllm_runtime.loading import auto_class
 from qllm_runtime.seam import examine
 
 # sizes of the stand-in; everything else (kinds of layers, rotation, norms, caps) stays as configured
@@ -21,10 +22,23 @@ _SIZES = {
     "num_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "num_expert_group": 1,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "mamba_chunk_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": 128,
 }
 _LAYERS = 8
+#: Heads, their size, and how often the hidden size goes into the two together, of state-space layers.
+_STATES = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,9 @@ def _configuration(where: str) -> PreTrainedConfig:
 def _stand_in(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shrunk(config), dtype=torch.float32).eval()
+        small = _shrunk(config)
+        kind = auto_class(small) or AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_config(small, dtype=torch.float32).eval()
         for parameter in model.parameters():
             if parameter.ndim == 1:  # fresh norms are all ones, which hides what they do
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -94,32 +110,74 @@ def _stand_in(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of a model of the same make with few, narrow layers."""
+    """The configuration of a model of the same make with few, narrow layers; of its text part alone where that is a model."""
     values = config.to_dict()
     text = config.get_text_config()
     small = type(text)(**_small(text, values if text is config else text.to_dict()))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, name, None if name == "pad_token_id" else 1)
-    return small
+    if text is config or auto_class(small) is not None:
+        return small
+    parts = {name: _shallow(values[name]) for name in config.sub_configs if isinstance(values.get(name), dict)}
+    name = next(name for name in config.sub_configs if getattr(config, name, None) is text)
+    whole = type(config)(**{**values, **parts, name: small.to_dict()})
+    whole.eos_token_id = 1
+    return whole
+
+
+def _shallow(values: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a part that sees or hears, of a single layer."""
+    return {name: 1 if name in ("depth", "num_hidden_layers", "num_layers") else x for name, x in values.items()}
 
 
 def _small(text: Any, values: dict[str, Any]) -> dict[str, Any]:
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    heads = values["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads") or heads
     group = max(1, heads // kv_heads)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    hidden = 2 * group * (values.get("head_dim") or values["hidden_size"] // heads)
     changed: dict[str, Any] = {name: size for name, size in _SIZES.items() if isinstance(values.get(name), int)}
-    changed["num_attention_heads"] = 2 * group
+    changed |= {"num_attention_heads": 2 * group, "hidden_size": hidden, "vocab_size": 128}
     if "num_key_value_heads" in values:
         changed["num_key_value_heads"] = 2
-    changed["hidden_size"] = 2 * group * head_dim
-    changed["vocab_size"] = 128
-    layers = min(text.num_hidden_layers, _LAYERS)
-    changed["num_hidden_layers"] = layers
+    return {**values, **changed, **_states(values, hidden), **_layers(text, values)}
+
+
+def _states(values: dict[str, Any], hidden: int) -> dict[str, Any]:
+    """Sizes of recurrent layers that go with a hidden size."""
+    changed: dict[str, Any] = {}
+    for heads, size, times in _STATES:
+        if all(isinstance(values.get(name), int) for name in (heads, size, times)):
+            changed[heads] = max(1, values[times] * hidden // values[size])
+            changed |= {name: 1 for name in ("mamba_n_groups", "mamba_ngroups", "n_groups") if name in values}
+            if values.get("mamba_d_ssm"):
+                changed["mamba_d_ssm"] = changed[heads] * values[size]
+    if isinstance(values.get("linear_num_key_heads"), int):
+        changed["linear_num_key_heads"] = 2
+        changed["linear_num_value_heads"] = 2 * (values["linear_num_value_heads"] // values["linear_num_key_heads"])
+    return changed
+
+
+def _layers(text: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """A few layers, those of every kind at both ends among them, as some hand their keys on to the last ones."""
+    total = text.num_hidden_layers
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or [None] * total
+    ends = [{kind: i for i, kind in order} for order in (enumerate(kinds), reversed(list(enumerate(kinds))))]
+    kept = {i for end in ends for i in end.values()} if len(ends[0]) > 1 else set()
+    kept |= set(range(min(total, max(0, _LAYERS - len(kept)))))
+    kept |= set(range(min(total, _LAYERS))) if len(kept) < min(total, _LAYERS) else set()
+    chosen = sorted(kept)
+    changed: dict[str, Any] = {"num_hidden_layers": len(chosen)}
     for name, value in values.items():
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            changed[name] = value[:layers]
-    return {**values, **changed}
+        if isinstance(value, list) and len(value) == total:
+            changed[name] = [_SIZES["intermediate_size"] if name == "intermediate_size" else value[i] for i in chosen]
+    if isinstance(values.get("per_layer_config"), dict):
+        known = {int(i): x for i, x in values["per_layer_config"].items()}
+        changed["per_layer_config"] = {at: known[i] for at, i in enumerate(chosen) if i in known}
+    if values.get("attn_layer_indices"):
+        changed["attn_layer_indices"] = [chosen.index(i) for i in values["attn_layer_indices"] if i in kept]
+    if values.get("num_kv_shared_layers"):
+        changed["num_kv_shared_layers"] = sum(i >= total - values["num_kv_shared_layers"] for i in chosen)
+    return changed
 
 
 def _first_line(error: BaseException) -> str:

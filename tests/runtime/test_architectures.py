@@ -383,7 +383,21 @@ def test_refusals_name_the_model_and_the_reason(name: str) -> None:
     assert (getattr(model.config, "_attn_implementation", None), hooks(model)) == (attention, n_hooks)
 
 
-@pytest.mark.parametrize("name", ["llama-llama3", "gemma3", "smollm3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-llama3",
+        "gemma3",
+        "smollm3",
+        "gpt_oss",
+        "deepseek_v3",
+        "gemma4",
+        "qwen3_5",
+        "lfm2",
+        "granitemoehybrid",
+        "bamba",
+    ],
+)
 def test_support_is_told_from_the_configuration(name: str) -> None:
     support = check_support(model_of(name).config)
     assert support.ok, support.reason

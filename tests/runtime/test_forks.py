@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import SUPPORTED, WIDE, assert_same, build, model_of, stock, text
 from tiny import MEMORY, tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qllm_runtime.engine import QLLM
 from qllm_runtime.inference import Inference
+from qllm_runtime.support import check_support
 
 RECURRENT = (
     "qwen3_next",
@@ -61,6 +65,40 @@ def test_rows_of_several_lengths(name: str) -> None:
         logits = inference.step(cache, [None if i == 1 else int(row[-1]) for i, row in enumerate(rows)])
     for i in (0, 2):
         assert_same(logits[i], stock(model, rows[i][None])[0, -1])
+
+
+def test_a_model_that_also_sees_images_reads_texts(tmp_path: Path) -> None:
+    """Loaded as what it is, with positions of several axes."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 264,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={**sizes, "num_key_value_heads": 2, "rope_parameters": rope, "eos_token_id": 1, "bos_token_id": 0},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64},
+    )
+    support = check_support(config)
+    assert support.ok, support.reason
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    llm = QLLM.from_pretrained(tmp_path, memory=WIDE, device="cpu")
+    model, ids = llm.model, 6 + torch.randperm(250, generator=torch.Generator().manual_seed(1))[None, :100]
+    rows = [ids[0, :30], ids[0, 20:]]
+    inference = Inference.of(model)
+    with inference.request():
+        cache = inference.cache(WIDE, rows=2)
+        inference.read(cache, [row[:-1] for row in rows], WIDE)
+        both = inference.step(cache, [int(row[-1]) for row in rows])
+    for row, logits in zip(rows, both, strict=True):
+        assert_same(logits, stock(model, row[None])[0, -1])
+    answer = llm.ask("Where is the key?", documents="The key is in the drawer. " * 20, max_tokens=4)
+    assert answer.usage.completion_tokens
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "deepseek_v3", "gemma4"])
