@@ -1,8 +1,8 @@
-"""Causal grouped-query attention for training, on a CPU one sequence at a time.
+"""Causal grouped-query attention for training: on a CPU one sequence at a time, on a GPU the whole batch at once.
 
 Scores of one sequence fit into a core's cache; those of a whole batch do not, and torch's fused attention for CPUs has a
-backward pass in fp32. In bf16 this takes a third of the time. On a GPU fused attention serves scores of one pair of queries
-and keys.
+backward pass in fp32. In bf16 `attend` takes a third of the time. A GPU would wait for the launches of so many small steps:
+there `attend_whole` hands torch's fused attention everything at once, clamped distances too.
 """
 
 from __future__ import annotations
@@ -84,18 +84,17 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     near: Tensor | None = None,
     far: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attend.
+    """Attend, one sequence after another.
 
     Args:
         q: Rotated queries [B, heads, T, D].
         k: Rotated keys [B, kv_heads, T, D].
         v: Values [B, kv_heads, T, D].
-        bias: Added to the scores, [B or 1, 1, T, T]; None: a query sees itself and what is before it, by
-            torch's fused attention.
+        bias: Added to the scores, [B or 1, 1, T, T].
         near: Where `q` and `k` give the scores, [B, 1, T, T]; elsewhere `far` does. All of them when omitted.
         far: Queries and keys shaped like `q` and `k`.
 
@@ -105,13 +104,55 @@ def attend(
     b, h, t, d = q.shape
     g = k.shape[1]
     dtype = v.dtype
-    if bias is None:
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, is_causal=True, enable_gqa=True)
     packed = [(x.to(dtype) * d**-0.5).reshape(b, g, h // g, t, d) for x in ((q,) if far is None else (q, far[0]))]
     keys = [x.to(dtype).contiguous() for x in ((k,) if far is None else (k, far[1]))]
     far_q, far_k = (None, None) if far is None else (packed[1], keys[1])
     out = _Attend.apply(packed[0], keys[0], v.contiguous(), far_q, far_k, bias.to(dtype), near)  # type: ignore[no-untyped-call]
     return cast(Tensor, out.view(b, h, t, d))
+
+
+def attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, far: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """What `attend` computes, for the whole batch by torch's fused attention: no scores are kept.
+
+    A query and its far form, side by side, stand before twice the keys: ``[q, far_q] · [k, 0]`` are the scores of the
+    first half, ``[q, far_q] · [0, far_k]`` those of the second, and the bias leaves one of the two.
+
+    Args:
+        q: Rotated queries [B, heads, T, D].
+        k: Rotated keys [B, kv_heads, T, D].
+        v: Values [B, kv_heads, T, D].
+        bias: Of `split_bias`, [B, 1, T, 2 * T]; None: a query sees itself and what is before it, by `q` and `k`.
+        far: Queries and keys shaped like `q` and `k`, with a bias.
+
+    Returns:
+        [B, heads, T, D].
+    """
+    dtype = v.dtype
+    if bias is None or far is None:
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v, is_causal=True, enable_gqa=True)
+    far_q, far_k = far
+    both = torch.cat((q.to(dtype), far_q.to(dtype)), -1)
+    keys = torch.cat((F.pad(k.to(dtype), (0, k.shape[-1])), F.pad(far_k.to(dtype), (k.shape[-1], 0))), 2)
+    values = torch.cat((v, v), 2)
+    # The kernels that take a bias know no groups of heads.
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    mask = bias.to(dtype).expand(-1, q.shape[1], -1, -1)
+    return F.scaled_dot_product_attention(both, keys, values, attn_mask=mask, scale=q.shape[-1] ** -0.5)
+
+
+def split_bias(visible: Tensor, near: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias [B, 1, T, 2 * T] of `attend_whole`: keys that are seen and near in its first half, seen and far in its second.
+
+    Args:
+        visible: Keys that a query sees, [B, 1, T, T].
+        near: Where the scores are those of the rotated keys, [B, 1, T, T].
+        dtype: That of the attention.
+    """
+    hidden = ~torch.cat((visible & near, visible & ~near), -1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, FAR_AWAY)
 
 
 def causal_bias(t: int, device: torch.device) -> Tensor:

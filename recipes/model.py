@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.attention import FAR_AWAY, attend, causal_bias
+from recipes.attention import FAR_AWAY, attend, attend_whole, causal_bias, split_bias
 from recipes.tokenizer import THOUGHTS, VOCABULARY
 
 
@@ -90,6 +90,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def takes_whole(device: torch.device) -> bool:
+    """Whether attention there takes a batch whole; else one sequence after another."""
+    return device.type == "cuda"
+
+
 class Attention(nn.Module):
     """Grouped-query attention; distances beyond ``n_local`` can be clamped as the lookup engine does."""
 
@@ -119,14 +124,20 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(b, t, c.kv_heads, c.head_dim).transpose(1, 2)
         far = None if angles.far_cos is None else (rotate(q, angles.far_cos, cast(Tensor, angles.far_sin)), k)
         qr, kr = rotate(q, angles.cos, angles.sin), rotate(k, angles.cos, angles.sin)
-        out = attend(qr, kr, v, angles.bias, angles.near, far)
+        if angles.whole:
+            out = attend_whole(qr, kr, v, angles.bias, far)
+        else:
+            out = attend(qr, kr, v, cast(Tensor, angles.bias), angles.near, far)
         mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
         return mixed
 
 
 @dataclass
 class Angles:
-    """Rotations cos/sin [B, 1, T, e/2] and bias of one batch, as `attend` takes it; with a clamp also far angle and mask."""
+    """Rotations cos/sin [B, 1, T, e/2] and bias of one batch; with a clamp also far angle and mask.
+
+    Bias and mask are those of `attend`, or of `attend_whole` where the batch is to be taken whole.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -134,6 +145,7 @@ class Angles:
     far_cos: Tensor | None = None
     far_sin: Tensor | None = None
     near: Tensor | None = None
+    whole: bool = False
 
 
 class MLP(nn.Module):
@@ -189,17 +201,23 @@ class Reader(nn.Module):
         """
         freq = self.frequencies
         assert isinstance(freq, Tensor)
+        whole = takes_whole(positions.device)
         theta = positions[:, None, :, None].float() * freq
         cos, sin = theta.cos(), theta.sin()
         if n_local is None:
-            return Angles(cos, sin, None if cos.is_cuda else causal_bias(positions.shape[1], positions.device))
+            bias = None if whole else causal_bias(positions.shape[1], positions.device)
+            return Angles(cos, sin, bias, whole=whole)
         distance = positions[:, None, :, None] - positions[:, None, None, :]
         near = distance < n_local
         visible = distance >= 0
         if keep is not None:
             visible = visible & (near | keep[:, None, None, :])
-        bias = torch.zeros(visible.shape, device=positions.device).masked_fill_(~visible, FAR_AWAY)
         far = (n_local - 1) * freq
+        if whole:
+            kind = positions.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+            return Angles(cos, sin, split_bias(visible, near, dtype), far.cos(), far.sin(), whole=True)
+        bias = torch.zeros(visible.shape, device=positions.device).masked_fill_(~visible, FAR_AWAY)
         return Angles(cos, sin, bias, far.cos(), far.sin(), near)
 
     def forward(

@@ -164,7 +164,7 @@ class Run:
         if self.path.exists():
             self.restore(self.path)
         elif start is not None:
-            state = torch.load(start, map_location=self.device, weights_only=True)
+            state = torch.load(start, map_location="cpu", weights_only=True)
             if phase == "trunk":
                 grow(self.model, state["model"])
             else:
@@ -173,7 +173,8 @@ class Run:
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of this phase."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        # To the CPU: the optimisers move what belongs beside their weights, and count steps on the CPU.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.step, self.elapsed, self.tokens, self.log = (state[k] for k in ("step", "elapsed", "tokens", "log"))

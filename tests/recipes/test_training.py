@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch.overrides import TorchFunctionMode
 
 from qllm_bench.questions.pools import Pools
-from recipes.attention import attend, causal_bias
+from recipes.attention import FAR_AWAY, attend, attend_whole, causal_bias, split_bias
 from recipes.batches import Sampler, filler, tempt
 from recipes.evaluate import MODELS, story_prose
 from recipes.feed import Plan, Plans, batches
 from recipes.init import GROWN, grow, initialise
-from recipes.lookup import cross_entropy
+from recipes.lookup import LookupObjective, cross_entropy
 from recipes.model import Reader, ReaderConfig
-from recipes.optim import orthogonalise
-from recipes.train import STAGES, Stage
+from recipes.optim import Optimizers, orthogonalise
+from recipes.train import STAGES, Stage, weighted_loss
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 8, 4, 20, 16
+
+
+class CudaCasts(TorchFunctionMode):
+    """Beside autocast for a CPU, what autocast for CUDA does as well: these functions are computed in fp32."""
+
+    FULL = frozenset(
+        "exp log pow rsqrt reciprocal softmax log_softmax logsumexp sum prod cumsum norm rms_norm nll_loss".split()  # noqa: SIM905
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.FULL:
+            args = tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+def small_sampler() -> Sampler:
+    tokenizer = Tokenizer.from_file(str(MODELS / "reader" / "tokenizer.json"))
+    return Sampler(3, tokenizer, story_prose(), ["pond", "gate", "hill"])
 
 
 def heads(n: int) -> torch.Tensor:
@@ -49,6 +70,50 @@ def test_attention_and_its_gradients(clamped: bool, rows: int, monkeypatch: pyte
         torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_the_whole_batch_at_once_is_the_same(clamped: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v, far_q, far_k = (heads(n) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS, KV_HEADS))
+    bias = causal_bias(LENGTH, q.device).double()
+    if clamped:
+        visible = (torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.2).tril() | torch.eye(LENGTH, dtype=torch.bool)
+        near = torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.5
+        hidden = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, FAR_AWAY)
+        one = attend(q, k, v, hidden, near, (far_q, far_k))
+        other = attend_whole(q, k, v, split_bias(visible, near, torch.float64), (far_q, far_k))
+    else:
+        one, other = attend(q, k, v, bias), attend_whole(q, k, v)
+    torch.testing.assert_close(one, other)
+    inputs = (q, k, v, far_q, far_k) if clamped else (q, k, v)
+    grad = torch.randn_like(one)
+    for mine, theirs in zip(*(torch.autograd.grad(out, inputs, grad) for out in (one, other)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("n_local", [None, 64])
+def test_steps_as_a_gpu_takes_them(n_local: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches whole, with the casts of autocast for CUDA: loss, lookup loss and gradients are those of a CPU."""
+    batch = small_sampler().batch(2, 256, max_gap=100, drop_share=0.5 if n_local else 0.0)
+    results = []
+    for gpu in (False, True):
+        torch.manual_seed(0)
+        model = Reader(ReaderConfig())
+        initialise(model, None, 1)
+        lookup = LookupObjective(model.config)
+        monkeypatch.setattr("recipes.model.takes_whole", lambda _, gpu=gpu: gpu)
+        ids, positions, keep = (torch.from_numpy(x) for x in (batch.ids, batch.positions, batch.keep))
+        with CudaCasts() if gpu else contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            hidden, inputs = model(ids, positions, n_local, keep if n_local else None)
+            losses = [weighted_loss(model, hidden, batch)]
+            losses += [lookup(model, inputs, batch, random.Random(1)) for _ in range(2)]
+        sum(losses, torch.zeros(())).backward()
+        Optimizers(model).step(1.0)
+        results.append((torch.stack(losses).detach(), hidden.detach().float()))
+    (losses, hidden), (same_losses, same_hidden) = results
+    torch.testing.assert_close(losses, same_losses, rtol=0.05, atol=0.0)
+    assert (hidden - same_hidden).norm() < 0.1 * hidden.norm()
 
 
 def test_lookup_loss_falls_with_the_wanted_block_alone() -> None:
@@ -130,11 +195,6 @@ def test_a_plan_is_asked_for_when_its_batch_is_made() -> None:
     assert next(feed)[0].ids.shape == (1, 128)
     length = 192
     assert next(feed)[0].ids.shape == (1, 192)
-
-
-def test_fused_attention_is_the_same() -> None:
-    q, k, v = (torch.randn(BATCH, n, LENGTH, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
-    torch.testing.assert_close(attend(q, k, v, None), attend(q, k, v, causal_bias(LENGTH, q.device)))
 
 
 @pytest.mark.parametrize("stages", [s for phases in STAGES.values() for s in phases.values()])
