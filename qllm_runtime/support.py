@@ -78,11 +78,17 @@ def check_support(model: str | os.PathLike[str] | PreTrainedConfig) -> Support:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         return Support(False, f"{kind} cannot be built from its configuration ({reason})")
     try:
-        examine(stand_in)
+        facts = examine(stand_in)
     except UnsupportedModelError as error:
         return Support(False, str(error))
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Support(True, f"{kind}" + (f", trained for {trained:,} tokens" if trained else ""))
+    recurrent = any(slot.states for slot in facts.slots)
+    return Support(
+        True,
+        kind
+        + (f", trained for {trained:,} tokens" if trained else "")
+        + ("; lookups in its layers with attention, recurrent layers keep their states" if recurrent else ""),
+    )
 
 
 def _configuration(where: str) -> PreTrainedConfig:
