@@ -77,6 +77,7 @@ def _attention(case: Case, rows: int, splits: int) -> Compilation:
         "COUNTED": True,
         "SOFTCAP": case.softcap,
         "ON_DEVICE": on_device,
+        "WIDE": False,
     }
     sizes = attention.constants(rows * case.group, case.dim, case.dim, case.size, case.target)
     sizes |= attention.merging(rows * case.group if splits > 1 else 1, case.dim, splits)
@@ -306,6 +307,7 @@ _MATRIX = (
     "refine",
     "token_mass",
 )  # kernels that multiply matrices
+_SPLIT = ("segment_attention", "score_blocks")
 #: axes that the compilation of a kernel depends on
 AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KERNELS, ("arch", "dtype")),
@@ -333,6 +335,11 @@ AXES: dict[str, tuple[str, ...]] = {
 def multiplies(name: str) -> bool:
     """Whether the binary must hold tensor-core instructions."""
     return name.startswith(_MATRIX)
+
+
+def counts(name: str) -> bool:
+    """Whether the program that ends last does something for all."""
+    return name == "refine" or name.startswith("append_and_score") or (name.startswith(_SPLIT) and "decode" in name)
 
 
 def _met(case: Case) -> set[tuple[Any, ...]]:

@@ -15,13 +15,18 @@ LAUNCH = ("num_warps", "num_stages", "maxnreg")
 
 @dataclass(frozen=True)
 class Usage:
-    """What one program of a kernel takes; spilled counts bytes of stack and local memory, matrix tensor-core instructions."""
+    """What one program of a kernel takes; spilled counts bytes of stack and local memory, matrix tensor-core instructions.
+
+    Attributes:
+        counted: Programs count which of them ends last, and all threads' stores come before that, all loads after it.
+    """
 
     registers: int
     shared: int
     spilled: int
     matrix: int
     warp_groups: bool
+    counted: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,18 @@ class Compilation:
             spilled=used["STACK"] + used["LOCAL"],
             matrix=sum(instructions),
             warp_groups=sum(instructions[:2]) > 0,
+            counted=_counted(ptx),
         )
+
+
+def _counted(ptx: str) -> bool:
+    """Whether an atomic operation that releases and acquires stands between two barriers, and no load may read ahead of it."""
+    steps = re.findall(r"\b(?:(?:ld|st|red)\.global[\w.]*|cp\.async\.c[ag]|atom\.[\w.]*|bar\.sync)", ptx)
+    counts = [i for i, step in enumerate(steps) if step.startswith("atom")]
+    ordered = all(
+        steps[i].startswith("atom.global.gpu.acq_rel") and steps[i - 1] == steps[i + 1] == "bar.sync" for i in counts
+    )
+    return len(counts) == 1 and ordered and not any(step.startswith("ld.global.nc") for step in steps)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ that the table names is held to its numbers; what a GPU has is the limit for all
 from __future__ import annotations
 
 import pytest
-from cases import AGAIN, ARCHS, AXES, KERNELS, SHARED, covering, multiplies
+from cases import AGAIN, ARCHS, AXES, KERNELS, SHARED, counts, covering, multiplies
 
 pytest.importorskip("triton")
 from compile_all import TRITON, read
@@ -39,6 +39,7 @@ def test_budget(case):
         registers, shared, _ = TABLE[case.name][case.label]
         assert usage.registers <= registers + 8  # another release of the compiler may take a few more
         assert usage.shared <= shared
+    assert usage.counted == counts(case.name)
     if multiplies(case.name):
         assert usage.matrix > 0
         assert usage.warp_groups or "prefill" not in case.name or case.arch not in (90, 100)

@@ -130,5 +130,8 @@ def test_what_is_refused():
     assert "17 heads" in gpu.cannot_serve(near, key, key, None)
     assert gpu.cannot_serve(near[:4], key, key, None) is None
     assert "differ in dtype" in gpu.cannot_serve(near[:4], key, key.half(), None)
-    assert "differ in dtype" in gpu.cannot_serve(near[:4], key, key, FarSegment(near[:4].half()))
+    loose = key[:, None]
+    assert "differ in dtype" in gpu.cannot_serve(near[:4], key, key, FarSegment(near[:4].half(), loose, loose))
+    many = loose.expand(-1, 65536, -1, -1)
+    assert "65536 pieces" in gpu.cannot_serve(near[:4], key, key, FarSegment(near[:4], many, many))
     assert "not contiguous" in gpu.cannot_serve(near[:4], key.mT.contiguous().mT, key, None)

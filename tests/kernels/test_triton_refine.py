@@ -109,3 +109,10 @@ def test_half_precision() -> None:
 def test_what_is_refused(heads: int, m: int, reason: str | None) -> None:
     found = gpu.cannot_serve(random(1, heads, 16), random(1, 3, 4, 16), torch.zeros(1, 1, m, dtype=torch.int64))
     assert found is None if reason is None else reason in found
+
+
+def test_what_one_launch_cannot_count_is_refused() -> None:
+    """A choice is a piece's and scope's; each has a counter."""
+    lookup, page_key = random(1, 4, 16).expand(20_000, -1, -1), random(4, 3, 4, 16)
+    found = gpu.cannot_serve(lookup, page_key, torch.zeros(1, 1, 1).expand(20_000, 4, 5))
+    assert found is not None and "80000 choices" in found

@@ -116,5 +116,6 @@ def test_what_is_refused(monkeypatch):
     assert "17 heads" in gpu.cannot_serve(random(1, 17, 16), summaries)
     assert "head size 512" in gpu.cannot_serve(random(1, 1, 512), random(1, 1, 4, 512))
     assert "float64" in gpu.cannot_serve(random(1, 1, 16), summaries.double())
+    assert "70000 pieces" in gpu.cannot_serve(random(1, 1, 16).expand(70_000, -1, -1), summaries)
     monkeypatch.setattr(gpu, "target", lambda device: Target(False, 8 * 1024))
     assert "more shared memory" in gpu.cannot_serve(random(1, 1, 256), random(1, 1, 4, 256).half())

@@ -108,13 +108,14 @@ def segment_attention(
     slot, back, length, n_loose, k, factor, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, SCOPES: tl.constexpr,
     LOOSE: tl.constexpr, HIDDEN: tl.constexpr, PAGES: tl.constexpr, COUNTED: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, ON_DEVICE: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """BM query rows (token after token, the heads of a group side by side) of one piece and kv head, one split of the keys.
 
-    With ON_DEVICE, `slot` and `back` point to those of each piece, which is a sequence of its own.
+    With ON_DEVICE, `slot` and `back` point to those of each piece, which is a sequence of its own. With WIDE, slots may lie
+    2^31 elements apart.
     """
     i_m, i_h, i_p = tl.program_id(0) // SPLITS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_split = tl.program_id(0) % SPLITS
@@ -129,6 +130,8 @@ def segment_attention(
 
     if ON_DEVICE:
         b_slot, b_back = tl.load(slot + i_p).to(tl.int32), tl.load(back + i_p).to(tl.int32)
+        if WIDE:
+            b_slot = b_slot.to(tl.int64)
     else:
         b_slot, b_back = slot + i_p * length, back
     # tiles: window keys all rows see, window keys at the rows' own tokens, pages, loose keys
@@ -325,6 +328,7 @@ def _launch(
         n_tiles = sum(triton.cdiv(n, sizes["BN"]) for n in keys)
         splits = max(1, min(n_tiles, _PROGRAMS // (kv_heads * pieces), 64))
         splits = 1 << (splits.bit_length() - 1)  # few, as each number is compiled for
+    extents = [x.shape[1] * x.stride(1) for x in (window_key, window_value)]
     out = near.new_empty(heads, rows, value_dim)
     lse = torch.empty(heads, rows, device=near.device)
     parts, part_lse = out, lse
@@ -338,7 +342,7 @@ def _launch(
         stride_window_key_head=window_key.stride(0), stride_window_key_row=window_key.stride(1),
         stride_window_value_head=window_value.stride(0), stride_window_value_row=window_value.stride(1),
         slot=slot, back=back, length=length, GROUP=group, D=dim, DV=value_dim, SPLITS=splits,
-        ON_DEVICE=isinstance(slot, torch.Tensor), **distant, **logit_factors(scale, softcap), **sizes,
-        **merging(group * length if splits > 1 else 1, value_dim, splits),
+        ON_DEVICE=isinstance(slot, torch.Tensor), WIDE=max(extents) >= 2**31,
+        **distant, **logit_factors(scale, softcap), **sizes, **merging(group * length if splits > 1 else 1, value_dim, splits),
     )  # fmt: skip
     return out, lse

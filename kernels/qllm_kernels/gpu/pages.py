@@ -77,13 +77,14 @@ def quantise(
             b_most = tl.maximum(b_most, tl.abs(tl.load(p_from + o_e, mask=o_e < SIZE, other=0.0).to(tl.float32)))
         # 448 times the smallest normal number
         b_largest = tl.maximum(tl.max(b_most, 0), 5.2663546e-36)
-        b_factor = 448.0 / b_largest
+        # rounded as torch does, or some bytes would differ
+        b_factor = tl.div_rn(448.0, b_largest)
         for i_e in range(0, SIZE, BE):
             o_e = i_e + tl.arange(0, BE)
             b_x = tl.load(p_from + o_e, mask=o_e < SIZE, other=0.0).to(tl.float32) * b_factor
             b_x = tl.minimum(tl.maximum(b_x, -448.0), 448.0)
             tl.store(p_to + o_e, to_fp8(b_x), mask=o_e < SIZE)
-        tl.store(scales + i_h * stride_scale_head + i_to, b_largest / 448.0)
+        tl.store(scales + i_h * stride_scale_head + i_to, tl.div_rn(b_largest, 448.0))
 
 
 @triton.jit(do_not_specialize=_CHANGING)

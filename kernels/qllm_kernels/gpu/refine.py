@@ -11,8 +11,8 @@ import triton.language as tl
 
 from qllm_kernels.choice import Pinned, always_full, to_device
 from qllm_kernels.gpu.choose import PINNED_TILE, fold_moments, hide_twice, mean_and_scale, ordered
-from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
-from qllm_kernels.gpu.tickets import tickets
+from qllm_kernels.gpu.shapes import MOST_PIECES, Target, power_of_2, refusal, target
+from qllm_kernels.gpu.tickets import MOST, tickets
 
 MOST_CANDIDATES = 1024
 _QUESTION = 128  # of the question's scores at a time
@@ -69,6 +69,8 @@ def choose_candidates(
         o_id = tl.load(candidates + i_row * m + o_m, mask=m_m, other=0).to(tl.int64)
         b_term = tl.load(question + i_scope * stride_question + o_id, mask=m_m, other=0.0)
         b_score = b_off / tl.sqrt(b_variance) + weight * (b_term - b_mean) * b_scale
+        # of fewer scores than threads each is read by several
+        tl.debug_barrier()
         tl.store(scores + i_row * m + o_m, b_score, mask=m_m)
     b_key = tl.sort(tl.where(m_m, order_key(b_score, o_m.to(tl.int64)), -(2**63)), descending=True)
     b_place = tl.where((o_m < k) & (b_key != -(2**63)), 0x7FFFFFFF - (b_key & 0x7FFFFFFF), m)
@@ -138,9 +140,11 @@ def cannot_serve(lookup: torch.Tensor, page_key: torch.Tensor, candidates: torch
     """Why `refine_pages` does not take these arguments, or None."""
     if candidates.shape[2] > MOST_CANDIDATES:
         return f"{candidates.shape[2]} candidates are more than {MOST_CANDIDATES}"
-    group = lookup.shape[1] // page_key.shape[0]
+    group, rows = lookup.shape[1] // page_key.shape[0], len(lookup) * candidates.shape[1]
     if group > 16:
         return f"{group} heads share a key, more than 16"
+    if rows > MOST or len(lookup) > MOST_PIECES:
+        return f"{rows} choices are more than one launch counts"
     return refusal(page_key)
 
 

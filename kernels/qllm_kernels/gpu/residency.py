@@ -43,6 +43,8 @@ def admit(
         b_rank = tl.cumsum(m_miss.to(tl.int32), 0) - 1
         b_given = tl.gather(b_order, tl.maximum(b_rank, 0), 0)
         b_old = tl.load(p_page_of + b_given, mask=m_miss, other=-1)
+        # of fewer slots than threads each is read by several
+        tl.debug_barrier()
         tl.store(p_slot_of + b_old, tl.full([BK], -1, tl.int32), mask=m_miss & (b_old >= 0))
         tl.store(p_slot_of + b_id, b_given, mask=m_miss)
         tl.store(p_page_of + b_given, b_id.to(tl.int32), mask=m_miss)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qllm_kernels.attention import FarSegment
-from qllm_kernels.gpu.shapes import refusal
+from qllm_kernels.gpu.shapes import MOST_PIECES, refusal
 
 LARGEST_GROUP = 16
 _LOG2E = math.log2(math.e)
@@ -22,6 +22,8 @@ def cannot_serve(near: torch.Tensor, window_key: torch.Tensor, *others: torch.Te
     given: list[torch.Tensor | None] = [near, window_key]
     for other in others:
         if isinstance(other, FarSegment):
+            if other.pieces > MOST_PIECES:
+                return f"{other.pieces} pieces are more than {MOST_PIECES}"
             given += [other.query, other.key, other.value, other.page_key, other.page_value]
         else:
             given.append(other)

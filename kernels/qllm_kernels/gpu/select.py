@@ -12,7 +12,7 @@ import triton.language as tl
 from qllm_kernels.choice import always_full, to_device
 from qllm_kernels.gpu import choose
 from qllm_kernels.gpu.choose import choose_best, choose_row, fold_moments
-from qllm_kernels.gpu.shapes import Target, power_of_2, refusal, target
+from qllm_kernels.gpu.shapes import MOST_PIECES, Target, power_of_2, refusal, target
 from qllm_kernels.gpu.tickets import tickets
 
 _ROWS = 64
@@ -85,7 +85,9 @@ def score_run(
             m_c = (o_b < n_end) & (o_r < R)
             # [BG * BP], [BN * BR]
             p_q = lookup + o_rp * stride_lookup_piece + (i_head * GROUP + o_g) * stride_lookup_head
-            p_k = summaries + i_head * stride_summary_head + o_r * stride_summary_r + o_b * stride_summary_block
+            p_k = summaries + i_head * stride_summary_head + o_b * stride_summary_block
+            # side by side they are no further apart than a block is long
+            p_k += o_r * stride_summary_r if BR > 1 else i_r * tl.cast(stride_summary_r, tl.int64)
             # [BG * BP, BN * BR], then its best per block [BG * BP, BN]
             b_dot = tl.zeros([BG * BP, BN * BR], tl.float32)
             for i_half in tl.static_range(2 if BOUNDS else 1):
@@ -156,6 +158,10 @@ def score_blocks(
 def cannot_serve(lookup: torch.Tensor, summaries: torch.Tensor) -> str | None:
     """Why these summaries are not scored by `score_blocks`, or None."""
     group, dim = lookup.shape[1] // summaries.shape[0], lookup.shape[2]
+    if len(lookup) > MOST_PIECES:
+        return f"{len(lookup)} pieces are more than {MOST_PIECES}"
+    if summaries.device.type == "cpu" and lookup.is_cuda and not summaries.is_pinned():
+        return "memory of the host is not pinned"
     if group > 16:
         return f"{group} heads share a summary, more than 16"
     refused, on = refusal(summaries[..., :dim]), target(lookup.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 LARGEST_HEAD = 256
+MOST_PIECES = 65535  # of a launch: what a grid takes in its third dimension
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -70,7 +70,7 @@ def best_keys(
         p_q = prefix + i_h * stride_prefix_head + (o_t + 1)[:, None] * stride_prefix_row + o_d[None, :]
         b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
         b_before = tl.load(p_q, mask=m_k, other=0.0)
-        b_after = tl.load(p_q + n_local * stride_prefix_row, mask=m_k, other=0.0)
+        b_after = tl.load(p_q + n_local.to(tl.int64) * stride_prefix_row, mask=m_k, other=0.0)
         b_score += tl.sum(b_k * (b_after - b_before), 1)
     # floats in an order of integers, the position below them: earlier tokens win ties
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
