@@ -15,16 +15,13 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from qllm_integrations.aio import run_in_thread, stream_in_thread
-from qllm_integrations.bar import reading_bar
 from qllm_integrations.langchain import tools as tool_forms
-from qllm_integrations.langchain.memory import DocumentHandle, Documents, find_handle, to_documents
+from qllm_integrations.langchain.memory import DocumentHandle, Documents, find_handle
 from qllm_integrations.langchain.messages import translate
 from qllm_integrations.langchain.progress import (
-    Reporter,
     async_surrounding_reporter,
     current_async_reporter,
     current_reporter,
-    progress_of,
     surrounding_reporter,
 )
 from qllm_integrations.langchain.requests import ChatRequests
@@ -257,24 +254,6 @@ class QLLMChat(ChatRequests):
             lambda cancel: self._read(documents, system, show_progress, progress, reporter, cancel)
         )
 
-    def _read(
-        self,
-        documents: Documents | Iterable[Documents],
-        system: str | None,
-        show_progress: bool | None,
-        progress: Progress | None,
-        reporter: Reporter,
-        cancel: threading.Event,
-    ) -> DocumentHandle:
-        shown = self.show_progress if show_progress is None else show_progress
-        engine, whole = self._engine(self.model), to_documents(documents)
-        told = progress_of(len(whole), reporter=reporter, bar=shown, own=progress)
-        with reporter.telling(cancel):
-            memory = engine.read(
-                whole, system=system, template_kwargs=self.template_kwargs, progress=told, cancel=cancel
-            )
-        return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
-
     def load_documents(self, path: str | Path, *, show_progress: bool | None = None) -> DocumentHandle:
         """Take up documents that `DocumentHandle.save` wrote, in any process with the same model; nothing is read again.
 
@@ -287,21 +266,14 @@ class QLLMChat(ChatRequests):
         """Like `load_documents`, in a worker thread."""
         return await run_in_thread(lambda cancel: self._load(path, show_progress, cancel))
 
-    def _load(self, path: str | Path, show_progress: bool | None, cancel: threading.Event) -> DocumentHandle:
-        shown = self.show_progress if show_progress is None else show_progress
-        progress = reading_bar("Loading", "layers") if shown else None
-        engine = self._engine(self.model)
-        memory = engine.load_memory(path, progress=progress, cancel=cancel)
-        return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
-
     def with_memory(self, handle: DocumentHandle) -> Self:
         """This chat model with every request asked of the documents behind `handle`.
 
         The result is a chat model like any other (`bind_tools`, `with_structured_output`, ...); it carries the id of
-        the memory, never the text.
+        the memory, never the text. Closing it leaves this chat model and the handle open.
         """
         self.shared.borrow(find_handle(handle.id, self._engine_key(self.model)))
-        return self.model_copy(update={"file_id": handle.id})
+        return self.model_copy(update={"file_id": handle.id, "shared": self.shared.view()})
 
     # --- tools and structured output ---
 
@@ -391,7 +363,8 @@ class QLLMChat(ChatRequests):
     def close(self) -> None:
         """Close the document memories and release the models loaded here; later calls raise `ClosedError`.
 
-        Weights are shared by all chat models of the process and are freed when the last one lets go.
+        Copies of this chat model and what `with_memory` made of it are closed with it. Weights are shared by all chat models
+        of the process and are freed when the last one lets go.
         """
         self.shared.close()
 

@@ -220,4 +220,10 @@ def _rejoin(pages: list[LangChainDocument]) -> types.Document:
         starts.append(len(text))
         text += page.page_content
     metadata = {key: value for key, value in pages[0].metadata.items() if key not in ("page", "page_label")}
-    return types.Document(text, _title(metadata), {**metadata, "page_starts": starts})
+    metadata["page_starts"] = starts
+    numbers = [page.metadata["page"] for page in pages]  # loaders count from 0, and may be asked for some pages only
+    if all(isinstance(number, int) for number in numbers):
+        metadata["page_numbers"] = [number + 1 for number in numbers]
+    if all("page_label" in page.metadata for page in pages):
+        metadata["page_labels"] = [str(page.metadata["page_label"]) for page in pages]
+    return types.Document(text, _title(metadata), metadata)

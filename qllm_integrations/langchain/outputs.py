@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -18,14 +18,16 @@ from qllm_runtime.types import Answer, Document, Source, TokenLogprob
 PROVIDER = "qllm"
 # Indices of streamed tool calls begin behind those that LangChain counts itself: thought, text, citations.
 CALLS = 100
+#: Metadata of a document in pages: where each starts, which number and label it has in its file. Citations say which it is.
+PAGE_KEYS = ("page_starts", "page_numbers", "page_labels")
 
 
 def citations(sources: Iterable[Source], documents: Sequence[Document]) -> list[types.Citation]:
     """The passages behind an answer as standard citation annotations, best first.
 
     `extras` holds `document_index`, `start_char_index`, `end_char_index` (into the document's text) and `score`; for
-    documents with pages also `page` (from 1) and, if the passage runs on to others, `page_end`; and `source` where the
-    document's metadata names one.
+    documents with pages also `page` (in the whole file, from 1), if the passage runs on to others `page_end`, and
+    `page_label` ("iv", "iv-v") where a loader gave labels; and `source` where the document's metadata names one.
     """
     return [
         _citation(source, documents[source.document] if source.document < len(documents) else None)
@@ -41,10 +43,7 @@ def _citation(source: Source, document: Document | None) -> types.Citation:
         "end_char_index": source.end,
         "score": source.score,
     }
-    if starts := metadata.get("page_starts"):
-        extras["page"], last = page_span(starts, source.start, source.end)
-        if last > extras["page"]:
-            extras["page_end"] = last
+    extras |= _pages(metadata, source)
     citation = types.Citation(type="citation", cited_text=source.text, extras=extras)
     origin = metadata.get("source")
     if isinstance(origin, str) and origin.startswith(("http://", "https://")):
@@ -54,6 +53,18 @@ def _citation(source: Source, document: Document | None) -> types.Citation:
     if title := metadata.get("title") or source.title:
         citation["title"] = title
     return citation
+
+
+def _pages(metadata: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    if not (starts := metadata.get("page_starts")):
+        return {}
+    span = page_span(starts, source.start, source.end)
+    numbers, labels = metadata.get("page_numbers"), metadata.get("page_labels")
+    first, last = (numbers[page - 1] for page in span) if numbers else span
+    pages: dict[str, Any] = {"page": first} if first == last else {"page": first, "page_end": last}
+    if labels:
+        pages["page_label"] = "-".join(dict.fromkeys(labels[page - 1] for page in span))
+    return pages
 
 
 def usage(answer: Answer, *, creates_memory: bool = False) -> UsageMetadata:

@@ -1,20 +1,22 @@
-"""From messages and options to a prepared request: engines on demand, tools, grammar, memories."""
+"""From messages and options to a prepared request: engines on demand, tools, grammar, memories, what they are read from."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.runnables import RunnableConfig
 
+from qllm_integrations.bar import reading_bar
 from qllm_integrations.langchain import tools as tool_forms
 from qllm_integrations.langchain.call import Call, grammar, guided
-from qllm_integrations.langchain.memory import find_handle
+from qllm_integrations.langchain.memory import DocumentHandle, Documents, find_handle, to_documents
 from qllm_integrations.langchain.messages import schema_instruction, translate
 from qllm_integrations.langchain.progress import (
     Reporter,
@@ -25,7 +27,7 @@ from qllm_integrations.langchain.progress import (
 )
 from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, check_options, warn_unknown
 from qllm_integrations.langchain.structured import response_schema
-from qllm_runtime.types import Mode
+from qllm_runtime.types import Mode, Progress
 
 if TYPE_CHECKING:
     from qllm_runtime.document_memory import DocumentMemory
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ChatRequests(ChatSettings):
-    """The part of `QLLMChat` that prepares requests."""
+    """The part of `QLLMChat` that prepares requests and reads documents."""
 
     # the four entrances of a run: its callback handlers are told how far the reading is, which `_stream` alone could not
 
@@ -179,6 +181,31 @@ class ChatRequests(ChatSettings):
             call.request = call.request.without_documents()
         if call.memory is not None:
             call.request = call.request.opened_by_user()
+
+    def _read(
+        self,
+        documents: Documents | Iterable[Documents],
+        system: str | None,
+        show_progress: bool | None,
+        progress: Progress | None,
+        reporter: Reporter,
+        cancel: threading.Event,
+    ) -> DocumentHandle:
+        shown = self.show_progress if show_progress is None else show_progress
+        engine, whole = self._engine(self.model), to_documents(documents)
+        told = progress_of(len(whole), reporter=reporter, bar=shown, own=progress)
+        with reporter.telling(cancel):
+            memory = engine.read(
+                whole, system=system, template_kwargs=self.template_kwargs, progress=told, cancel=cancel
+            )
+        return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
+
+    def _load(self, path: str | Path, show_progress: bool | None, cancel: threading.Event) -> DocumentHandle:
+        shown = self.show_progress if show_progress is None else show_progress
+        progress = reading_bar("Loading", "layers") if shown else None
+        engine = self._engine(self.model)
+        memory = engine.load_memory(path, progress=progress, cancel=cancel)
+        return self.shared.add(DocumentHandle(engine, self._engine_key(self.model), memory))
 
     def _engine_key(self, model: str) -> str:
         memory = self.memory.model_dump_json() if self.memory else None

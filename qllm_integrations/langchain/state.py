@@ -130,6 +130,10 @@ class State:
                 self._reading.pop(key, None)  # gone already in a process forked meanwhile
             done.set()
 
+    def view(self) -> View:
+        """The same engines and memories for a chat model that can be closed by itself."""
+        return View(self)
+
     def close(self) -> None:
         """Close every handle and every engine that was loaded here."""
         with self._lock:
@@ -154,6 +158,42 @@ class State:
 
     def __reduce__(self) -> tuple[type[State], tuple[()]]:
         return State, ()
+
+
+class View(State):
+    """Another chat model's engines and memories: closing it leaves those open, closing that one closes both."""
+
+    def __init__(self, owner: State) -> None:
+        super().__init__()
+        self._owner = owner
+        self.token = owner.token
+
+    def engine(self, key: str, load: Callable[[], QLLM]) -> QLLM:
+        """The owner's."""
+        self.check_open()
+        return self._owner.engine(key, load)
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` once this one or its owner is closed."""
+        super().check_open()
+        self._owner.check_open()
+
+    def add(self, handle: DocumentHandle) -> DocumentHandle:
+        """As in `State`, for the owner."""
+        return self._owner.add(handle)
+
+    def borrow(self, handle: DocumentHandle) -> None:
+        """As in `State`, for the owner."""
+        self._owner.borrow(handle)
+
+    def kept(self, *arguments: Any) -> tuple[DocumentMemory, bool]:
+        """The owner's."""
+        self.check_open()
+        return self._owner.kept(*arguments)
+
+    def close(self) -> None:
+        """Close this one alone."""
+        self.closed = True
 
 
 def _digest(engine_key: str, documents: Sequence[Document], system: str | None) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from fake_engine_lc import FakeEngine
+from langchain_core.documents import Document as LoadedDocument
 from langchain_core.messages import HumanMessage
 from pdf_by_hand import pdf_bytes
 
 from qllm_integrations.langchain import DocumentQA, QLLMChat
+from qllm_integrations.langchain.memory import to_documents
 from qllm_integrations.langchain.outputs import citations
 from qllm_runtime.types import Document, Source
 
@@ -51,10 +53,44 @@ def test_pages_come_back_from_a_pdf(tmp_path: Path) -> None:
     (tmp_path / "long.pdf").write_bytes(pdf_bytes("Call me Ishmael.", "The whale was white."))
     llm = QLLMChat.from_engine(FakeEngine())
     with DocumentQA.from_documents([tmp_path / "short.pdf", tmp_path / "long.pdf"], llm=llm) as qa:
-        short, long = (source.metadata for source in qa.invoke("Who?")["source_documents"])
+        short, long = (source.metadata for source in qa.invoke("Who?")["context"])
     assert (short["page"], short["page_end"]) == (2, 3)
     assert long["page"] == 1
     assert "page_end" not in long
+
+
+def test_pages_are_those_of_the_file_when_only_some_are_read() -> None:
+    loaded = [
+        LoadedDocument("Me" if page == 5 else "Call me Ishmael.", metadata={"source": "a.pdf", "page": page, **label})
+        for page, label in ((5, {"page_label": "iv"}), (6, {"page_label": "v"}))
+    ]
+    llm = QLLMChat.from_engine(FakeEngine())  # cites characters 3 to 12
+    with DocumentQA.from_documents(loaded, llm=llm) as qa:
+        (source,) = qa.invoke("Who?")["context"]
+    assert source.page_content == "\nCall me "
+    pages = {key: value for key, value in source.metadata.items() if key.startswith("page")}
+    assert pages == {"page": 6, "page_end": 7, "page_label": "iv-v"}
+
+
+@pytest.mark.parametrize(
+    ("pages", "start", "end", "expected"),
+    [
+        ([{"page": 4, "page_label": "iii"}, {"page": 5, "page_label": "iv"}], 6, 9, {"page": 6, "page_label": "iv"}),
+        (
+            [{"page": 4, "page_label": "iii"}, {"page": 5, "page_label": "iv"}],
+            0,
+            9,
+            {"page": 5, "page_end": 6, "page_label": "iii-iv"},
+        ),
+        ([{"page": 8}, {"page": 2}], 6, 9, {"page": 3}),  # not in their order
+        ([{"page": 3}, {"page": 3}], 0, 9, {"page": 4}),  # chunks of one page
+        ([{"page": "a"}, {"page": "b"}], 6, 9, {"page": 2}),  # by position: no numbers
+    ],
+)
+def test_pages_of_a_loader(pages: list[dict[str, Any]], start: int, end: int, expected: dict[str, Any]) -> None:
+    (document,) = to_documents([LoadedDocument("One.", metadata={"source": "a.pdf", **page}) for page in pages])
+    extras = cite(document, start, end)["extras"]
+    assert {key: value for key, value in extras.items() if key.startswith("page")} == expected
 
 
 def test_where_a_document_comes_from() -> None:

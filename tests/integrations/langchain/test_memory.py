@@ -1,4 +1,4 @@
-"""Document memories: handles, `with_memory`, `cache_control`, `DocumentQA`, document chains."""
+"""Document memories: handles, `with_memory`, `cache_control`, document chains."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_what_was_read_comes_back_from_disk(tiny_path: str, other_path: st
         ai = second.with_memory(loaded).invoke([HumanMessage("Who speaks?")])
         assert (ai.text, ai.content_blocks) == (expected.text, expected.content_blocks)
         assert details(ai) == {"cache_read": loaded.n_tokens, "cache_creation": 0}
-        found = DocumentQA(second, loaded).invoke("Who speaks?")["source_documents"]
+        found = DocumentQA(second, loaded).invoke("Who speaks?")["context"]
         assert {source.metadata.get("source") for source in found} <= {"a/whale.txt", None}
     with pytest.raises(SavedReadingError, match="other weights"):
         QLLMChat(model=other_path).load_documents(tmp_path / "reading")
@@ -306,6 +306,24 @@ def test_a_memory_lives_with_a_chat_model_that_asks_it(tiny_path: str) -> None:
     assert qa.invoke("Who speaks?").text == REPLY
 
 
+def test_closing_what_asks_a_memory_leaves_the_chat_model_open() -> None:
+    engine = FakeEngine()
+    llm = QLLMChat.from_engine(engine)
+    with llm.add_documents(BOOK) as handle:
+        with llm.with_memory(handle) as qa:
+            assert qa.invoke("Who speaks?").text == REPLY
+            added = qa.add_documents(OTHER)
+        with pytest.raises(ClosedError):
+            qa.invoke("Who speaks?")
+        assert llm.with_memory(handle).invoke("Who speaks?").text == REPLY
+    assert llm.invoke("hi").text == REPLY
+    later = llm.with_memory(added)
+    llm.close()
+    assert added.closed
+    with pytest.raises(ClosedError):
+        later.invoke("hi")
+
+
 class Pages(BaseLoader):
     def lazy_load(self) -> Any:
         for source in ("a.pdf", "b.pdf"):
@@ -350,30 +368,6 @@ def test_sources_that_are_no_documents_are_refused(tmp_path: Path) -> None:
             to_documents(source)
     with pytest.raises(DocumentError):
         QLLMChat.from_engine(FakeEngine()).add_documents(tmp_path / "missing.txt")
-
-
-def test_document_qa(tiny: QLLMChat) -> None:
-    books = [Document(page_content=BOOK, metadata={"source": "whale.txt", "year": 1851})]
-    with DocumentQA.from_documents(books, llm=tiny) as qa:
-        out = qa.invoke("Who speaks?")
-        assert (out["query"], out["answer"]) == ("Who speaks?", REPLY)
-        for source in out["source_documents"]:
-            assert source.page_content == BOOK[source.metadata["start_char_index"] : source.metadata["end_char_index"]]
-            assert (source.metadata["source"], source.metadata["year"]) == ("whale.txt", 1851)
-        assert out["source_documents"]
-        assert reduce(add, qa.stream("Who speaks?")) == out
-        assert qa.invoke({"input": "Who speaks?"}) == out
-        assert qa.batch(["Who speaks?"] * 2) == [out] * 2
-        with pytest.raises(InvalidRequestError, match="'question'"):
-            qa.invoke({"ask": "Who?"})
-    with pytest.raises(ClosedError):
-        qa.invoke("Who speaks?")
-
-
-async def test_document_qa_async(tiny: QLLMChat) -> None:
-    with DocumentQA(tiny, await tiny.aadd_documents(BOOK)) as qa:
-        out = await qa.ainvoke("Who speaks?")
-        assert reduce(add, [piece async for piece in qa.astream("Who speaks?")]) == out
 
 
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:

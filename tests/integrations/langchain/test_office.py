@@ -50,7 +50,7 @@ def test_paths_and_blobs(tmp_path: Path, kind: str, data: bytes, text: str) -> N
     assert [document.text for document in to_documents(sources)] == [text] * len(sources)
     llm = QLLMChat.from_engine(FakeEngine())
     with DocumentQA.from_documents(path, llm=llm) as qa:
-        (source,) = qa.invoke("Who speaks?")["source_documents"]
+        (source,) = qa.invoke("Who speaks?")["context"]
     span = slice(source.metadata["start_char_index"], source.metadata["end_char_index"])
     assert source.page_content == text[span]
     assert (source.metadata["source"], "page" in source.metadata) == (str(path), False)
