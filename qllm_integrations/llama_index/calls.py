@@ -21,7 +21,7 @@ from qllm_integrations.llama_index.handle import Reading
 from qllm_integrations.llama_index.messages import Request, split_kept, to_request
 from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response, cut_off
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.types import Answer, Document, Progress, Turn
+from qllm_runtime.types import Answer, Progress, Turn
 
 if TYPE_CHECKING:
     from qllm_integrations.llama_index.llm import QLLM
@@ -86,14 +86,14 @@ def prepare(
     engine = llm.engine
     progress = reading_progress(len(request.documents), bool(given.get("show_progress") or llm.show_progress))
     variables = {**llm.template_kwargs, **(given.get("template_kwargs") or {})}
+    held = reading.memory.documents if reading is not None else ()
     if request.keep and reading is None and given.get("mode") != "query_aware":
-        request, system, kept = split_kept(request)
+        request, system, held = split_kept(request)  # not the memory's own: what the model never sees may differ
         reading = llm.shelf.get(
-            engine, kept, system, template_kwargs=variables, ttl=request.ttl, progress=progress, cancel=cancel
+            engine, held, system, template_kwargs=variables, ttl=request.ttl, progress=progress, cancel=cancel
         )
         report_reading(reading)
     memory = reading.memory if reading is not None else None
-    held: tuple[Document, ...] = memory.documents if memory is not None else ()
     request = _bounded(engine, request)
     tools, names, processors = _tools(engine, given)
     call_forced = bool(processors)

@@ -124,10 +124,11 @@ def engine_document(node: BaseNode) -> EngineDocument:
 def engine_documents(documents: Any) -> list[EngineDocument]:
     """What `QLLM.read` takes, for the engine."""
     items = [documents] if isinstance(documents, (str, EngineDocument, BaseNode)) else list(documents)
-    if any(isinstance(item, Document) for item in items):
-        wholes = rejoin([item for item in items if isinstance(item, Document)])
-        others = [item for item in items if not isinstance(item, Document)]
-        items = [*wholes, *others]
+    places = [place for place, item in enumerate(items) if isinstance(item, Document)]
+    parts = [items[place] for place in places]
+    wholes = {places[group[0]]: join([parts[i] for i in group]) for group in by_file(parts)}
+    # a file stands where its first part does
+    items = [wholes.get(place, item) for place, item in enumerate(items) if place in wholes or place not in places]
     result = []
     for item in items:
         if isinstance(item, str):

@@ -66,7 +66,8 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         dtype: "auto", "bfloat16", ...
         token: Access token of the hub.
         trust_remote_code: Run modelling code from the hub.
-        mode: "read_once" reads documents without the question, "query_aware" anew under each one.
+        mode: "read_once" reads documents without the question, "query_aware" anew under each one (None: "read_once", with
+            `MemoryConfig(faithful=True)` "query_aware").
         reread: Whether the passages behind a draft of the answer are read again before it is written.
         max_tokens: Upper bound of tokens per answer.
         temperature: 0 is greedy.
@@ -152,7 +153,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
     dtype: str = Field(default="auto", description="Data type of the model.")
     token: str | None = Field(default=None, exclude=True, repr=False, description="Access token of the hub.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code from the hub.")
-    mode: Mode = Field(default="read_once", description="How documents are read.")
+    mode: Mode | None = Field(default=None, description="How documents are read (None: the engine's default).")
     reread: bool = Field(default=True, description="Read the passages behind a draft again before answering.")
     max_tokens: int = Field(default=256, ge=1, description="Upper bound of tokens per answer.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")

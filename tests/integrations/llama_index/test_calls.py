@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-from llama_index.core.base.llms.types import CacheControl, CachePoint, ChatMessage, CitableBlock, TextBlock
+from llama_index.core import Document
+from llama_index.core.base.llms.types import (
+    CacheControl,
+    CachePoint,
+    ChatMessage,
+    CitableBlock,
+    CitationBlock,
+    TextBlock,
+)
 
 from qllm_integrations.llama_index import QLLM
+from qllm_runtime import types
 from qllm_runtime.errors import InvalidRequestError
 from tests.integrations.llama_index.fake_engine import FakeEngine
 
@@ -26,6 +35,12 @@ def test_the_mode_of_the_model_is_for_documents_in_messages(engine: FakeEngine) 
     assert [request["mode"] for request in engine.requests] == [None, "query_aware"]
 
 
+def test_without_a_mode_the_engine_chooses(llm: QLLM, engine: FakeEngine) -> None:
+    llm.complete(QUESTION)
+    llm.complete(QUESTION, mode="query_aware")
+    assert [request["mode"] for request in engine.requests] == [None, "query_aware"]
+
+
 def test_template_variables_of_the_call_outweigh_the_models(engine: FakeEngine) -> None:
     llm = QLLM.from_engine(engine, template_kwargs={"effort": "high", "think": True})
     llm.complete("Hi", template_kwargs={"effort": "low"})
@@ -37,6 +52,27 @@ def test_a_document_behind_the_cache_point_stays_in_its_message(llm: QLLM, engin
     llm.chat([ChatMessage(blocks=[citable(BOOK), point, citable("A letter."), TextBlock(text=QUESTION)])])
     assert [document.text for document in engine.requests[-1]["memory"].documents] == [BOOK]
     assert [document.text for document in engine.requests[-1]["turns"][-1].documents] == ["A letter."]
+
+
+def test_a_kept_document_is_cited_as_the_message_names_it(llm: QLLM, engine: FakeEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    for source in ("old.txt", "new.txt"):
+        document = CitableBlock(title="log", source=source, content=BOOK)
+        response = llm.chat([ChatMessage(blocks=[document, point, TextBlock(text=QUESTION)])])
+        cited = {block.source for block in response.message.blocks if isinstance(block, CitationBlock)}
+        assert cited == {source}
+    assert len(engine.readings) == 1
+
+
+def test_documents_are_read_in_the_order_given(llm: QLLM) -> None:
+    def page(text: str, path: str) -> Document:
+        return Document(text=text, metadata={"file_path": path, "page_label": "1"})
+
+    document = Document(text="lone")
+    memory = llm.read(
+        ["text", page("a1", "a"), document.model_copy(), page("b1", "b"), types.Document("own"), page("a2", "a"), "end"]
+    )
+    assert [document.text for document in memory.documents] == ["text", "a1\n\na2", "lone", "b1", "own", "end"]
 
 
 def test_json_that_ends_with_the_last_token_is_whole(llm: QLLM, engine: FakeEngine) -> None:

@@ -28,6 +28,7 @@ from qllm_integrations.llama_index import (
     ReadingProgressEvent,
     WholeDocumentIndex,
 )
+from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from tests.integrations.llama_index.compliance import Recorder, add, recording
 from tests.integrations.llama_index.tiny_model import save_tiny
@@ -340,3 +341,15 @@ def test_reading_an_index_is_reported_as_one(llm: QLLM) -> None:
     assert (told[-1].tokens_read, told[-1].tokens_total) == (memory.n_tokens, memory.n_tokens)
     assert all(event.tokens_total == pytest.approx(memory.n_tokens, rel=0.05) for event in told)
     assert all(event.tokens_read < event.tokens_total for event in told[:-1])
+
+
+def test_the_published_codes_memory_reads_for_the_question(tmp_path: Path) -> None:
+    faithful = MemoryConfig(
+        faithful=True, n_init=8, n_local=64, block_size=16, topk=2, exec_block_size=16, repr_topk=4, summary="published"
+    )
+    document = CitableBlock(title="log", source="log.txt", content=TEXTS[0])
+    message = ChatMessage(blocks=[document, TextBlock(text=QUESTION)])
+    with QLLM(model=save_tiny(tmp_path), memory=faithful, max_tokens=2) as llm:
+        assert llm.chat([message]).raw["mode"] == "query_aware"
+        assert llm.chat([message], mode="read_once").raw["mode"] == "read_once"
+        assert llm.complete(QUESTION, memory=llm.read(TEXTS[0])).raw["mode"] == "read_once"
