@@ -54,7 +54,8 @@ class WholeDocumentIndex(IndexContents):
     Args:
         nodes: Whole nodes; most users call `from_documents`.
         llm: A `QLLM` (None: `Settings.llm` when it is needed).
-        mode: "read_once" or "query_aware" (None: read once, when it is needed).
+        mode: "read_once" or "query_aware" (None: read once, when it is needed; "query_aware" for a model with
+            `MemoryConfig(faithful=True)`).
         system_prompt: Ahead of the documents in every question.
 
     Examples:
@@ -205,10 +206,14 @@ class WholeDocumentIndex(IndexContents):
 
     # Asking
 
+    def _default_mode(self, llm: Any) -> Mode:
+        model, _ = asking_llm(self._llm if llm is None else llm)
+        return "query_aware" if model.reads_for_the_question else "read_once"
+
     def _asker(self, llm: Any, **changes: Any) -> Asker:
         model, _ = asking_llm(self._llm if llm is None else llm)
         settings: dict[str, Any] = {
-            "mode": self._mode or "read_once",
+            "mode": self._mode or self._default_mode(llm),
             "shelf": self._shelf,
             "system_prompt": self._system_prompt,
             "show_progress": self._show_progress,
@@ -281,7 +286,7 @@ class WholeDocumentIndex(IndexContents):
         """A chat engine over the whole documents.
 
         "best" and "context" give a `WholeDocumentChatEngine`: one memory of the documents ("read_once" unless
-        `mode` says otherwise), and each message looks up its own passages. The other modes are LlamaIndex's own
+        `mode` or `MemoryConfig(faithful=True)` says otherwise), and each message looks up its own passages. The other modes are LlamaIndex's own
         over this index: "condense_question" takes the arguments of `as_query_engine`, "condense_plus_context" those of
         `as_retriever`.
 
@@ -300,7 +305,7 @@ class WholeDocumentIndex(IndexContents):
         known = (*options.ANSWER_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
         options.warn_unknown(kwargs, known, "as_chat_engine")
         return WholeDocumentChatEngine(
-            self._asker(llm, mode=mode or "read_once", system_prompt=system_prompt),
+            self._asker(llm, mode=mode or self._default_mode(llm), system_prompt=system_prompt),
             self.whole_nodes,
             memory=memory,
             chat_history=chat_history,

@@ -244,6 +244,13 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         return {name: getattr(self, name) for name in names}
 
     @property
+    def reads_for_the_question(self) -> bool:
+        """Whether documents have to be read anew for each question: `MemoryConfig(faithful=True)` knows no other way."""
+        engine = self._handle.loaded(self._loading)
+        memory = self.memory if engine is None else engine.memory
+        return memory is not None and memory.faithful
+
+    @property
     def shelf(self) -> MemoryShelf:
         """Documents kept because of a `CachePoint`."""
         return self._handle.shelf

@@ -351,5 +351,10 @@ def test_the_published_codes_memory_reads_for_the_question(tmp_path: Path) -> No
     message = ChatMessage(blocks=[document, TextBlock(text=QUESTION)])
     with QLLM(model=save_tiny(tmp_path), memory=faithful, max_tokens=2) as llm:
         assert llm.chat([message]).raw["mode"] == "query_aware"
+        index = WholeDocumentIndex.from_documents([Document(text=TEXTS[0])], llm=llm)
+        for engine in (index.as_query_engine(), index.as_chat_engine()):
+            ask = getattr(engine, "query", None) or engine.chat
+            assert ask(QUESTION).metadata["qllm"]["mode"] == "query_aware"
         assert llm.chat([message], mode="read_once").raw["mode"] == "read_once"
-        assert llm.complete(QUESTION, memory=llm.read(TEXTS[0])).raw["mode"] == "read_once"
+        with pytest.raises(InvalidRequestError, match="faithful=True"):
+            llm.complete(QUESTION, memory=llm.read(TEXTS[0]))
