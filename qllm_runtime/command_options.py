@@ -61,8 +61,8 @@ class ReadingOptions:
         chosen = self._chosen()
         stored = None
         if self.memory_config is not None:
-            # once, as it may be a pipe, and first, as an inconsistent file should not cost the time to load a model
-            stored = _changed(MemoryConfig.from_yaml(self.memory_config), chosen)
+            # read once (it may be a pipe) and before the model: an inconsistent file should not cost the time to load one
+            stored = MemoryConfig.from_yaml(self.memory_config, **chosen)
         quiet()
         if self.model not in BUILTIN:
             from qllm_runtime.console import looking_for
@@ -71,16 +71,11 @@ class ReadingOptions:
         from qllm_runtime.engine import QLLM
 
         llm = QLLM.from_pretrained(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
-        if stored is not None:
-            llm.memory = stored
-            return llm
-        if "n_local" in chosen:
-            chosen["exec_block_size"] = min(llm.memory.exec_block_size, chosen["n_local"])
-        llm.memory = llm.memory.replace(**chosen)
+        llm.memory = MemoryConfig(**chosen) if stored is None else stored
         return llm
 
     def check_layout(self, reading: str) -> None:
-        """See to it that no setting is asked for that the reading on disk was made without.
+        """Refuse settings that a reading on disk cannot take any more.
 
         Raises:
             InvalidRequestError: One is.
@@ -114,13 +109,6 @@ class Options(ReadingOptions):
         """How an answer is written, as the engine takes it."""
         names = ("reread", "max_tokens", "temperature", "top_p", "seed", "stop")
         return {name: getattr(self, name) for name in names}
-
-
-def _changed(stored: MemoryConfig, chosen: dict[str, Any]) -> MemoryConfig:
-    """The settings of a file with those of the command line in their place; what neither names has its default."""
-    if "n_local" in chosen and "exec_block_size" not in stored.model_fields_set:
-        chosen = {"exec_block_size": min(stored.exec_block_size, chosen["n_local"]), **chosen}
-    return MemoryConfig(**{**stored.model_dump(exclude_unset=True), **chosen})
 
 
 def takes_options(command: Callable[..., None], kind: type[Any] = Options) -> Callable[..., None]:

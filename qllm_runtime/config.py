@@ -32,8 +32,8 @@ _PUBLISHED_POLICIES: dict[str, Policy] = {
     "origin": "full",
 }
 _PUBLISHED_REPRESENTATIVES = 4
-#: blocks that written tokens compare by every key, per block looked up; with 2, answers begin to differ from those of a
-#: comparison with every key of the text
+#: Candidate blocks per looked-up block that a generated token scores exactly (against every key). With 2, answers begin to
+#: differ from those of an exact comparison with the whole text.
 CANDIDATES = 4
 _WHOLE_PROMPT = 2**31  # chunk_size: null of the published configs
 # keys of the published configs that steer its caching or its GPU code and have no influence on results
@@ -64,9 +64,13 @@ _PUBLISHED_FIXED: dict[str, tuple[Any, ...]] = {
 class MemoryConfig(BaseModel):
     """Layout and lookup of the block memory (paper sections 3.2 and 3.3; all sizes in tokens unless said otherwise).
 
-    Frozen and validated: an inconsistent combination raises :class:`~qllm_runtime.errors.InvalidConfigError`.
-    Use :meth:`for_model` for defaults that fit a model's own context window and :meth:`from_yaml` for the
-    configuration files of the published research code.
+    Frozen and validated.
+    `QLLM` gives sizes that are not set the values that fit its model (`fitted`), except with `faithful=True`; the defaults
+    below are those of a model trained for 2048 tokens. Use `from_yaml` for the configuration files of the published research
+    code.
+
+    Raises:
+        InvalidConfigError: An unknown setting, or values that contradict each other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,7 +158,7 @@ class MemoryConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All settings; the rotary base only where one is demanded, which leaves what it applies to as it is."""
+        """All settings. Omits rope_theta when unset, so that dumps (and cache keys made of them) stay what they were."""
         settings: dict[str, Any] = handler(self)
         if self.rope_theta is None:
             settings.pop("rope_theta", None)
@@ -166,6 +170,8 @@ class MemoryConfig(BaseModel):
         filled = self.__dict__  # the model is frozen
         if self.faithful and "summary" not in self.model_fields_set:
             filled["summary"] = "published"
+        if self.uses_blocks and "exec_block_size" not in self.model_fields_set:
+            filled["exec_block_size"] = min(self.exec_block_size, self.n_local)
         if "repr_topk" not in self.model_fields_set:
             every_key = self.summary == "max"
             filled["repr_topk"] = self.block_size if every_key else min(self.block_size, _PUBLISHED_REPRESENTATIVES)
@@ -223,9 +229,35 @@ class MemoryConfig(BaseModel):
         """A validated copy with some fields changed; where every key represents its block, it keeps doing so.
 
         Fields that were never given follow from the others anew.
+
+        Raises:
+            InvalidConfigError: An unknown setting, or values that contradict each other.
         """
         kept = self.model_dump(exclude_unset=True, exclude={"repr_topk"} if self.every_key else None)
         return MemoryConfig(**{**kept, **changes})
+
+    def fitted(self, max_position_embeddings: int) -> MemoryConfig:
+        """The sizes that were given, and for those that were not the ones that fit a model (`for_model`).
+
+        Unchanged with `faithful=True`: the published code has no notion of a model's length.
+
+        Args:
+            max_position_embeddings: Length the model was trained for, in tokens.
+
+        Raises:
+            InvalidConfigError: Sizes that were given contradict those that fit the model.
+        """
+        if self.faithful:
+            return self
+        given = self.model_dump(exclude_unset=True)
+        sizes = MemoryConfig.for_model(max_position_embeddings)
+        fit = {name: getattr(sizes, name) for name in sizes.model_fields_set}
+        if "repr_topk" in given:
+            fit["block_size"] = max(sizes.block_size, self.repr_topk)
+        if self.device_blocks is not None:
+            fit["topk"] = max(1, min(sizes.topk, self.device_blocks // CANDIDATES))
+        fit["exec_block_size"] = min(sizes.exec_block_size, given.get("n_local", sizes.n_local))
+        return MemoryConfig(**{**fit, **given})
 
     @classmethod
     def for_model(cls, max_position_embeddings: int, **overrides: Any) -> MemoryConfig:
@@ -238,6 +270,9 @@ class MemoryConfig(BaseModel):
         Args:
             max_position_embeddings: Length the model was trained for, in tokens.
             **overrides: Fields that win over the defaults.
+
+        Raises:
+            InvalidConfigError: An unknown setting, or values that contradict each other.
         """
         n_local = min(4096, max(64, 2 ** int(math.log2(max(128, max_position_embeddings) / 2))))
         block = 64 if n_local >= 1024 else 32

@@ -51,7 +51,7 @@ class QLLM:
     Args:
         model: A decoder-only model of transformers that is loaded already.
         tokenizer: Its fast tokenizer; without one only `generate` works.
-        memory: Layout and lookup; by default fitted to the model's own context window.
+        memory: Layout and lookup; sizes that are not given fit the model's own context window.
         name: Reported as the model's name.
 
     Raises:
@@ -84,11 +84,12 @@ class QLLM:
         config = loaded.inference.model.config.get_text_config()
         trained = getattr(config, "max_position_embeddings", None)
         self._trained_length = int(trained) if trained and trained > 0 else 4096
-        self.memory = memory or MemoryConfig.for_model(int(min(self._trained_length, short_length(config))))
+        self._fitting_length = int(min(self._trained_length, short_length(config)))
+        self.memory = memory or MemoryConfig()
 
     @property
     def memory(self) -> MemoryConfig:
-        """Layout and lookup of the next readings and requests.
+        """Layout and lookup of the next readings and requests; sizes that were not given fit the model.
 
         Raises:
             InvalidConfigError: When set: a window, or initial tokens, longer than the model was trained for.
@@ -97,8 +98,9 @@ class QLLM:
 
     @memory.setter
     def memory(self, memory: MemoryConfig) -> None:
-        for name in ("n_local", "n_init"):
-            if getattr(memory, name) > self._trained_length and not memory.faithful:
+        memory = memory.fitted(self._fitting_length)
+        for name in () if memory.faithful or memory.policy == "full" else ("n_local", "n_init"):
+            if getattr(memory, name) > self._trained_length:
                 raise InvalidConfigError(
                     f"{name}={getattr(memory, name)} exceeds the {self._trained_length} tokens that {self.name!r} was "
                     f"trained for; lower {name}."

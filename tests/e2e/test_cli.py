@@ -166,8 +166,8 @@ class TestAsk:
             config.write_text(text)
             return Options(model=model, memory_config=str(config), **chosen).open().memory
 
-        assert memory("topk: 4", n_local=128) == MemoryConfig(topk=4, n_local=128, exec_block_size=128)
-        assert memory("topk: 4", n_local=256) == MemoryConfig(topk=4, n_local=256)
+        assert memory("topk: 4", n_local=128) == MemoryConfig.for_model(256, topk=4, n_local=128)
+        assert memory("topk: 4", n_local=32) == MemoryConfig.for_model(256, topk=4, n_local=32, exec_block_size=32)
         assert memory("summary: mean", n_local=64, block_size=2).repr_topk == 2
         assert memory("faithful: true", summary="published") == MemoryConfig(faithful=True)
         with pytest.raises(InvalidConfigError, match="exec_block_size"):  # it was asked for

@@ -131,6 +131,25 @@ def test_defaults_fit_the_model(trained: int) -> None:
         MemoryConfig.for_model(trained, n_local=0)
 
 
+@pytest.mark.parametrize("trained", [128, 512, 4096, 131072])
+def test_sizes_that_were_not_given_fit_the_model(trained: int) -> None:
+    sizes = MemoryConfig.for_model(trained)
+    assert MemoryConfig().fitted(trained) == sizes
+    assert sizes.fitted(trained) == sizes
+    assert MemoryConfig(policy="infllm", topk=3).fitted(trained) == sizes.replace(policy="infllm", topk=3)
+    assert MemoryConfig(n_local=16).fitted(trained) == sizes.replace(n_local=16, exec_block_size=16)
+    assert MemoryConfig(repr_topk=64).fitted(trained).block_size == 64
+    assert MemoryConfig(repr_topk=4).fitted(trained) == sizes.replace(repr_topk=4)
+    assert MemoryConfig(device_blocks=64).fitted(trained).topk == min(sizes.topk, 16)
+    assert MemoryConfig(faithful=True).fitted(trained) == MemoryConfig(faithful=True)
+
+
+def test_values_that_were_given_are_kept_or_refused() -> None:
+    assert MemoryConfig(n_local=2048, exec_block_size=2048).fitted(512).n_local == 2048
+    with pytest.raises(InvalidConfigError, match=r"exec_block_size \(512\) must not exceed n_local \(256\)"):
+        MemoryConfig(exec_block_size=512).fitted(512)
+
+
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [("qllm", "qllm"), ("inf-llm", "infllm"), ("stream-llm", "streaming"), ("infinite-lm", "lm-infinite")],

@@ -18,6 +18,7 @@ import tiny
 import torch
 from transformers import LogitsProcessor
 
+from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import (
     CancelledError,
@@ -499,6 +500,14 @@ def test_a_window_beyond_the_trained_length_is_refused(llm: QLLM) -> None:
     with pytest.raises(InvalidConfigError, match=r"n_init=513 exceeds the 512 tokens.*lower n_init"):
         llm.memory = before.replace(n_init=513)
     assert llm.memory is before
+
+
+def test_sizes_that_were_not_given_fit_the_model(llm: QLLM) -> None:
+    fit = MemoryConfig.for_model(512)
+    assert QLLM(llm.model, llm.tokenizer).memory == QLLM(llm.model, llm.tokenizer, MemoryConfig()).memory == fit
+    assert QLLM(llm.model, llm.tokenizer, MemoryConfig(policy="full")).memory == fit.replace(policy="full")
+    wide = MemoryConfig(policy="full", n_local=1024)  # it has no window
+    assert QLLM(llm.model, llm.tokenizer, wide).memory.n_local == 1024
 
 
 def test_bad_requests(llm: QLLM) -> None:
