@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from recipes.model import ReaderConfig
-from recipes.tokenizer import BOS, END, PAD
+from recipes.tokenizer import BOS, END, PAD, save_tokenizer_config
+
+LIMIT = 12_000_000  # bytes of the weights' file
 
 
 def export(checkpoint: Path, tokenizer: Path, folder: Path, config: ReaderConfig) -> None:
@@ -22,21 +24,30 @@ def export(checkpoint: Path, tokenizer: Path, folder: Path, config: ReaderConfig
         tokenizer: Folder of the tokenizer.
         folder: Folder to write to.
         config: Sizes of the network.
+
+    Raises:
+        ValueError: If the weights take more than ``LIMIT``; nothing is written then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
     tensors = {f"model.{k}": v.to(torch.float16).contiguous() for k, v in state.items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    content = save(tensors, metadata={"format": "pt"})
+    if len(content) > LIMIT:
+        raise ValueError(
+            f"the weights in {checkpoint} take {len(content) / 1e6:.1f} MB in fp16, a reader may have {LIMIT / 1e6:.0f} MB: "
+            "train a network of fewer layers or a narrower one (SIZES in recipes/model.py)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(content)
     tokens = {"bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD}
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float16"}
     files = {
         "config.json": {**llama, **config.to_llama(), **tokens},
         "generation_config.json": {**tokens, "do_sample": False, "max_new_tokens": 256},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in tokenizer.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / path.name)
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    save_tokenizer_config(folder, config.max_positions)
 
 
 def plot_curve(logs: Sequence[Path], path: Path) -> None:

@@ -66,7 +66,8 @@ class Plans:
 
     Args:
         first: The step.
-        plan: The plan of a step; asked when its batch is about to be made.
+        plan: The plan of a step; asked when its batch is about to be made, which other processes do ahead of time: stages
+            change four batches of each process late.
     """
 
     def __init__(self, first: int, plan: Callable[[int], Plan]) -> None:

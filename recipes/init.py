@@ -24,8 +24,8 @@ WRITE = 2.5
 MATCH = 2.5
 COPY = 6.0
 SLOW_FROM = 7
-# Where the layers of a shallower network go when it is made deeper; those between begin without effect.
-GROWN = (0, 1, 2, 4)
+# Layers of the network that is made deeper.
+SHALLOW = 4
 
 
 def _offset_query(freq: Tensor, offset: int, strength: float) -> tuple[Tensor, Tensor]:
@@ -128,19 +128,27 @@ def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
             att.v_proj.weight[rows, :-1] += views[g]
 
 
+def places(layers: int) -> tuple[int, ...]:
+    """Where the layers of the shallow network go in one of so many; those between and behind begin without effect.
+
+    Half of the new ones stand before its last layer, half behind it.
+    """
+    return (*range(SHALLOW - 1), layers // 2 + 1)
+
+
 @torch.no_grad()
 def grow(model: Reader, shallow: dict[str, Tensor]) -> None:
     """Make a deeper network compute what a shallower one does.
 
     Args:
         model: The deeper network, initialised; its other layers keep their weights but for what they write, which is 0.
-        shallow: State of a network of ``len(GROWN)`` layers.
+        shallow: State of a network of ``SHALLOW`` layers.
     """
-    state = model.state_dict()
+    state, grown = model.state_dict(), places(model.config.layers)
     for name, value in shallow.items():
         head, _, rest = name.removeprefix("layers.").partition(".")
-        state[f"layers.{GROWN[int(head)]}.{rest}" if name.startswith("layers.") else name] = value
-    for n in set(range(model.config.layers)) - set(GROWN):
+        state[f"layers.{grown[int(head)]}.{rest}" if name.startswith("layers.") else name] = value
+    for n in set(range(model.config.layers)) - set(grown):
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             state[f"layers.{n}.{part}.weight"].zero_()
     model.load_state_dict(state)

@@ -54,6 +54,14 @@ class LookupObjective:
         self.layers = range(1, config.layers - 1)
         self.banks: dict[int, Tensor] = {}
 
+    def state_dict(self) -> dict[int, Tensor]:
+        """Keys of recent blocks, by layer."""
+        return dict(self.banks)
+
+    def load_state_dict(self, state: dict[int, Tensor], device: torch.device) -> None:
+        """Restore what :meth:`state_dict` returned, on a device."""
+        self.banks = {layer: keys.to(device) for layer, keys in state.items()}
+
     def blocks(self, batch: Batch) -> tuple[Tensor, dict[tuple[int, int], int]]:
         """Flat indices of the document's whole blocks in [B * blocks], and the place of (row, block) among them."""
         per_row = (batch.ids.shape[1] - N_INIT) // BLOCK

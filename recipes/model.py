@@ -65,6 +65,10 @@ class ReaderConfig:
         return asdict(self)
 
 
+#: Networks by name. Both fit 12 MB in fp16; deeper rather than wider, for facts that take several steps to find.
+SIZES = {"small": ReaderConfig(), "large": ReaderConfig(layers=8, intermediate_size=608)}
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale."""
 

@@ -47,10 +47,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> Token
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write the tokenizer the way ``AutoTokenizer`` reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+def save_tokenizer_config(folder: Path, max_length: int) -> None:
+    """Write what ``AutoTokenizer`` reads beside ``tokenizer.json``; ``max_length`` is the model's context in tokens."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",

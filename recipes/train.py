@@ -1,4 +1,4 @@
-"""Train the reader: ``python -m recipes.train --text DIR --out DIR [--minutes N] [--device cpu|cuda]``.
+"""Train the reader: ``python -m recipes.train --text DIR --out DIR [--minutes N] [--device cpu|cuda] [--size small|large]``.
 
 Phases: ``base`` (four layers), ``trunk`` (two more), then from the trunk ``plain`` (decayed to zero) and ``reader`` (trained
 on with the lookup objective, and decayed). Interrupted runs go on from their last checkpoint.
@@ -11,8 +11,10 @@ import json
 import os
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # Some machines advertise AMX and trap its use; this caps oneDNN one level below it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
@@ -27,17 +29,21 @@ from tqdm import tqdm
 
 from qllm_bench.questions.data import Prose, common_words, make_case, read_books, unwrap
 from qllm_runtime.samples import story
+from recipes import checkpoint
 from recipes.batches import FAMILY_WEIGHTS, Batch, Sampler
+from recipes.checkpoint import Identity, OtherRunError
 from recipes.export import export, plot_curve
 from recipes.feed import Plan, Plans, batches
-from recipes.init import GROWN, grow, initialise
+from recipes.init import SHALLOW, grow, initialise
 from recipes.lookup import LookupObjective
-from recipes.model import Reader, ReaderConfig
+from recipes.model import SIZES, Reader
 from recipes.optim import Optimizers
-from recipes.tokenizer import VOCABULARY, save_tokenizer, train_tokenizer
+from recipes.tokenizer import VOCABULARY, train_tokenizer
 
 SEED = 20240607
 SHARES = {"base": 0.32, "trunk": 0.35, "plain": 0.14, "reader": 0.19}
+# The phase that each one goes on from.
+AFTER = {"base": None, "trunk": "base", "plain": "trunk", "reader": "trunk"}
 STORIES = 6
 # By device and phase: (end of the stage as a share of the phase, sequence length, sequences per step, share of easy samples)
 Stage = tuple[float, int, int, float]
@@ -74,7 +80,7 @@ def lr_factor(phase: str, progress: float, step: int) -> float:
     return max(0.005, 0.3 * (1.0 - progress))
 
 
-def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenizer:
+def build_tokenizer(books: list[str], folder: Path) -> Tokenizer:
     """Train the tokenizer on the prose and on generated facts, or load it when it is there."""
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -84,7 +90,8 @@ def build_tokenizer(books: list[str], folder: Path, max_length: int) -> Tokenize
         for _ in range(3000):
             case = make_case(rng, prose, 0, rng.choice(list(FAMILY_WEIGHTS)), 4, evaluation=False)
             texts += [case.document, case.question, case.answer]
-        save_tokenizer(train_tokenizer(texts), folder, max_length)
+        folder.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(texts).save(str(path))
     return Tokenizer.from_file(str(path))
 
 
@@ -123,29 +130,41 @@ def repetition(model: Reader, device: torch.device) -> float:
     return round(float((best == ids[:, 64:]).float().mean()), 3)
 
 
+def saved_state(phase: str, identity: Identity, out: Path) -> dict[str, Any] | None:
+    """The checkpoint that a phase goes on from, with its ``phase``: its own, else that of the phase before, if there is one.
+
+    Raises:
+        OtherRunError: If it is of another run. One that a phase only begins with may have had other minutes.
+    """
+    for name in (phase, AFTER[phase]):
+        if name is not None and (out / f"{name}.pt").exists():
+            free = () if name == phase else ("minutes",)
+            return {**checkpoint.read(out / f"{name}.pt", identity, free), "phase": name}
+    return None
+
+
 class Run:
     """One phase of training.
 
     Args:
         phase: One of ``SHARES``.
-        minutes: Length of the phase.
-        text: Folder of prose.
+        identity: The run that it is a part of.
+        books: Prose by title.
         out: Folder of checkpoints.
-        device: Where to train.
-        start: Checkpoint to start from.
         processes: Others that make the batches; 0: none.
+
+    Raises:
+        OtherRunError: If a checkpoint in ``out`` that the phase has to go on from is of another run.
     """
 
-    def __init__(
-        self, phase: str, minutes: float, text: Path, out: Path, device: str, start: Path | None, processes: int = 0
-    ) -> None:
-        self.phase, self.seconds, self.out, self.device = phase, minutes * 60, out, torch.device(device)
-        books = read_books(text, held_out=False)
+    def __init__(self, phase: str, identity: Identity, books: Mapping[str, str], out: Path, processes: int = 0) -> None:
+        self.phase, self.identity, self.out, self.processes = phase, identity, out, processes
+        self.seconds, self.device = identity.minutes * SHARES[phase] * 60, torch.device(identity.device)
+        state = saved_state(phase, identity, out)
         plain = [unwrap(b) for b in books.values()]
-        self.processes = processes
-        declared = ReaderConfig(max_positions=MAX_POSITIONS[self.device.type])
-        self.config = declared if phase != "base" else replace(declared, layers=len(GROWN))
-        self.tokenizer = build_tokenizer(plain, out / "tokenizer", self.config.max_positions)
+        declared = replace(SIZES[identity.size], max_positions=MAX_POSITIONS[identity.device])
+        self.config = declared if phase != "base" else replace(declared, layers=SHALLOW)
+        self.tokenizer = build_tokenizer(plain, out / "tokenizer")
         words = common_words(plain, 5)
         prose = [Prose.of(b) for b in books.values()] + [Prose.of(b) for b in plain]
         stories = ["\n\n".join(story(random.Random(f"train-{i}"), 60_000)) for i in range(STORIES)]
@@ -159,41 +178,41 @@ class Run:
         self.model.to(self.device)
         self.optimizers = Optimizers(self.model)
         self.lookup = LookupObjective(self.config) if phase == "reader" else None
-        self.step, self.elapsed, self.tokens, self.log = 0, 0.0, 0, []  # type: ignore[var-annotated]
+        self.step, self.elapsed, self.tokens = 0, 0.0, 0
+        self.log: list[dict[str, object]] = []
+        # Losses of recent steps, the latest ones most; None before the first.
+        self.mean: tuple[float, float] | None = None
         self.path = out / f"{phase}.pt"
-        if self.path.exists():
-            self.restore(self.path)
-        elif start is not None:
-            state = torch.load(start, map_location="cpu", weights_only=True)
-            if phase == "trunk":
-                grow(self.model, state["model"])
-            else:
-                self.model.load_state_dict(state["model"])
-                self.optimizers.load_state_dict(state["optimizers"])
+        if state is not None:
+            self.start_from(state)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of this phase."""
-        # To the CPU: the optimisers move what belongs beside their weights, and count steps on the CPU.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint: of this phase, or of the one before."""
+        if state["phase"] == "base" and self.phase == "trunk":
+            grow(self.model, state["model"])
+            return
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
-        self.step, self.elapsed, self.tokens, self.log = (state[k] for k in ("step", "elapsed", "tokens", "log"))
+        if state["phase"] == self.phase:
+            self.step, self.elapsed, self.tokens, self.log = (state[k] for k in ("step", "elapsed", "tokens", "log"))
+            self.mean = state.get("mean")
+            if self.lookup is not None:
+                self.lookup.load_state_dict(state.get("lookup", {}), self.device)
 
     def save(self) -> None:
-        """Write a checkpoint, then replace the old one."""
+        """Write a checkpoint and the log."""
         state = {
             "model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "step": self.step,
-            "elapsed": self.elapsed, "tokens": self.tokens, "log": self.log,
+            "elapsed": self.elapsed, "tokens": self.tokens, "log": self.log, "mean": self.mean,
+            "lookup": self.lookup.state_dict() if self.lookup is not None else {},
         }  # fmt: skip
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.path)
+        checkpoint.write(self.path, self.identity, state)
         (self.out / f"{self.phase}.json").write_text(json.dumps(self.log), encoding="utf-8")
 
     def plan(self, step: int) -> Plan:
         """What the batch of a step is to be, at the present time."""
         progress = min(1.0, self.elapsed / self.seconds)
-        stages = STAGES[self.device.type][self.phase]
+        stages = STAGES[self.identity.device][self.phase]
         length, count, easy = next(stage[1:] for stage in stages if progress <= stage[0])
         late = progress >= LATE_FROM[self.phase]
         return Plan(f"{self.phase}-{SEED}-{step}", length, count, easy, CLAMP_SHARE[self.phase], late)
@@ -225,33 +244,41 @@ class Run:
         self.tokens += batch.ids.size
         return float(loss.detach()), extra
 
+    def check(self) -> None:
+        """Append the quick check of the present weights to the log."""
+        exact = quick_check(self.model, self.dev, self.device)
+        easy = quick_check(self.model, self.dev_easy, self.device)["all"]
+        exact["repeat"] = repetition(self.model, self.device)
+        loss, extra = self.mean or (0.0, 0.0)
+        self.log.append(
+            {
+                "step": self.step,
+                "minutes": round(self.elapsed / 60, 2),
+                "tokens": self.tokens,
+                "loss": round(loss, 4),
+                "lookup_loss": round(extra, 4),
+                "exact": exact,
+                "easy": easy,
+            }
+        )
+
     def run(self) -> None:
-        """Train to the end of the phase, then export."""
+        """Train to the end of the phase."""
         bar = tqdm(total=round(self.seconds), initial=round(self.elapsed), unit="s", desc=self.phase, mininterval=10)
         # Processor time does not depend on what else the machine does; on a GPU it would leave out the GPU's work.
         clock = time.process_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.monotonic
         saved = checked = self.elapsed
-        mean, mean_extra = 0.0, 0.0
         feed = batches(self.sampler, Plans(self.step, self.plan), self.processes)
         while self.elapsed < self.seconds:
             began = clock()
             loss, extra = self.train_step(*next(feed))
-            mean = loss if mean == 0.0 else 0.95 * mean + 0.05 * loss
-            mean_extra = extra if mean_extra == 0.0 else 0.95 * mean_extra + 0.05 * extra
+            before = self.mean or (loss, extra)
+            self.mean = (0.95 * before[0] + 0.05 * loss, 0.95 * before[1] + 0.05 * extra)
             self.elapsed += clock() - began
             bar.update(round(self.elapsed) - bar.n)
             if self.elapsed - checked >= CHECK_EVERY_S or self.elapsed >= self.seconds:
                 checked = self.elapsed
-                exact = quick_check(self.model, self.dev, self.device)
-                easy = quick_check(self.model, self.dev_easy, self.device)["all"]
-                exact["repeat"] = repetition(self.model, self.device)
-                entry = {
-                    "step": self.step,
-                    "minutes": round(self.elapsed / 60, 2),
-                    "tokens": self.tokens,
-                    "loss": round(mean, 4),
-                }
-                self.log.append({**entry, "lookup_loss": round(mean_extra, 4), "exact": exact, "easy": easy})
+                self.check()
                 tqdm.write(json.dumps(self.log[-1]))
             if self.elapsed - saved >= SAVE_EVERY_S:
                 saved = self.elapsed
@@ -260,7 +287,7 @@ class Run:
         self.save()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the reader.")
     parser.add_argument("--text", type=Path, required=True, help="folder of .txt prose")
@@ -269,24 +296,33 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=115.0, help="training time of all phases together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="size of the network")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=0, help="make batches in so many other processes; for a GPU")
     parser.add_argument("--phase", choices=tuple(SHARES), help="run one phase only")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
+    books = read_books(args.text, held_out=False)
+    if not books:
+        parser.error(f"--text: no prose to train on in {args.text}; give a folder of .txt files")
+    identity = Identity(args.minutes, args.device, checkpoint.digest(books), SEED, args.size)
+    phases = [args.phase] if args.phase else list(SHARES)
+    start = AFTER[phases[0]]
+    if start is not None and not any((args.out / f"{name}.pt").exists() for name in (start, phases[0])):
+        parser.error(f"there is no {args.out / f'{start}.pt'} to go on from; run --phase {start} first")
+    try:
+        for phase in phases:
+            saved_state(phase, identity, args.out)
+    except OtherRunError as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    for phase in [args.phase] if args.phase else list(SHARES):
-        start = None if phase == "base" else args.out / ("base.pt" if phase == "trunk" else "trunk.pt")
-        run = Run(phase, args.minutes * SHARES[phase], args.text, args.out, args.device, start, args.processes)
+    for phase in phases:
+        run = Run(phase, identity, books, args.out, args.processes)
         run.run()
         if phase in ("plain", "reader"):
-            export(
-                run.path,
-                args.out / "tokenizer",
-                args.out / ("reader" if phase == "reader" else "reader-plain"),
-                run.config,
-            )
+            folder = args.out / ("reader" if phase == "reader" else "reader-plain")
+            export(run.path, args.out / "tokenizer", folder, run.config)
     plot_curve([args.out / f"{p}.json" for p in SHARES], args.out / "curve.png")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,33 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch.overrides import TorchFunctionMode
 
 from qllm_bench.questions.pools import Pools
 from recipes.attention import FAR_AWAY, attend, attend_whole, causal_bias, split_bias
 from recipes.batches import Sampler, filler, tempt
 from recipes.evaluate import MODELS, story_prose
+from recipes.export import export
 from recipes.feed import Plan, Plans, batches
-from recipes.init import GROWN, grow, initialise
+from recipes.init import SHALLOW, grow, initialise, places
 from recipes.lookup import LookupObjective, cross_entropy
-from recipes.model import Reader, ReaderConfig
+from recipes.model import SIZES, Reader, ReaderConfig
 from recipes.optim import Optimizers, orthogonalise
-from recipes.train import STAGES, Stage, weighted_loss
+from recipes.train import STAGES, Stage, quick_check, weighted_loss
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 8, 4, 20, 16
-
-
-class CudaCasts(TorchFunctionMode):
-    """Beside autocast for a CPU, what autocast for CUDA does as well: these functions are computed in fp32."""
-
-    FULL = frozenset(
-        "exp log pow rsqrt reciprocal softmax log_softmax logsumexp sum prod cumsum norm rms_norm nll_loss".split()  # noqa: SIM905
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.FULL:
-            args = tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
-        return func(*args, **(kwargs or {}))
 
 
 def small_sampler() -> Sampler:
@@ -93,10 +82,10 @@ def test_the_whole_batch_at_once_is_the_same(clamped: bool) -> None:
 
 
 @pytest.mark.parametrize("n_local", [None, 64])
-def test_steps_as_a_gpu_takes_them(n_local: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_as_a_gpu_takes_them(n_local: int | None, monkeypatch: pytest.MonkeyPatch, cuda_casts: Any) -> None:
     """Batches whole, with the casts of autocast for CUDA: loss, lookup loss and gradients are those of a CPU."""
     batch = small_sampler().batch(2, 256, max_gap=100, drop_share=0.5 if n_local else 0.0)
-    results = []
+    results, checked = [], []
     for gpu in (False, True):
         torch.manual_seed(0)
         model = Reader(ReaderConfig())
@@ -104,13 +93,15 @@ def test_steps_as_a_gpu_takes_them(n_local: int | None, monkeypatch: pytest.Monk
         lookup = LookupObjective(model.config)
         monkeypatch.setattr("recipes.model.takes_whole", lambda _, gpu=gpu: gpu)
         ids, positions, keep = (torch.from_numpy(x) for x in (batch.ids, batch.positions, batch.keep))
-        with CudaCasts() if gpu else contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16):
+        with cuda_casts if gpu else contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16):
             hidden, inputs = model(ids, positions, n_local, keep if n_local else None)
             losses = [weighted_loss(model, hidden, batch)]
             losses += [lookup(model, inputs, batch, random.Random(1)) for _ in range(2)]
+        checked.append(quick_check(model, batch, ids.device))
         sum(losses, torch.zeros(())).backward()
         Optimizers(model).step(1.0)
         results.append((torch.stack(losses).detach(), hidden.detach().float()))
+    assert checked[0] == checked[1]
     (losses, hidden), (same_losses, same_hidden) = results
     torch.testing.assert_close(losses, same_losses, rtol=0.05, atol=0.0)
     assert (hidden - same_hidden).norm() < 0.1 * hidden.norm()
@@ -133,15 +124,17 @@ def test_muon_update_is_nearly_orthogonal() -> None:
         assert values.max() < 1.4
 
 
-def test_a_grown_network_computes_what_it_did() -> None:
+@pytest.mark.parametrize("layers", [5, 6, 7, 8])
+def test_a_grown_network_computes_what_it_did(layers: int) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 32}
-    shallow, deep = (Reader(ReaderConfig(layers=n, **sizes)) for n in (len(GROWN), len(GROWN) + 2))
+    shallow, deep = (Reader(ReaderConfig(layers=n, **sizes)) for n in (SHALLOW, layers))
     initialise(shallow, None, 1)
     initialise(deep, None, 2)
     ids, positions = torch.randint(0, 64, (2, 12)), torch.arange(12).expand(2, -1)
     expected = shallow(ids, positions)[0]
     assert not torch.allclose(deep(ids, positions)[0], expected)
     grow(deep, shallow.state_dict())
+    assert places(6) == (0, 1, 2, 4)
     torch.testing.assert_close(deep(ids, positions)[0], expected)
 
 
@@ -195,6 +188,37 @@ def test_a_plan_is_asked_for_when_its_batch_is_made() -> None:
     assert next(feed)[0].ids.shape == (1, 128)
     length = 192
     assert next(feed)[0].ids.shape == (1, 192)
+
+
+@pytest.mark.parametrize(("size", "layers"), [("small", 6), ("large", 8)])
+def test_sizes_fit_twelve_megabytes(size: str, layers: int, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = replace(SIZES[size], max_positions=2048)
+    model = Reader(config)
+    initialise(model, None, 1)
+    torch.save({"model": model.state_dict()}, tmp_path / "trained.pt")
+    export(tmp_path / "trained.pt", MODELS / "reader", tmp_path / "out", config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert loaded.config.num_hidden_layers == layers
+    assert (size == "large") == (5_000_000 < sum(p.numel() for p in loaded.parameters()) < 6_000_000)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length
+        == loaded.config.max_position_embeddings
+        == 2048
+    )
+    ids = torch.randint(16, 2000, (1, 40))
+    with torch.no_grad():
+        mine = model.logits(model(ids, torch.arange(40)[None])[0])
+        torch.testing.assert_close(loaded(ids).logits, mine, rtol=0.1, atol=0.1)
+
+
+def test_more_than_twelve_megabytes_are_refused(tmp_path: Path) -> None:
+    config = ReaderConfig(layers=9)
+    torch.save({"model": Reader(config).state_dict()}, tmp_path / "trained.pt")
+    with pytest.raises(ValueError, match=r"13\.5 MB in fp16, a reader may have 12 MB"):
+        export(tmp_path / "trained.pt", MODELS / "reader", tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stages", [s for phases in STAGES.values() for s in phases.values()])
