@@ -4,42 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-
-def orthogonalise(g: Tensor, steps: int = 4) -> Tensor:
-    """Nearest semi-orthogonal matrix of ``g`` [n, m] in bf16, by a quintic Newton-Schulz iteration."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x: Tensor = (g / (g.norm() + 1e-7)).bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
-    for _ in range(steps):
-        s = x @ x.T
-        x = a * x + (b * s + c * s @ s) @ x
-    return x.T if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (K. Jordan, 2024)."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                m = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(m, group["momentum"]))
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+from torch import nn
+from torch.optim import AdamW, Muon
 
 
 class Optimizers:
@@ -49,8 +15,10 @@ class Optimizers:
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
         self.peaks = (matrix_lr, other_lr)
-        self.muon = Muon(matrices, matrix_lr)
-        self.adam = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.muon = Muon(
+            matrices, matrix_lr, weight_decay=0.0, momentum=0.95, nesterov=True, ns_steps=4, adjust_lr_fn="original"
+        )
+        self.adam = AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self, factor: float) -> None:
         """Take one step at ``factor`` times the peak learning rates, and clear the gradients."""
@@ -66,5 +34,10 @@ class Optimizers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.muon.load_state_dict(state["muon"])
+        # Checkpoints of before Muon was torch's have the momentum under another name, and fewer settings.
+        named = {
+            n: {"momentum_buffer": values.get("momentum_buffer", values.get("momentum"))}
+            for n, values in state["muon"]["state"].items()
+        }
+        self.muon.load_state_dict({"state": named, "param_groups": self.muon.state_dict()["param_groups"]})
         self.adam.load_state_dict(state["adam"])

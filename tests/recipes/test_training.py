@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch import nn
 
 from qllm_bench.questions.pools import Pools
 from recipes.attention import FAR_AWAY, attend, attend_whole, causal_bias, split_bias
@@ -23,7 +25,7 @@ from recipes.feed import Plan, Plans, batches
 from recipes.init import SHALLOW, grow, initialise, places
 from recipes.lookup import LookupObjective, cross_entropy
 from recipes.model import SIZES, Reader, ReaderConfig
-from recipes.optim import Optimizers, orthogonalise
+from recipes.optim import Optimizers
 from recipes.train import STAGES, Stage, quick_check, weighted_loss
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 8, 4, 20, 16
@@ -116,12 +118,39 @@ def test_lookup_loss_falls_with_the_wanted_block_alone() -> None:
     assert cross_entropy(-scores, wanted) > 4.0
 
 
-def test_muon_update_is_nearly_orthogonal() -> None:
+def test_muon_goes_on_from_checkpoints_of_either_form() -> None:
+    """Momentum as torch's Muon keeps it, and as the recipe's own did."""
     torch.manual_seed(0)
-    for shape in ((24, 64), (64, 24)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
-        assert values.min() > 0.5
-        assert values.max() < 1.4
+    model = nn.ModuleDict({"a": nn.Linear(24, 64, bias=False), "embed": nn.Linear(3, 4), "norm": nn.LayerNorm(4)})
+    begun = copy.deepcopy(model)
+    one = Optimizers(model)
+    gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(3)]
+
+    def step(network: nn.Module, optimizers: Optimizers, n: int) -> None:
+        for p, g in zip(network.parameters(), gradients[n], strict=True):
+            p.grad = g.clone()
+        optimizers.step(0.5)
+
+    step(model, one, 0)
+    update = (begun["a"].weight - model["a"].weight) / (0.5 * 0.005 * (64 / 24) ** 0.5)
+    assert all(0.5 < x < 1.4 for x in torch.linalg.svdvals(update.detach()))  # nearly orthogonal
+    step(model, one, 1)
+    state = one.state_dict()
+    old = copy.deepcopy(state)
+    old["muon"] = {
+        "state": {0: {"momentum": state["muon"]["state"][0]["momentum_buffer"].clone()}},
+        "param_groups": [{"lr": 0.1, "momentum": 0.95, "params": [0]}],
+    }
+    ends = []
+    for saved in (state, old):
+        other = copy.deepcopy(model)
+        optimizers = Optimizers(other)
+        optimizers.load_state_dict(copy.deepcopy(saved))
+        step(other, optimizers, 2)
+        ends.append(other["a"].weight)
+    step(model, one, 2)
+    for end in ends:
+        torch.testing.assert_close(end, model["a"].weight)
 
 
 @pytest.mark.parametrize("layers", [5, 6, 7, 8])
