@@ -47,7 +47,9 @@ class LoadedModel:
     inference: Inference = field(repr=False)
 
 
+# by (place of the files, revision, dtype, device); a model stands under the dtype asked for and under the one it has
 _shared: weakref.WeakValueDictionary[tuple[Any, ...], LoadedModel] = weakref.WeakValueDictionary()
+# one for all models: transformers changes torch's default dtype while it builds one
 _loading = threading.Lock()
 
 
@@ -64,10 +66,10 @@ after_fork(_after_fork)  # behind that of `Inference`, which finds out
 
 
 def locate(model: str | os.PathLike[str]) -> str:
-    """Path or hub id behind a model name."""
+    """Path (`~` expanded) or hub id behind a model name."""
     if str(model) in BUILTIN_MODELS:
         return str(_BUILTIN / str(model))
-    return os.fspath(model)
+    return os.path.expanduser(os.fspath(model))
 
 
 def load(
@@ -79,7 +81,9 @@ def load(
     token: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a model, or return the one that is loaded already under the same (model, revision, dtype, device).
+    """Load a model, or return the one that is loaded already with the same (model, revision, dtype, device).
+
+    A model that is loaded already is returned at once, whatever else is being loaded or downloaded.
 
     Args:
         model: "reader", "reader-plain", a local path or a Hugging Face hub id.
@@ -95,30 +99,51 @@ def load(
         InvalidConfigError: Unknown device or dtype.
         OutOfMemoryError: The weights do not fit.
     """
-    place = _device(device)
+    place, where = _device(device), locate(model)
     kind = _dtype(dtype, place)
-    key = (locate(model), revision, kind, str(place))
+
+    def key(kind: torch.dtype | str) -> tuple[Any, ...]:
+        return str(Path(where).resolve()) if Path(where).is_dir() else where, revision, kind, str(place)
+
+    loaded = _shared.get(key(kind))
+    if loaded is not None:
+        return loaded
     with _loading:
-        loaded = _shared.get(key)
+        loaded = _shared.get(key(kind))  # another thread may have loaded it meanwhile
         if loaded is None:
-            network, tokenizer = _load(locate(model), revision, place, kind, token, trust_remote_code)
-            loaded = LoadedModel(str(model), tokenizer, Inference.of(network))
-            _shared[key] = loaded
+            common = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+            common = {name: value for name, value in common.items() if value}
+            config = _config(where, common)
+            own = config.dtype if kind == "auto" and isinstance(config.dtype, torch.dtype) else kind
+            loaded = _shared.get(key(own))
+            if loaded is None:
+                network, tokenizer = _load(where, config, place, kind, common)
+                loaded = LoadedModel(str(model), tokenizer, Inference.of(network))
+            _shared[key(kind)] = _shared[key(own)] = loaded
         return loaded
 
 
 def _device(device: str) -> torch.device:
+    """The device, with its number where there can be several."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidConfigError(f"Unknown device {device!r}; use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
     if place.type == "meta":
         raise InvalidConfigError("device='meta' holds no numbers to compute with; use 'auto', 'cpu' or 'cuda'.")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if place.type != "cuda":
+        return place
+    count = torch.cuda.device_count()
+    if count == 0:
         raise InvalidConfigError(f"device={device!r}, but this machine has no usable CUDA device; use 'auto' or 'cpu'.")
-    return place
+    if (place.index or 0) >= count:
+        raise InvalidConfigError(
+            f"device={device!r}, but this machine has {count} usable CUDA device{'s' * (count > 1)}, counted from 0; use "
+            "'auto' or another number."
+        )
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
 def _dtype(dtype: str, place: torch.device) -> torch.dtype | str:
@@ -130,11 +155,8 @@ def _dtype(dtype: str, place: torch.device) -> torch.dtype | str:
 
 
 def _load(
-    where: str, revision: str | None, place: torch.device, dtype: torch.dtype | str, token: str | None, trust: bool
+    where: str, config: PreTrainedConfig, place: torch.device, dtype: torch.dtype | str, common: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
-    common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust}
-    common = {k: v for k, v in common.items() if v}
-    config = _config(where, common)
     tokenizer = _tokenizer(where, common)
     return _network(where, config, place, dtype, common), tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from qllm_runtime.errors import ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
+from qllm_runtime import loading
+from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from qllm_runtime.loading import _check_complete, load
 
 Edit = Callable[[Path], Any]
@@ -131,3 +133,58 @@ def test_no_bar_of_weights(folder: Path, capfd: pytest.CaptureFixture[str]) -> N
     finally:
         assert transformers_logging.set_tqdm_hook(None) is hook
     assert capfd.readouterr().err == ""
+
+
+def test_one_device_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert loading._device("auto") == loading._device("cuda") == torch.device("cuda", 1)
+    assert loading._device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(InvalidConfigError, match="has 2 usable CUDA devices"):
+        loading._device("cuda:2")
+    with pytest.raises(InvalidConfigError, match="Unknown device None"):
+        loading._device(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", ["auto", "bfloat16"])
+def test_the_dtype_of_the_checkpoint_is_shared(folder: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    configured(dtype="bfloat16")(folder)
+    # as on a GPU
+    monkeypatch.setattr(loading, "_dtype", lambda dtype, _: dtype if dtype == "auto" else torch.bfloat16)
+    kept = load(folder, dtype=first)
+    assert load(folder, dtype="auto") is load(folder, dtype="bfloat16") is kept
+
+
+def test_the_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    kept = load(folder)
+    monkeypatch.chdir(folder.parent)
+    assert load(f"~/{folder.name}") is load(f"./{folder.name}") is kept
+
+
+def test_what_is_loaded_does_not_wait_for_a_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = load(folder)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def download(where: str, _: Any) -> None:
+        begun.set()
+        go_on.wait(60)
+        raise ModelNotFoundError(where)
+
+    def other() -> None:
+        with pytest.raises(ModelNotFoundError):
+            load("some/other")
+
+    monkeypatch.setattr(loading, "_config", download)
+    thread, asking = threading.Thread(target=other), threading.Thread(target=load, args=(folder,))
+    thread.start()
+    begun.wait(60)
+    asking.start()
+    asking.join(20)
+    waits = asking.is_alive()
+    go_on.set()
+    thread.join()
+    asking.join()
+    assert not waits and load(folder) is kept
