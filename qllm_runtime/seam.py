@@ -156,10 +156,14 @@ def probe(model: PreTrainedModel) -> ModelFacts:
                 f"{name} attends within fixed chunks of a text (chunked_attention), which no memory keeps."
             )
         try:
-            layout = None
-            if rotary is not None:
-                angles = tables["angled"].angles[kind if facts.takes_layer_type else None]
-                layout = learn_layout(call.heads, quarter.calls[index].heads, angled.calls[index].heads, *angles)
+            angles = tables["angled"].angles.get(
+                kind if facts.takes_layer_type else None
+            )  # none for kinds that never rotate
+            layout = (
+                learn_layout(call.heads, quarter.calls[index].heads, angled.calls[index].heads, *angles)
+                if angles
+                else None
+            )
         except ValueError as error:
             raise UnsupportedModelError(
                 f"{name} does more than to rotate pairs of dimensions by its angles (a weighted norm after the rotation, for "
@@ -217,10 +221,10 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
         return DenseMemory(facts.rotation(layer, info.device), info.sliding_window)
 
     with torch.no_grad():
-        with unchanged(facts.rotary) if facts.rotary is not None else nullcontext():
-            expected = model(input_ids=tokens, use_cache=False).logits.float()
         cache = facts.cache(factory)
         try:
+            with unchanged(facts.rotary) if facts.rotary is not None else nullcontext():
+                expected = model(input_ids=tokens, use_cache=False).logits.float()
             with hooked(model, facts.rotary, identity):
                 shared = {"attention_mask": stand_in_mask(model.device), "past_key_values": cache, "use_cache": True}
                 parts = [
