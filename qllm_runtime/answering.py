@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, TextStream
@@ -224,7 +225,7 @@ def _write(
         if isinstance(processor, AfterThought):
             processor.prompted(opened)
     text = AnswerStream(request.tokenizer, request.sampling.stop, marks, bool(opened))
-    ends = end_tokens(request.inference, request.tokenizer)
+    ends = end_tokens(request.inference.model, request.tokenizer)
 
     def left(finish: FinishReason) -> _Written:
         reasoning, rest = text.finish()
@@ -255,10 +256,10 @@ def _write(
         logits = request.inference.step(cache, [token])
 
 
-def end_tokens(inference: Inference, tokenizer: Any = None) -> frozenset[int]:
-    """Tokens that end an answer, from the generation config and the tokenizer."""
+def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
+    """Tokens that end an answer, from the model's configurations and the tokenizer."""
     found: set[int] = set()
-    for holder in (inference.model.generation_config, inference.model.config.get_text_config(), tokenizer):
+    for holder in (model.generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
     return frozenset(found)
@@ -290,7 +291,7 @@ def generate(
     check_questions((span for span in spans if span is not None), config)
     samplers = [Sampler(sampling) for _ in rows]
     texts = [TextStream(tokenizer, sampling.stop) if sampling.stop else None for _ in rows]
-    ends = end_tokens(inference)
+    ends = end_tokens(inference.model)
     total = sum(len(row) for row in rows)
     done = 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,10 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from qllm_integrations.langchain import outputs
 from qllm_integrations.langchain.messages import Request
 from qllm_integrations.langchain.progress import Reporter
-from qllm_integrations.langchain.structured import response_schema, unreadable
-from qllm_integrations.langchain.tools import forced
+from qllm_integrations.langchain.structured import unreadable
 from qllm_runtime import toolcalls
 from qllm_runtime.errors import CancelledError
+from qllm_runtime.guidance import guiding
 from qllm_runtime.types import Answer, Document, Mode, Piece, Progress, Sampling, TokenLogprob
 
 if TYPE_CHECKING:
@@ -206,63 +205,7 @@ def _uncited(message: M) -> M:
 
 
 def guided(request: Request, engine: QLLM) -> Request:
-    """The request as it can be guided: a message too long to be a question by itself is read, but guides no lookup.
-
-    Only a question given by name (`query=` or a marked block) is refused by the engine for being too long.
-    """
-    limit = engine.memory.n_local
-    found = request.query_source in ("message", "fallback") and engine.memory.policy != "full"
-    if found and len(request.query.encode("utf-8", "replace")) > limit and engine.count_tokens(request.query) > limit:
-        problem = f"The message has more than n_local={limit} tokens, too many for a question"
-        request = replace(request, query="", query_source="none")
-    else:
-        problem = "There is no question in the messages"
-    if request.query_source == "none" and (request.documents or request.memory_id):
-        warnings.warn(f"{problem}: lookups are unguided. Pass the question as query=.", stacklevel=2)
-    return request
-
-
-def grammar(
-    engine: QLLM,
-    tools: Sequence[dict[str, Any]] | None,
-    tool_choice: Any,
-    parallel: bool,
-    response_format: Mapping[str, Any] | None,
-) -> tuple[Sequence[LogitsProcessor], bool]:
-    """The processors that make the answer a forced tool call or JSON, and whether the tools are shown at all."""
-    choice = forced(tool_choice, tools or ())
-    schema, strict, _ = response_schema(response_format) if response_format else (None, False, False)
-    calls = choice not in ("auto", "none") or (schema is not None and bool(tools) and choice == "auto")
-    if schema is None and not calls:
-        return (), choice != "none"
-    from qllm_runtime.grammar import json_schema_processor, tool_call_processor
-
-    width = engine.model.config.get_text_config().vocab_size
-    ends = _ends(engine)
-    if not calls:
-        assert schema is not None
-        processor = json_schema_processor(
-            engine.tokenizer, schema, n_vocab=width, eos_token_ids=ends, open_objects=not strict
-        )
-        return (processor,), choice != "none"
-    return (
-        tool_call_processor(
-            engine.tokenizer,
-            tools or (),
-            n_vocab=width,
-            names=[choice.removeprefix("tool:")] if choice.startswith("tool:") else None,
-            call_format=toolcalls.call_format(engine.tokenizer.chat_template),
-            parallel=parallel,
-            answer_schema=schema if choice == "auto" else None,
-            eos_token_ids=ends,
-        ),
-    ), True
-
-
-def _ends(engine: QLLM) -> list[int]:
-    """Every token the engine ends an answer at."""
-    ends: set[int] = set()
-    for holder in (engine.model.generation_config, engine.model.config.get_text_config(), engine.tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        ends.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    return sorted(ends)
+    """The request with the question as it can guide the lookups (see `guiding`)."""
+    warn = bool(request.documents or request.memory_id)
+    query, source = guiding(engine, request.query, request.query_source, warn=warn)
+    return replace(request, query=query, query_source=source)

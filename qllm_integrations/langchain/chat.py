@@ -302,7 +302,7 @@ class QLLMChat(ChatRequests):
             OutputParserException: When called: a forced call was cut off by `max_tokens` or a stop string.
         """
         converted = tool_forms.to_openai(tools, strict)
-        tool_forms.forced(tool_choice, converted)
+        tool_forms.chosen(tool_choice, converted)
         options = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls, **kwargs}
         return self.bind(tools=converted, **{key: value for key, value in options.items() if value is not None})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -28,6 +27,7 @@ from qllm_integrations.langchain.blocks import (
     ToolResultPart,
     parse_content,
 )
+from qllm_runtime.constraints import ask_for_json
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Document, QuerySource, Turn
 
@@ -168,7 +168,7 @@ def translate(
     *,
     query: str | None = None,
     memory_id: str | None = None,
-    instruction: str | None = None,
+    schema: Mapping[str, Any] | None = None,
     to_answer: bool = True,
 ) -> Request:
     """Turn messages into a request.
@@ -182,7 +182,7 @@ def translate(
         messages: The conversation.
         query: Explicit question.
         memory_id: Document memory that the request is asked of, unless the messages name one.
-        instruction: Text to add to the last user turn, not part of the question (e.g. a JSON schema to follow).
+        schema: JSON schema to show the model behind the last user turn's text; no part of the question.
         to_answer: Whether messages without any content are an error; they are none where tokens are counted.
 
     Raises:
@@ -211,8 +211,8 @@ def translate(
         found = (reader.marked, "block")
     elif reader.asked:
         found = (reader.asked, "message" if reader.asked_of_document else "fallback")
-    turns = _instruct(reader.turns, instruction) if instruction else reader.turns
-    return Request(tuple(turns), *found, memory_ids[0] if memory_ids else None, reader.cache)
+    turns = ask_for_json(reader.turns, schema) if schema is not None else tuple(reader.turns)
+    return Request(turns, *found, memory_ids[0] if memory_ids else None, reader.cache)
 
 
 def _role(message: BaseMessage, where: str) -> str:
@@ -254,16 +254,3 @@ def _is_among(call: ToolCallPart, known: Sequence[tuple[str | None, str, Any]]) 
 def _openai_call(call_id: str | None, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
     return {"id": call_id, **call} if call_id else call
-
-
-def _instruct(turns: list[Turn], instruction: str) -> list[Turn]:
-    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)
-    if last is None:
-        return [*turns, Turn("user", (instruction,))]
-    turn = turns[last]
-    return [*turns[:last], Turn("user", (*turn.content, instruction), turn.extras), *turns[last + 1 :]]
-
-
-def schema_instruction(schema: Mapping[str, Any]) -> str:
-    """What to tell the model about the JSON it is to write."""
-    return "Answer with one JSON object that follows this JSON schema:\n" + json.dumps(schema, ensure_ascii=False)

@@ -14,10 +14,11 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.runnables import RunnableConfig
 
 from qllm_integrations.bar import reading_bar
+from qllm_integrations.common import warn_unknown
 from qllm_integrations.langchain import tools as tool_forms
-from qllm_integrations.langchain.call import Call, grammar, guided
+from qllm_integrations.langchain.call import Call, guided
 from qllm_integrations.langchain.memory import DocumentHandle, Documents, find_handle, to_documents
-from qllm_integrations.langchain.messages import schema_instruction, translate
+from qllm_integrations.langchain.messages import translate
 from qllm_integrations.langchain.progress import (
     Reporter,
     async_run_reporter,
@@ -25,8 +26,9 @@ from qllm_integrations.langchain.progress import (
     reporting,
     run_reporter,
 )
-from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, check_options, warn_unknown
+from qllm_integrations.langchain.settings import CALL_OPTIONS, ChatSettings, check_options
 from qllm_integrations.langchain.structured import response_schema
+from qllm_runtime.constraints import grammar
 from qllm_runtime.types import Mode, Progress
 
 if TYPE_CHECKING:
@@ -109,26 +111,23 @@ class ChatRequests(ChatSettings):
         cancel: threading.Event | None = None,
     ) -> Call:
         """Everything of a request but the answer. Blocks while a model loads."""
-        for name in sorted(options.keys() - CALL_OPTIONS):
-            warn_unknown("A call takes no argument", name, CALL_OPTIONS)
+        warn_unknown("A call of QLLMChat", sorted(options), CALL_OPTIONS)
         options = {name: value for name, value in options.items() if value is not None}
         check_options(options)
         self.shared.check_open()
         response_format = options.get("response_format")
         if response_format and response_format.get("type") == "text":
             response_format = None
-        shown, instruction = response_schema(response_format) if response_format else None, None
-        if shown and shown[2]:
-            instruction = schema_instruction(shown[0])
+        schema, strict, shown = response_schema(response_format) if response_format else (None, False, False)
         request = translate(
             messages,
             query=options.get("query"),
             memory_id=options.get("file_id", self.file_id),
-            instruction=instruction,
+            schema=schema if shown else None,
         )
-        tools = tool_forms.to_openai(options.get("tools", ())) or None
-        tool_forms.check_names(tools or ())
-        tool_forms.forced(options.get("tool_choice"), tools or ())
+        tools = tool_forms.to_openai(options.get("tools", ()))
+        tool_forms.check_names(tools)
+        choice = tool_forms.chosen(options.get("tool_choice"), tools)
         model = options.get("model", self.model)
         engine = self._engine(model)
         call = Call(
@@ -148,11 +147,16 @@ class ChatRequests(ChatSettings):
             cancel=cancel or threading.Event(),
             attach=partial(self._attach_memory, mode=options.get("mode")),
         )
-        call.processors, show_tools = grammar(
-            call.engine, tools, options.get("tool_choice"), options.get("parallel_tool_calls", False), response_format
+        call.processors = grammar(
+            engine,
+            tools,
+            choice,
+            parallel=options.get("parallel_tool_calls", False),
+            schema=schema,
+            open_objects=not strict,
         )
-        call.tools = tools if show_tools else None
-        call.needs_call = tool_forms.needs_whole_call(options.get("tool_choice"), tools or ())
+        call.tools = tools if tools and choice != "none" else None
+        call.needs_call = tool_forms.needs_whole_call(options.get("tool_choice"), tools)
         return call
 
     def _attach_memory(self, call: Call, mode: Mode | None) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import UnionType
@@ -16,13 +14,12 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.utils import secret_from_env
 from pydantic import ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from qllm_integrations.common import BLOCK_MEMORY_WINDOW, invalid_settings, warn_unknown
 from qllm_integrations.langchain.state import State
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from qllm_runtime.types import Mode, Sampling
 
-# What a block policy can be asked of; QLLM.context_window says the same once a model is loaded.
-_BLOCK_POLICY_WINDOW = 4 * 1_048_576
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 #: Keyword arguments that a single call understands.
 CALL_OPTIONS = frozenset(
@@ -38,8 +35,13 @@ CALL_OPTIONS = frozenset(
         "tools",
         "tool_choice",
         "parallel_tool_calls",
+        "response_format",
+        "template_kwargs",
+        "timeout",
+        "show_progress",
+        "stream",  # for langchain-core
     )
-) | {"response_format", "template_kwargs", "timeout", "show_progress", "stream", "strict"}
+)
 
 
 _OPTION_KINDS: dict[str, tuple[type | UnionType, str]] = {
@@ -142,16 +144,14 @@ class ChatSettings(BaseChatModel):
         try:
             super().__init__(**kwargs)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-            raise InvalidConfigError(f"Invalid settings of {type(self).__name__}: " + "; ".join(lines)) from None
+            raise invalid_settings(type(self).__name__, error) from None
 
     @model_validator(mode="before")
     @classmethod
     def _warn_unknown(cls, values: Any) -> Any:
         if isinstance(values, dict):
             known = {name for field, info in cls.model_fields.items() for name in (field, info.alias) if name}
-            for name in sorted(values.keys() - known):
-                warn_unknown(f"{cls.__name__} has no parameter", name, known)
+            warn_unknown(cls.__name__, sorted(values), known, stacklevel=4)
             required = {
                 name
                 for field, info in cls.model_fields.items()
@@ -201,7 +201,7 @@ class ChatSettings(BaseChatModel):
             "temperature": True,
         }
         if self.memory is None or self.memory.uses_blocks:
-            profile["max_input_tokens"] = _BLOCK_POLICY_WINDOW
+            profile["max_input_tokens"] = BLOCK_MEMORY_WINDOW
         known = get_type_hints(ModelProfile)
         return {key: value for key, value in profile.items() if key in known}  # type: ignore[return-value]
 
@@ -258,10 +258,3 @@ class ChatSettings(BaseChatModel):
         ):  # the count of alternatives, as completions have it
             wanted, top = True, wanted
         return Sampling(**values, stop=self._stops(stop), logprobs=(top or 0) if wanted else None)
-
-
-def warn_unknown(what: str, name: str, known: set[str] | frozenset[str]) -> None:
-    """Warn that an argument is ignored, and suggest the one that was meant."""
-    close = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    warnings.warn(f"{what} {name!r}{hint} It is ignored.", stacklevel=4)

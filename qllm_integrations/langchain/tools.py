@@ -11,6 +11,7 @@ from langchain_core.tools import BaseTool, create_schema_from_function
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
+from qllm_runtime import constraints
 from qllm_runtime.errors import InvalidRequestError
 
 AnyTool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
@@ -128,40 +129,19 @@ def check_names(tools: Sequence[Mapping[str, Any]]) -> None:
             raise InvalidRequestError(f"There are two tools named {name!r}; rename one.")
 
 
-def forced(tool_choice: ToolChoice, tools: Sequence[Mapping[str, Any]]) -> str:
-    """`tool_choice` in one of four forms: "auto", "none", "any" or "tool:NAME".
-
-    Takes None, booleans, "auto", "none", "any", "required", the name of a tool, and the dictionaries of OpenAI and
-    Anthropic.
+def chosen(choice: ToolChoice, tools: Sequence[Mapping[str, Any]]) -> str:
+    """`tool_choice` of these tools in one of four forms: "auto", "none", "any" or "tool:NAME".
 
     Raises:
         InvalidRequestError: A tool that is not bound, a choice of an unknown form, or a forced call without tools.
     """
-    names = [tool["function"]["name"] for tool in tools]
-    choice: Any = tool_choice
-    if isinstance(choice, Mapping):
-        kind = choice.get("type")
-        named = choice.get("name") or (choice.get("function") or {}).get("name")
-        choice = named if kind in ("function", "tool") and named else kind
-    if choice is None or choice == "auto":
-        return "auto"
-    if choice is False or choice == "none":
-        return "none"
-    if choice is True or choice in ("any", "required"):
-        if not names:
-            raise InvalidRequestError(f"tool_choice={tool_choice!r} asks for a tool call, but no tools are bound.")
-        return "any"
-    if choice in names:
-        return f"tool:{choice}"
-    raise InvalidRequestError(
-        f"tool_choice={tool_choice!r} names no bound tool; use one of {names}, 'auto', 'any', 'required' or 'none'."
-    )
+    return constraints.tool_choice(choice, [tool["function"]["name"] for tool in tools])
 
 
 def needs_whole_call(tool_choice: ToolChoice, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Whether an answer without a whole call is an error: a call is forced, and not marked as `partial`."""
     partial = isinstance(tool_choice, Mapping) and tool_choice.get("partial")
-    return not partial and forced(tool_choice, tools) not in ("auto", "none")
+    return not partial and chosen(tool_choice, tools) not in ("auto", "none")
 
 
 def _describe(tool: Any) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
@@ -15,12 +14,14 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.span import active_span_id
 
 from qllm_integrations.bar import reading_bar
+from qllm_integrations.common import warn_unknown
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.events import DocumentsReadEvent, LookupEvent, ReadingProgressEvent
 from qllm_integrations.llama_index.handle import Reading
-from qllm_integrations.llama_index.messages import Request, split_kept, to_request
+from qllm_integrations.llama_index.messages import split_kept, to_request
 from qllm_integrations.llama_index.responses import ResponseContext, StreamAssembler, chat_response, cut_off
-from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.constraints import ask_for_json, grammar, tool_choice
+from qllm_runtime.guidance import guiding
 from qllm_runtime.types import Answer, Progress, Turn
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def prepare(
     Raises:
         InvalidRequestError: A block, argument, tool or schema that cannot be honoured.
     """
-    options.warn_unknown(given, (*options.SAMPLING_FIELDS, *options.REQUEST_FIELDS), "QLLM")
+    warn_unknown("QLLM", given, (*options.SAMPLING_FIELDS, *options.REQUEST_FIELDS))
     options.check_schema(given.get("response_schema"))
     reading = options.reading(given.get("memory"))
     request = to_request(messages, given.get("query"), with_memory=reading is not None)
@@ -94,27 +95,25 @@ def prepare(
         )
         report_reading(reading)
     memory = reading.memory if reading is not None else None
-    request = _bounded(engine, request)
-    tools, names, processors = _tools(engine, given)
-    call_forced = bool(processors)
-    schema = given.get("response_schema")
-    turns = request.turns
-    if schema is not None:
-        turns = _ask_for_json(turns, schema)
-    schema = schema or request.schema
-    if schema is not None and not processors:
-        from qllm_runtime.grammar import json_schema_processor
-
-        processors = [json_schema_processor(engine.tokenizer, schema, **_vocabulary(engine))]
+    unguided = bool(held or request.documents) and given.get("query") is None  # else the caller wants it so
+    query, source = guiding(engine, request.query, request.query_source, warn=unguided)
+    tools = options.tool_specs(given.get("tools") or ())
+    names = [tool["function"]["name"] for tool in tools]
+    choice = tool_choice(given.get("tool_choice"), names)
+    shown = tools if choice != "none" else []
+    given_schema = given.get("response_schema")
+    turns = request.turns if given_schema is None else ask_for_json(request.turns, given_schema)
+    schema = given_schema or request.schema
+    parallel = bool(given.get("parallel_tool_calls"))
     arguments: dict[str, Any] = {
-        "query": request.query,
-        "query_source": request.query_source,
+        "query": query,
+        "query_source": source,
         "memory": memory,
         "mode": given.get("mode") or (llm.mode if memory is None else None),
         "reread": llm.reread if given.get("reread") is None else given["reread"],
         "sampling": sampling,
-        "tools": tools,
-        "logits_processors": processors,
+        "tools": shown or None,
+        "logits_processors": grammar(engine, shown, choice, parallel=parallel, schema=schema),
         "template_kwargs": variables or None,
         "progress": progress if memory is None else None,
     }
@@ -122,25 +121,15 @@ def prepare(
         engine,
         turns,
         arguments,
-        ResponseContext(llm.model, (*held, *request.documents), names, reading, call_forced),
+        ResponseContext(
+            llm.model,
+            (*held, *request.documents),
+            names if shown else None,
+            reading,
+            call_forced=choice not in ("auto", "none"),
+        ),
         schema is not None,
     )
-
-
-def _bounded(engine: Engine, request: Request) -> Request:
-    """A message that is too long to be a query by itself asks unguided; only a query given by name is refused."""
-    limit = engine.memory.n_local
-    named = request.query_source not in ("message", "fallback") or engine.memory.policy == "full"
-    if named or len(request.query.encode("utf-8", "replace")) <= limit or engine.count_tokens(request.query) <= limit:
-        return request
-    if request.query_source == "message":
-        warnings.warn(
-            f"The message has more than n_local={limit} tokens, too many for a query: its documents are read unguided. "
-            "Pass the question alone as query=, or raise n_local.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return replace(request, query="", query_source="none")
 
 
 def reading_progress(documents: int, show: bool) -> Progress:
@@ -180,53 +169,9 @@ def _report(answer: Answer, span_id: str | None) -> None:
     )
 
 
-def _tools(engine: Engine, given: Mapping[str, Any]) -> tuple[list[Any] | None, list[str] | None, list[Any]]:
-    """Tools for the template, their names, and the processors that force a call."""
-    tools = options.tool_specs(given.get("tools") or ())
-    names = [tool["function"]["name"] for tool in tools]
-    choice = options.tool_choice(given.get("tool_choice"), names)
-    if not tools or choice == "none":
-        if choice == "required":
-            raise InvalidRequestError(
-                "A tool call is required, but the call has no tools; pass tools or leave tool_choice out."
-            )
-        return None, None, []
-    if choice is None:
-        return tools, names, []
-    from qllm_runtime.grammar import tool_call_processor
-    from qllm_runtime.toolcalls import call_format
-
-    processor = tool_call_processor(
-        engine.tokenizer,
-        tools,
-        names=None if choice == "required" else [choice],
-        call_format=call_format(getattr(engine.tokenizer, "chat_template", None)),
-        parallel=bool(given.get("parallel_tool_calls")),
-        **_vocabulary(engine),
-    )
-    return tools, names, [processor]
-
-
-def _vocabulary(engine: Engine) -> dict[str, Any]:
-    """Width of the scores and end tokens, as the grammar needs them."""
-    ends = engine.model.generation_config.eos_token_id
-    width = engine.model.get_output_embeddings().weight.shape[0]
-    return {"n_vocab": int(width), "eos_token_ids": [ends] if isinstance(ends, int) else ends}
-
-
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
     except ValueError:
         return False
     return True
-
-
-def _ask_for_json(turns: tuple[Turn, ...], schema: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """The instruction stands after the last user turn's text: ahead of it would change what a kept memory has read."""
-    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)
-    text = f"Answer with one JSON object that follows this JSON schema:\n{json.dumps(schema, ensure_ascii=False)}"
-    if last is None:
-        return (*turns, Turn("user", (text,)))
-    asked = replace(turns[last], content=(*turns[last].content, text))
-    return (*turns[:last], asked, *turns[last + 1 :])

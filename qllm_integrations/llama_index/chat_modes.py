@@ -16,7 +16,7 @@ from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode, Streami
 from llama_index.core.schema import NodeWithScore
 from llama_index.core.tools import ToolOutput
 
-from qllm_integrations.llama_index import options
+from qllm_integrations.common import warn_unknown
 from qllm_integrations.llama_index.chat_engine import replying
 from qllm_integrations.llama_index.llm import QLLM
 from qllm_runtime.errors import InvalidRequestError
@@ -115,7 +115,7 @@ def stock_chat_engine(
             "QueryEngineTool.from_defaults(index.as_query_engine()), or use 'best'."
         )
     parts = options_of.get(mode, ())
-    options.warn_unknown(given, (*_COMMON, *_OWN[mode], *parts, "streaming"), f"as_chat_engine({mode.value!r})")
+    warn_unknown(f"as_chat_engine({mode.value!r})", given, (*_COMMON, *_OWN[mode], *parts, "streaming"))
     part = {name: given[name] for name in parts if name in given and name != "streaming"}
     own = {name: given[name] for name in (*_COMMON, *_OWN[mode]) if given.get(name) is not None}
     if mode is ChatMode.CONDENSE_QUESTION:

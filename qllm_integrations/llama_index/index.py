@@ -20,6 +20,7 @@ from llama_index.core.schema import BaseNode, Document, TransformComponent
 from llama_index.core.storage.storage_context import StorageContext
 
 from qllm_integrations.bar import reading_bar
+from qllm_integrations.common import warn_unknown
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.asking import Asker, asking_llm, system_text
 from qllm_integrations.llama_index.chat_engine import WholeDocumentChatEngine
@@ -131,7 +132,7 @@ class WholeDocumentIndex(IndexContents):
                 "WholeDocumentIndex keeps documents whole and takes no transformations; for split texts use any "
                 "other index with QLLMSynthesizer as its response_synthesizer."
             )
-        options.warn_unknown(kwargs, ("llm", "mode", "system_prompt"), cls.__name__)
+        warn_unknown(cls.__name__, kwargs, ("llm", "mode", "system_prompt"))
         known = {name: kwargs[name] for name in ("llm", "mode", "system_prompt") if name in kwargs}
         storage_context = storage_context or StorageContext.from_defaults()
         wholes = rejoin(documents)
@@ -167,7 +168,7 @@ class WholeDocumentIndex(IndexContents):
         Raises:
             InvalidRequestError: No index of whole documents there, or several and no `index_id`.
         """
-        options.warn_unknown(kwargs, ("system_prompt", "show_progress", "callback_manager"), "load")
+        warn_unknown("load", kwargs, ("system_prompt", "show_progress", "callback_manager"))
         if not Path(persist_dir).is_dir():
             raise InvalidRequestError(
                 f"There is no directory {str(persist_dir)!r}; write one with index.storage_context.persist(...)."
@@ -230,7 +231,7 @@ class WholeDocumentIndex(IndexContents):
         **kwargs: Any,
     ) -> BaseRetriever:
         """A retriever of the passages looked up for a question."""
-        options.warn_unknown(kwargs, (*options.parameters(self.as_retriever), "verbose"), "as_retriever")
+        warn_unknown("as_retriever", kwargs, (*options.parameters(self.as_retriever), "verbose"))
         extra = {"max_tokens": max_tokens} if max_tokens is not None else {}
         return LookupRetriever(
             self._asker(llm, mode=mode),
@@ -259,7 +260,7 @@ class WholeDocumentIndex(IndexContents):
         Sampling fields (`max_tokens=64`, `temperature=0.7`, ...) and `reread` go to each call of the model.
         """
         known = (*options.ANSWER_FIELDS, *options.parameters(self.as_query_engine), "verbose", "use_async")
-        options.warn_unknown(kwargs, known, "as_query_engine")
+        warn_unknown("as_query_engine", kwargs, known)
         _, structured = asking_llm(self._llm if llm is None else llm)
         return WholeDocumentQueryEngine(
             self._asker(llm, mode=mode, template=text_qa_template, system_prompt=system_prompt),
@@ -286,9 +287,9 @@ class WholeDocumentIndex(IndexContents):
         """A chat engine over the whole documents.
 
         "best" and "context" give a `WholeDocumentChatEngine`: one memory of the documents ("read_once" unless
-        `mode` or `MemoryConfig(faithful=True)` says otherwise), and each message looks up its own passages. The other modes are LlamaIndex's own
-        over this index: "condense_question" takes the arguments of `as_query_engine`, "condense_plus_context" those of
-        `as_retriever`.
+        `mode` or `MemoryConfig(faithful=True)` says otherwise), and each message looks up its own passages. The other
+        modes are LlamaIndex's own over this index: "condense_question" takes the arguments of `as_query_engine`,
+        "condense_plus_context" those of `as_retriever`.
 
         Raises:
             InvalidRequestError: There is no such mode.
@@ -303,7 +304,7 @@ class WholeDocumentIndex(IndexContents):
                 chosen, llm, mode, system_prompt, {"memory": memory, "chat_history": chat_history, **kwargs}
             )
         known = (*options.ANSWER_FIELDS, *options.parameters(self.as_chat_engine), "verbose")
-        options.warn_unknown(kwargs, known, "as_chat_engine")
+        warn_unknown("as_chat_engine", kwargs, known)
         return WholeDocumentChatEngine(
             self._asker(llm, mode=mode or self._default_mode(llm), system_prompt=system_prompt),
             self.whole_nodes,

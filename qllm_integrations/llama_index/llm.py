@@ -27,6 +27,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import BasePromptTemplate
 
 from qllm_integrations.aio import run_in_thread, stream_in_thread
+from qllm_integrations.common import BLOCK_MEMORY_WINDOW, invalid_settings, warn_unknown
 from qllm_integrations.llama_index import options
 from qllm_integrations.llama_index.calls import Call, prepare, reading_progress, report_reading
 from qllm_integrations.llama_index.documents import engine_documents
@@ -42,9 +43,6 @@ from qllm_runtime.types import Mode
 if TYPE_CHECKING:
     from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.engine import QLLM as Engine  # noqa: N811
-
-#: What one may ask of a block memory without loading the model; the engine reports the same.
-_BLOCK_MEMORY_WINDOW = 4 * 1_048_576
 
 
 class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
@@ -171,7 +169,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
     _handle: EngineHandle = PrivateAttr(default_factory=EngineHandle)
 
     def __init__(self, model: str = "reader", **data: Any) -> None:
-        options.warn_unknown(data, set(type(self).model_fields), type(self).__name__)
+        warn_unknown(type(self).__name__, data, set(type(self).model_fields))
         if data.get("messages_to_prompt") not in (None, default_messages_to_prompt):
             raise InvalidConfigError(
                 "QLLM renders messages with the model's own chat template; leave messages_to_prompt out."
@@ -183,8 +181,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         try:
             super().__init__(model=model, **data)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-            raise InvalidConfigError(f"Invalid settings of {type(self).__name__}: " + "; ".join(lines)) from None
+            raise invalid_settings(type(self).__name__, error) from None
 
     @classmethod
     def from_engine(cls, engine: Engine, **fields: Any) -> QLLM:
@@ -208,7 +205,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         if window is None:
             full = self.memory is not None and self.memory.policy == "full"
             engine = self.engine if full else self._handle.loaded(self._loading)
-            window = engine.context_window if engine is not None else _BLOCK_MEMORY_WINDOW
+            window = engine.context_window if engine is not None else BLOCK_MEMORY_WINDOW
         return LLMMetadata(
             context_window=window,
             num_output=self.max_tokens,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -31,16 +29,6 @@ REQUEST_FIELDS = (
     "template_kwargs",
     "show_progress",
 )
-
-
-def warn_unknown(given: Collection[str], known: Collection[str], where: str) -> None:
-    """Warn by name about arguments that have no effect."""
-    for name in given:
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}."
-        warnings.warn(f"{where} ignores the unknown argument {name!r}{hint}", UserWarning, stacklevel=3)
 
 
 def parameters(function: Callable[..., object]) -> tuple[str, ...]:
@@ -113,22 +101,3 @@ def check_schema(schema: Any) -> None:
 
 def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
-def tool_choice(choice: Any, names: Collection[str]) -> str | None:
-    """A tool choice in any of the usual spellings as "none", "auto" (None), "required" or the name of a tool.
-
-    Raises:
-        InvalidRequestError: It names no tool of this call.
-    """
-    if isinstance(choice, Mapping):  # OpenAI's {"type": "function", "function": {"name": ...}}
-        function = choice.get("function")
-        choice = function.get("name") if isinstance(function, Mapping) else choice.get("name", choice.get("type"))
-    if choice in (None, False, "auto"):
-        return None
-    if choice in (True, "any", "required"):
-        return "required"
-    if choice == "none" or choice in names:
-        return str(choice)
-    known = ", ".join(sorted(names)) or "none at all"
-    raise InvalidRequestError(f"tool_choice names {choice!r}, but the tools of this call are: {known}.")

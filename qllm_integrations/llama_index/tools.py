@@ -11,6 +11,7 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 
 from qllm_integrations.llama_index import options
+from qllm_runtime import constraints
 from qllm_runtime.errors import InvalidRequestError
 
 
@@ -32,11 +33,11 @@ class ToolsMixin:
         if user_msg is not None:
             messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
         specs = [_counted_from_one(tool, spec) for tool, spec in zip(tools, options.tool_specs(tools), strict=True)]
-        choice = options.tool_choice(tool_choice, [spec["function"]["name"] for spec in specs])
+        choice = constraints.tool_choice(tool_choice, [spec["function"]["name"] for spec in specs])
         return {
             "messages": messages,
             "tools": specs,
-            "tool_choice": choice or ("required" if tool_required else None),
+            "tool_choice": "any" if choice == "auto" and tool_required else choice.removeprefix("tool:"),
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
         }

@@ -52,7 +52,9 @@ class FakeEngine:
         self.tokenizer = ishmael.tokenizer()
         config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=len(self.tokenizer)))
         self.model = SimpleNamespace(
-            config=config, generation_config=SimpleNamespace(eos_token_id=self.tokenizer.eos_token_id)
+            config=config,
+            generation_config=SimpleNamespace(eos_token_id=self.tokenizer.eos_token_id),
+            get_output_embeddings=lambda: None,
         )
         self.calls: list[dict[str, Any]] = []
         self.running = 0

@@ -49,6 +49,7 @@ class FakeEngine:
         weight = torch.zeros(len(self.tokenizer), 1)
         self.model = SimpleNamespace(
             generation_config=SimpleNamespace(eos_token_id=self.tokenizer.eos_token_id),
+            config=SimpleNamespace(get_text_config=SimpleNamespace),
             get_output_embeddings=lambda: SimpleNamespace(weight=weight),
         )
         self.requests: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 from llama_index.core import Document
@@ -92,3 +93,19 @@ def test_a_message_is_too_long_for_a_query_in_tokens_only(
     limit = engine.memory.n_local
     assert llm.complete("word " * limit).raw["query_source"] == "fallback"
     assert llm.complete("word " * (limit + 1)).raw["query_source"] == "none"
+
+
+def test_false_shows_no_tools(llm: QLLM, engine: FakeEngine) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    for choice in (False, "none"):
+        llm.complete(QUESTION, tools=tools, tool_choice=choice)
+        assert engine.requests[-1]["tools"] is None
+
+
+def test_documents_without_a_question_are_warned_about(llm: QLLM) -> None:
+    message = ChatMessage(blocks=[citable(BOOK)])
+    with pytest.warns(UserWarning, match="no question in the messages"):
+        llm.chat([message])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm.chat([message], query="")
