@@ -1,5 +1,6 @@
 """`qllm bench infinite` from the command line: tasks by rule, published files, resuming, bad input."""
 
+import inspect
 import json
 from dataclasses import replace
 from functools import partial
@@ -181,6 +182,22 @@ def test_versions_change_with_everything_that_makes_a_row(monkeypatch):
     assert len(set(found)) == len(found)
     for suite in (published.SUITES["infinite"], published.SUITES["ruler"]):
         assert len({versions.of_rule(suite, task) for task in suite.rules}) == len(suite.rules)
+
+
+def test_versions_are_of_what_a_metric_does_and_not_of_its_words(monkeypatch):
+    example = Example("qa", "Read.", "A book.", "Question: Who?", "Who?", ("Ann",), 8)
+    real = inspect.getsource
+
+    def of_source(old, new):
+        assert old in real(metrics.word_f1) + real(metrics._f1)
+        monkeypatch.setattr(inspect, "getsource", lambda function: real(function).replace(old, new))
+        return versions.of_question(example, metrics.word_f1)
+
+    before = versions.of_question(example, metrics.word_f1)
+    assert of_source('"""F1 of words', '"""Share of words named_speaker') == before
+    assert of_source("    return max(", "    # the best one\n\n    return max(  ") == before
+    assert of_source("(output: str, example: Example) -> float", "(output, example)") == before
+    assert of_source("if same else 0.0", "if same else 0.5") != before  # in a function that the metric calls
 
 
 def test_the_mean_weighs_tasks_alike_and_is_of_the_same_tasks_everywhere():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import random
 import re
@@ -18,23 +19,46 @@ _SAMPLES, _SIZES = 7, (0, 64)  # questions, and sizes above the least, that stan
 
 
 def source(function: Any) -> str:
-    """Source of a function with all functions and constants of its module that it names; of a `partial`, with its arguments."""
+    """What a function does, with all functions and constants of its module that it names; of a `partial`, with its arguments.
+
+    Comments, docstrings, annotations and the layout of the source do not count.
+    """
     if isinstance(function, partial):
         return "\n".join(map(source, (function.func, *function.args)))
     module = vars(sys.modules[function.__module__])
     found: dict[str, str] = {}
-    left = [function.__name__]
+    left = {function.__name__}
     while left:
         name = left.pop()
-        found[name] = inspect.getsource(module[name]) if inspect.isfunction(module[name]) else repr(module[name])
-        left += {word for word in re.findall(r"\w+", found[name]) if _own(module, word)} - {*found}
-    return "\n".join(found[name] for name in sorted(found))
+        if inspect.isfunction(module[name]):
+            tree = ast.parse(inspect.getsource(module[name]))
+            found[name] = _plain(tree)
+            named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            left |= {word for word in named if _own(module, word)} - {*found}
+        else:
+            found[name] = repr(module[name])
+    return "\n".join(f"{name}: {found[name]}" for name in sorted(found))
+
+
+def _plain(node: Any) -> str:
+    """Syntax tree as text that is the same in every version of Python, as `ast.dump` is not."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_plain, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = []
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            value = value[1:]
+        if name not in ("annotation", "returns", "ctx") and value not in (None, []):
+            parts.append(f"{name}={_plain(value)}")
+    return f"{type(node).__name__}({', '.join(parts)})"
 
 
 def _own(module: dict[str, Any], name: str) -> bool:
     value = module.get(name)
     return (inspect.isfunction(value) and value.__module__ == module["__name__"]) or (
-        isinstance(value, str | tuple) and name.isupper()
+        isinstance(value, str | tuple | int | float | re.Pattern) and name.isupper()
     )
 
 

@@ -13,10 +13,6 @@ from qllm_bench.questions.facts import (
     FactMaker,
     FactSet,
     Question,
-    ask,
-    attribute,
-    draw,
-    fill,
     in_json,
     merge,
 )
@@ -250,27 +246,3 @@ def is_exact(output: str, answer: str, values: Sequence[str]) -> bool:
     if not values or "text does not say" in got or len(got) > 2 * len(want) + 20:
         return False
     return all(re.search(rf"(?<![\w-])(?i:{re.escape(v[:1])}){re.escape(v[1:])}(?![\w-])", got) for v in values)
-
-
-__all__ = [
-    "HELD_OUT",
-    "Case",
-    "FactMaker",
-    "FactSet",
-    "Pools",
-    "Prose",
-    "Question",
-    "ask",
-    "attribute",
-    "common_words",
-    "draw",
-    "fill",
-    "is_exact",
-    "make_case",
-    "make_facts",
-    "merge",
-    "normalise",
-    "read_books",
-    "unwrap",
-    "weave",
-]  # fmt: skip
