@@ -53,6 +53,8 @@ _PUBLISHED_ENGINE_KEYS = frozenset(
         "attn_type",
     )
 )
+# keys that published files hold beside their `model:` section and that only their evaluation reads
+_PUBLISHED_OUTER_KEYS = frozenset(("max_len", "truncation", "conv_type"))
 # keys that change results and the only values that are served
 _PUBLISHED_FIXED: dict[str, tuple[Any, ...]] = {
     "distance_scale": (None, 1, 1.0),
@@ -290,7 +292,12 @@ class MemoryConfig(BaseModel):
     def from_yaml(cls, path: str | Path, **overrides: Any) -> MemoryConfig:
         """Read a configuration file of the published code (`model:` section or bare keys) or one of our own field names.
 
-        Keys that steer only caching or GPU code of the published engine are ignored; unknown keys are an error.
+        Of published files, what steers only caching or GPU code of their engine is ignored, and so are `max_len`, `truncation`
+        and `conv_type` beside `model:`; `chunk_size` beside it counts. Any other key is an error.
+
+        Args:
+            path: The file.
+            **overrides: Fields that win over those of the file.
 
         Raises:
             InvalidConfigError: The file is missing, is not YAML, or has unknown or inconsistent keys.
@@ -302,7 +309,14 @@ class MemoryConfig(BaseModel):
         if not isinstance(raw, dict):
             raise InvalidConfigError(f"{str(path)!r} holds no mapping of settings.")
         published = isinstance(raw.get("model"), dict)
-        section: dict[str, Any] = raw["model"] if published else raw
+        section: dict[str, Any] = raw
+        if published:
+            section = {**raw["model"], **{key: raw[key] for key in ("chunk_size",) if key in raw}}
+            beside = [repr(key) for key in raw if key not in {"model", "chunk_size", *_PUBLISHED_OUTER_KEYS}]
+            if beside:
+                raise InvalidConfigError(
+                    f"Unknown key {', '.join(beside)} beside 'model' in {str(path)!r}; move settings into that section."
+                )
         values: dict[str, Any] = {}
         if "type" in section or "attn_type" in section:
             kind = str(section.get("type", section.get("attn_type")))
@@ -315,8 +329,7 @@ class MemoryConfig(BaseModel):
         if published:
             values["summary"] = "published"
         names = {"question_weight": "query_weight", "exc_block_size": "exec_block_size", "base": "rope_theta"}
-        outer = {k: raw[k] for k in ("chunk_size",) if k in raw}
-        for key, value in {**section, **outer}.items():
+        for key, value in section.items():
             name = names.get(key, key)
             if name == "chunk_size" and value is None:
                 values[name] = _WHOLE_PROMPT

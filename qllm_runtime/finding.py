@@ -1,13 +1,14 @@
 """Passages that the question's own lookups name.
 
-Few layers of a model find facts, and scores do not tell which (benchmarks/LOG.md). So a model is asked about a short story
-made on the spot, once: the layer whose lookups for these questions rank the right blocks first is listened to from then on.
+Only a few layers of a model find facts, and their scores do not tell which (benchmarks/LOG.md). So each model is measured
+once: it is asked about a short story made on the spot, and the layer whose lookups rank the right blocks highest is used
+from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,7 +29,8 @@ from qllm_runtime.types import Cancelled, Document, Sampling, Source, Turn
 STORY_CHARS = 6_000
 STORY_FACTS = 12
 STORY_WINDOW = 256  # tokens at most; the rest of the story is looked up
-#: A layer finds when the mean over questions of 1 / rank of the right block is at least this.
+STORY_CHUNK = 2048
+#: A layer finds facts when its mean reciprocal rank (over questions, of the right block) is at least this.
 LEAST = 0.3
 
 _known: WeakKeyDictionary[Inference, dict[MemoryConfig, int | None]] = WeakKeyDictionary()
@@ -46,7 +48,7 @@ def named_by_question(
 
     Args:
         layer: Layer whose scores are taken.
-        n_blocks: Blocks, at most; blocks outside the documents give no passage.
+        n_blocks: Most blocks to take; those outside the documents give no passage.
         prompt: The prompt, for the spans of its documents.
         cache: Memories that hold it.
         config: Layout of these.
@@ -60,30 +62,34 @@ def named_by_question(
     return [found for start in starts for found in surroundings(start, start + config.block_size, prompt, documents)]
 
 
-def layer_that_finds(request: Request, cancelled: Cancelled) -> int | None:
-    """The layer whose lookups for the request's question find facts, or None; a model is asked only once."""
-    given = request.config
-    if not request.query or given.policy != "qllm" or not given.query_weight:
+@dataclass(frozen=True)
+class Story:
+    """What a model is measured with.
+
+    Attributes:
+        request: The request, with the memory's layout as it is for the story.
+        questions: Prompts that ask for its facts, and the characters [start, end) that state them.
+    """
+
+    request: Request
+    questions: tuple[tuple[Prompt, tuple[int, int]], ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are read: the story once, every question."""
+        first = self.questions[0][0].read_end
+        return first + sum(len(prompt.ids) - prompt.read_end for prompt, _ in self.questions)
+
+
+def measures(request: Request, cancelled: Cancelled) -> Story | None:
+    """What has to be read before `layer_that_finds` can tell; None where it can already, or never will."""
+    config = _layout(request)
+    if config is None or config in _known.setdefault(request.inference, {}):
         return None
-    window = min(given.n_local, STORY_WINDOW)
-    config = given.replace(n_local=window, exec_block_size=min(given.exec_block_size, window))
-    known = _known.setdefault(request.inference, {})
-    if config not in known:
-        try:
-            ranks = _reciprocal_ranks(replace(request, config=config), cancelled)
-        except ContextOverflowError:  # in so small a window the story's questions have no place
-            known[config] = None
-        else:
-            best = int(ranks.argmax())
-            known[config] = best if ranks[best] >= LEAST else None
-    return known[config]
-
-
-def _reciprocal_ranks(request: Request, cancelled: Cancelled) -> NDArray[np.float64]:
-    """[layers] mean over questions of 1 / rank of the block in which a fact of the story stands."""
-    story, facts = sample_document(n_facts=STORY_FACTS, min_chars=STORY_CHARS)
+    text, facts = sample_document(n_facts=STORY_FACTS, min_chars=STORY_CHARS)
     request = replace(
         request,
+        config=config,
         mode="read_once",
         tools=None,
         sampling=Sampling(max_tokens=1),
@@ -91,17 +97,68 @@ def _reciprocal_ranks(request: Request, cancelled: Cancelled) -> NDArray[np.floa
         on_lookup=None,
         reading=None,
     )
-    asked = []
-    for question, statement in facts:
-        at = story.find(statement)
-        if at < 0:  # asked for in other words than it is stated in
-            continue
-        turns = (Turn("user", (Document(story), question)),)
-        request = replace(request, turns=turns, query=question)
-        prompt = lay_out(request)
-        if request.reading is None:
-            request = replace(request, reading=answering.read_ahead(request, prompt, cancelled))
-        asked.append(_reciprocal_ranks_of(request, prompt, (at, at + len(statement)), cancelled))
+    questions = []
+    try:
+        for question, statement in facts:
+            at = text.find(statement)
+            if at >= 0:  # some are asked for in other words than they are stated in
+                turns = (Turn("user", (Document(text), question)),)
+                prompt = lay_out(replace(request, turns=turns, query=question), cancelled)
+                questions.append((prompt, (at, at + len(statement))))
+    except ContextOverflowError:  # in so small a window the story's questions have no place
+        _known[request.inference][config] = None
+        return None
+    return Story(request, tuple(questions))
+
+
+def layer_that_finds(
+    request: Request, story: Story | None, progress: Callable[[int], None], cancelled: Cancelled
+) -> int | None:
+    """The layer whose lookups for the request's question find facts, or None.
+
+    Args:
+        request: The request.
+        story: What `measures` gave for it.
+        progress: Called with the tokens of the story that are read so far.
+        cancelled: Polled before every chunk.
+    """
+    config = _layout(request)
+    if config is None:
+        return None
+    known = _known.setdefault(request.inference, {})
+    if story is not None:
+        ranks = _reciprocal_ranks(story, progress, cancelled)
+        best = int(ranks.argmax())
+        known[config] = best if ranks[best] >= LEAST else None
+    return known[config]
+
+
+def _layout(request: Request) -> MemoryConfig | None:
+    """Layout of the memory for the story, without what cannot change scores; None where no layer is listened to."""
+    given = request.config
+    if not request.query or given.policy != "qllm" or not given.query_weight:
+        return None
+    window = min(given.n_local, STORY_WINDOW)
+    return given.replace(
+        n_local=window,
+        exec_block_size=min(given.exec_block_size, window),
+        chunk_size=STORY_CHUNK,
+        device_blocks=None,
+        offload_dtype="auto",
+        rope_theta=None,
+    )
+
+
+def _reciprocal_ranks(story: Story, progress: Callable[[int], None], cancelled: Cancelled) -> NDArray[np.float64]:
+    """[layers] mean over questions of 1 / rank of the block in which a fact of the story stands."""
+    request, (first, _) = story.request, story.questions[0]
+    reads = replace(request, progress=lambda done, _: progress(done))
+    request = replace(request, reading=answering.read_ahead(reads, first, cancelled))
+    done, asked = first.read_end, []
+    for prompt, place in story.questions:
+        asked.append(_reciprocal_ranks_of(request, prompt, place, cancelled))
+        done += len(prompt.ids) - prompt.read_end
+        progress(done)
     means: NDArray[np.float64] = np.mean(asked, axis=0)
     return means
 

@@ -1,4 +1,4 @@
-"""What a request may be told beside its question: the keyword arguments of `QLLM.ask`, `stream`, `chat`, `generate`."""
+"""Keyword arguments of a request: those of `QLLM.ask`, `stream`, `chat`, `generate`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class AskOptions(SamplingOptions, total=False):
         mode: "query_aware" or "read_once"; by default `request.DEFAULT_MODE`, query_aware for `faithful`.
         reread: Whether the passages behind a draft are read again, next to the question, before the answer is written, when
             documents are longer than the window and looked up in; they are by default.
-        progress: Called with (tokens read, tokens in all).
+        progress: Called with (tokens read, tokens in all). The first question about a long text (8192 tokens or more) counts
+            a story of about 2,000 tokens as well: each model reads it once, which tells the layer whose lookups find facts.
         on_lookup: Called with (layer, record) for every lookup while reading and writing, as it happens.
         cancel: Set it to stop within one chunk or one token.
     """

@@ -5,8 +5,7 @@ behind it, the same passage is understood as well as a short text is (measured: 
 it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`).
 
 Where the passages leave at least half of the window free, everything else stays within reach of the lookups. In a smaller
-window they would push each other out and had to be looked up among everything that resembles them; there they are read by
-themselves.
+window they would evict one another and would have to be looked up again among similar text, so there they are read alone.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from qllm_runtime.types import Answer, Cancelled, Document, Piece, Sampling, Sou
 
 #: Tokens of the draft; an answer begins with what it is about.
 DRAFT_TOKENS = 48
-#: Blocks the question names, in documents of so many tokens or more, and passages of the draft that are read beside them.
+#: Blocks the question names, in documents of at least this many tokens, and passages of the draft that are read beside them.
 NAMED_BLOCKS = 3
 WORTH_FINDING = 8192
 BESIDE_NAMED = 3
@@ -58,17 +57,26 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     began = time.perf_counter()
     config = request.config
     fresh = request.reading is None
-    if fresh:
-        request = replace(request, reading=answering.read_ahead(request, prompt, cancelled))
-    read = time.perf_counter()
-    told, n = request.progress, len(prompt.ids)
+    worth_finding = prompt.read_end >= WORTH_FINDING
+    story = finding.measures(request, cancelled) if worth_finding else None
+    told, n = request.progress, len(prompt.ids) + (story.n_tokens if story else 0)
+
+    def tell(done: int) -> None:
+        if told is not None:
+            told(done, n)
 
     def read_all(done: int, total: int) -> None:
         # the last token is not reported read before the answer can begin
-        if told is not None and done == total:
-            told(n, n)
+        if done == total:
+            tell(n)
 
-    layer = finding.layer_that_finds(request, cancelled) if prompt.read_end >= WORTH_FINDING else None
+    if fresh:
+        counted = replace(request, progress=lambda done, _: tell(done))
+        request = replace(request, reading=answering.read_ahead(counted, prompt, cancelled))
+    read = time.perf_counter()
+    layer = None
+    if worth_finding:
+        layer = finding.layer_that_finds(request, story, lambda done: tell(prompt.read_end + done), cancelled)
     named: list[Source] = []
 
     def look(layer: int, prompt: Prompt, cache: MemoryCache) -> None:
@@ -86,7 +94,7 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     last_request, last_prompt, alone = replace(request, excerpts=found, progress=read_all), None, False
     if found and _can_be_alone(request):
         by_themselves = _alone(last_request)
-        passages = lay_out(by_themselves)
+        passages = lay_out(by_themselves, cancelled)
         alone = 2 * sum(span.end - span.start for span in passages.document_spans) > config.n_local
         if alone:
             last_request, last_prompt = by_themselves, passages

@@ -181,7 +181,8 @@ class Timings:
 
     Attributes:
         tokenize_s, read_s, decode_s, total_s: Seconds for tokenising, reading what is new, writing the answer, all.
-        reread_s: Seconds for finding passages (draft and lookups) and reading them again.
+        reread_s: Seconds for finding passages (draft, lookups and, once per model, which layer to listen to) and reading them
+            again.
         read_tokens_per_s, decode_tokens_per_s: Throughput; 0 when nothing was read or written.
         peak_memory_bytes: Peak of the device (CUDA) or of the process (CPU).
     """

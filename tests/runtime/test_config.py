@@ -31,6 +31,7 @@ model:
 max_len: 2147483647
 chunk_size: 8192
 conv_type: some-model
+truncation: suffix
 """
 
 
@@ -193,8 +194,9 @@ def test_our_own_names_and_overrides(tmp_path: Path) -> None:
         (PUBLISHED.format(type="retrieval"), "retrieval"),
         (PUBLISHED.format(type="qllm").replace("distance_scale: 1.0", "distance_scale: 2.0"), "distance_scale"),
         (PUBLISHED.format(type="qllm").replace("fattn: false", "perhead: true"), "perhead"),
+        (PUBLISHED.format(type="qllm") + "n_local: 99\nfoo: bar\n", "'n_local', 'foo' beside 'model'"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InvalidConfigError, match=message):

@@ -96,6 +96,23 @@ def test_a_model_is_asked_once(reader: QLLM, document: Document, asked: list[np.
     assert np.sort(ranks)[-2] < ranks.max() - 0.25
 
 
+def test_reading_the_story_is_told_and_done_once(
+    reader: QLLM, document: Document, asked: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = []
+    for changes in ({}, {"chunk_size": 1024}, {"device_blocks": 64}):
+        other = QLLM(reader.model, reader.tokenizer, memory=reader.memory.replace(**changes))
+        counts: list[tuple[int, int]] = []
+        answer = other.ask(
+            QUESTION, document, max_tokens=2, progress=lambda *count, counts=counts: counts.append(count)
+        )
+        assert [done for done, _ in counts] == sorted(done for done, _ in counts)
+        assert counts[-1][0] == counts[-1][1]
+        totals.append(counts[-1][1])
+    assert len(asked) == 1
+    assert totals[0] > totals[1] + 1000 and totals[1] == totals[2]
+
+
 def test_a_model_that_finds_nothing_goes_by_attention(
     llm: QLLM, excerpts: list[list[Source]], asked: list[np.ndarray]
 ) -> None:
