@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from qllm_bench.questions.data import Prose, weave
-from qllm_bench.questions.facts import FactMaker, FactSet, merge
+from qllm_bench.questions.facts import FactMaker, FactSet, Question, merge
 from qllm_bench.questions.pools import Pools
 from qllm_bench.questions.worded import Worded
 from recipes.tokenizer import ASSISTANT, BOS, END, PAD, USER, VOCABULARY
@@ -78,6 +78,54 @@ class Batch:
     asks: list[list[Ask]]
     pinned: list[Span]
     families: list[list[str]]
+
+    @classmethod
+    def empty(cls, count: int, length: int) -> Batch:
+        """Padding alone; rows are added from the first on."""
+        return cls(
+            ids=np.full((count, length), PAD, np.int64),
+            positions=np.tile(np.arange(length), (count, 1)),
+            weights=np.zeros((count, length), np.float32),
+            value=np.zeros((count, length), np.int64),
+            keep=np.ones((count, length), np.bool_),
+            asks=[],
+            pinned=[],
+            families=[],
+        )
+
+    def add(self, row: int, sample: Sample) -> None:
+        """Add a sample as the next row."""
+        n = len(sample.ids)
+        self.ids[row, :n], self.weights[row, :n], self.value[row, :n] = sample.ids, sample.weights, sample.value
+        self.asks.append(sample.asks)
+        self.pinned.append(sample.pinned)
+        self.families.append(sample.families)
+
+    def add_repetition(self, row: int, rng: random.Random) -> None:
+        """Add random tokens said twice as the next row."""
+        half = (self.ids.shape[1] - 2) // 2
+        run = [rng.randrange(16, VOCABULARY) for _ in range(half)]
+        self.ids[row, : 2 + 2 * half] = [BOS, USER, *run, *run]
+        self.weights[row, 4 + half : 2 + 2 * half] = 0.5
+        self.asks.append([])
+        self.pinned.append((0, 0))
+        self.families.append([])
+
+    def cut(self, row: int, sample: Sample, rng: random.Random, max_gap: int) -> None:
+        """Up to three gaps in the positions of a row, as if prose had been cut out there; none inside a fact."""
+        start, stop = sample.document
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randint(start, stop)
+            if not any(p < at < q for p, q in sample.places):
+                self.positions[row, at:] += rng.randint(1, max_gap)
+
+    def hide(self, row: int, sample: Sample, rng: random.Random) -> None:
+        """Make most blocks of a row that hold prose alone invisible from afar."""
+        start, stop = sample.document
+        for s in range(N_INIT + (max(0, start - N_INIT) // BLOCK) * BLOCK, stop, BLOCK):
+            clear = not any(p < s + BLOCK and q > s for p, q in sample.places)
+            if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
+                self.keep[row, s : s + BLOCK] = False
 
 
 class Sampler:
@@ -162,7 +210,7 @@ class Sampler:
         return self.worded.simple(count, one_template, absent, short)
 
     def sample(self, length: int, simple: bool = False) -> Sample:
-        """One sample of at most ``length`` tokens."""
+        """One sample of at most ``length`` tokens, but for facts that are longer by themselves."""
         rng = self.rng
         self.maker.canonical = simple
         facts = self.facts(length, simple)
@@ -177,28 +225,11 @@ class Sampler:
         pin = rng.random() < 0.45
         depths = [rng.random() for _ in facts.statements]
         turns = [turn(rng, self.tokenizer, q, depths, facts.statements) for q in questions]
-        first = turns[0][0]
-        around = 8 + len(head) + len(first) * int(pin) + sum(len(t[0]) + len(t[1]) + 4 for t in turns)
-        used = around + sum(len(self.encode(s)) + 1 for s in facts.statements)
-        prose = rng.choice(self.prose)
-        chars = int((length - used) * 3.3)
-        sentences = prose.sentences(rng, chars) if chars > 20 else []
-        if sentences and rng.random() < FILLER:
-            sentences = filler(rng, self.maker.pools, sentences)
-        elif not simple and rng.random() < TEMPTING:
-            said = " ".join([*facts.statements, *(q.text for q in questions)])
-            sentences = tempt(rng, sentences, said, rng.uniform(0.0, MOST_TEMPTING))
-        state = rng.getstate()
-        while True:
-            rng.setstate(state)
-            document, spans = weave(rng, sentences, facts.statements, depths, own_line)
-            encoding = self.tokenizer.encode(document, add_special_tokens=False)
-            over = around + len(encoding.ids) - length
-            if over <= 0 or not sentences:
-                break
-            drop = 0
-            while sentences and drop < over * 3:
-                drop += len(sentences.pop())
+        first = turns[0][0] if pin else []
+        around = 8 + len(head) + len(first) + sum(len(t[0]) + len(t[1]) + 4 for t in turns)
+        told = sum(len(self.encode(s)) + 1 for s in facts.statements)
+        sentences = self.prose_for(length - around - told, facts.statements, questions, simple)
+        encoding, spans = self.document(sentences, facts.statements, depths, own_line, length - around)
         ids = [BOS, USER]
         pinned = (len(ids), len(ids) + len(first)) if pin else (0, 0)
         if pin:
@@ -206,10 +237,58 @@ class Sampler:
         ids += head
         start = len(ids)
         ids += encoding.ids
-        stop = len(ids)
-        weights = [0.05 if rng.random() < 0.2 else 0.0 for _ in ids]
-        value = [0] * len(ids)
         places = [token_span(encoding.offsets, s, start) for s in spans]
+        return self.with_turns(ids, questions, turns, pinned, (start, len(ids)), places)
+
+    def prose_for(
+        self, tokens: int, statements: Sequence[str], questions: Sequence[Question], simple: bool
+    ) -> list[str]:
+        """Sentences of about so many tokens to hide statements in; some say little, some have words of the facts."""
+        rng = self.rng
+        prose = rng.choice(self.prose)
+        chars = int(tokens * 3.3)
+        sentences = prose.sentences(rng, chars) if chars > 20 else []
+        if sentences and rng.random() < FILLER:
+            return filler(rng, self.maker.pools, sentences)
+        if not simple and rng.random() < TEMPTING:
+            said = " ".join([*statements, *(q.text for q in questions)])
+            return tempt(rng, sentences, said, rng.uniform(0.0, MOST_TEMPTING))
+        return sentences
+
+    def document(
+        self,
+        sentences: list[str],
+        statements: Sequence[str],
+        depths: Sequence[float],
+        own_line: bool,
+        room: int,
+    ) -> tuple[Encoding, list[Span]]:
+        """Statements among as many of the sentences as fit into ``room`` tokens, and the characters of each statement."""
+        rng = self.rng
+        state = rng.getstate()
+        while True:
+            rng.setstate(state)
+            document, spans = weave(rng, sentences, statements, depths, own_line)
+            encoding = self.tokenizer.encode(document, add_special_tokens=False)
+            over = len(encoding.ids) - room
+            if over <= 0 or not sentences:
+                return encoding, spans
+            drop = 0
+            while sentences and drop < over * 3:
+                drop += len(sentences.pop())
+
+    def with_turns(
+        self,
+        ids: list[int],
+        questions: Sequence[Question],
+        turns: Sequence[tuple[list[int], list[int], list[float]]],
+        pinned: Span,
+        document: Span,
+        places: list[Span],
+    ) -> Sample:
+        """The sample that begins with ``ids``, up to its document, and goes on with the turns."""
+        weights = [0.05 if self.rng.random() < 0.2 else 0.0 for _ in ids]
+        value = [0] * len(ids)
         asks = []
         for n, (question, (q_ids, a_ids, a_weights)) in enumerate(zip(questions, turns, strict=True)):
             ids += [USER] if n else self.newlines
@@ -220,7 +299,7 @@ class Sampler:
             weights += [0.0] * (a_span[0] - len(weights)) + a_weights
             value += [0] * (a_span[0] - len(value)) + [n + 1 if w >= 1.0 else 0 for w in a_weights]
             asks.append((q_span, a_span, [places[i] for i in question.needs]))
-        return Sample(ids, weights, value, [q.family for q in questions], asks, pinned, (start, stop), places)
+        return Sample(ids, weights, value, [q.family for q in questions], asks, pinned, document, places)
 
     def batch(
         self,
@@ -249,46 +328,22 @@ class Sampler:
         self.weights = LATE_WEIGHTS if late else FAMILY_WEIGHTS
         self.maker.value_first = LATE_VALUE_FIRST if late else 0.0
         self.maker.practice = LATE_PRACTICE if late else 0.0
-        ids = np.full((count, length), PAD, np.int64)
-        positions = np.tile(np.arange(length), (count, 1))
-        weights = np.zeros((count, length), np.float32)
-        value = np.zeros((count, length), np.int64)
-        keep = np.ones((count, length), np.bool_)
-        asks: list[list[Ask]] = []
-        pinned: list[Span] = []
-        families: list[list[str]] = []
+        batch = Batch.empty(count, length)
         for b in range(count):
             if rng.random() < repeat:
-                half = (length - 2) // 2
-                run = [rng.randrange(16, VOCABULARY) for _ in range(half)]
-                ids[b, : 2 + 2 * half] = [BOS, USER, *run, *run]
-                weights[b, 4 + half : 2 + 2 * half] = 0.5
-                asks.append([])
-                pinned.append((0, 0))
-                families.append([])
+                batch.add_repetition(b, rng)
                 continue
             simple = rng.random() < easy
             while True:
                 sample = self.sample(length, simple)
                 if len(sample.ids) <= length:
                     break
-            n = len(sample.ids)
-            ids[b, :n], weights[b, :n], value[b, :n] = sample.ids, sample.weights, sample.value
-            asks.append(sample.asks)
-            pinned.append(sample.pinned)
-            families.append(sample.families)
-            start, stop = sample.document
+            batch.add(b, sample)
             if rng.random() < gap_share:
-                for _ in range(rng.randint(1, 3)):
-                    at = rng.randint(start, stop)
-                    if not any(p < at < q for p, q in sample.places):
-                        positions[b, at:] += rng.randint(1, max_gap)
+                batch.cut(b, sample, rng, max_gap)
             if rng.random() < drop_share:
-                for s in range(N_INIT + (max(0, start - N_INIT) // BLOCK) * BLOCK, stop, BLOCK):
-                    clear = not any(p < s + BLOCK and q > s for p, q in sample.places)
-                    if s >= start and s + BLOCK <= stop and clear and rng.random() < 0.7:
-                        keep[b, s : s + BLOCK] = False
-        return Batch(ids, positions, weights, value, keep, asks, pinned, families)
+                batch.hide(b, sample, rng)
+        return batch
 
 
 def filler(rng: random.Random, pools: Pools, sentences: Sequence[str]) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from recipes.model import Layer, Reader, rope_frequencies
+from recipes.model import Attention, Layer, Reader, ReaderConfig, rope_frequencies
 
 OFFSETS = (1, 2, 3, 4, 5, 6, 8, 10)
 EMBED_STD = 0.05
@@ -54,6 +55,21 @@ def _place(rows: Tensor, at: Sequence[int], size: int) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of the residual stream but for its last dimension, each a matrix [e, d - 1] that a head reads or writes by.
+
+    Attributes:
+        slots: Per head of layer 0, where it writes what an earlier token was.
+        share: What of a token is written there, and compared.
+        views: Per group of heads, what of a token is copied.
+    """
+
+    slots: list[Tensor]
+    share: Tensor
+    views: list[Tensor]
+
+
 @torch.no_grad()
 def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
     """Initialise in place.
@@ -64,8 +80,16 @@ def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
         seed: Seed of every random draw.
     """
     gen = torch.Generator().manual_seed(seed)
-    c = model.config
-    d, e = c.hidden_size, c.head_dim
+    _draw(model, tokenizer, gen)
+    parts = _parts(model.config, gen)
+    first, *matching = (cast(Layer, layer).self_attn for layer in list(model.layers)[:3])
+    _copy_earlier(first, parts)
+    for n, attention in enumerate(matching, start=1):
+        _match_and_copy(attention, parts, n)
+
+
+def _draw(model: Reader, tokenizer: Tokenizer | None, gen: torch.Generator) -> None:
+    """Random weights everywhere, and the last dimension of the embeddings constant."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             p.normal_(0.0, 0.4 / math.sqrt(p.shape[1]), generator=gen)
@@ -82,50 +106,59 @@ def initialise(model: Reader, tokenizer: Tokenizer | None, seed: int) -> None:
     table[:, -1] = CONSTANT * EMBED_STD
     model.norm.weight.fill_(1.5)
     model.norm.weight[-1] = 0.0
-    freq = rope_frequencies(c)
-    groups = c.heads // c.kv_heads
+
+
+def _parts(c: ReaderConfig, gen: torch.Generator) -> _Parts:
+    """Random parts that do not overlap: the slots of the heads, and what is left for copying."""
+    d, e = c.hidden_size, c.head_dim
     slow = [i for i in range(e) if i % (e // 2) >= SLOW_FROM * e // 32]
     basis = _orthonormal(d - 1, d - 1, gen)
-    n_slots = c.heads * len(slow)
-    clean = basis[n_slots:]
+    clean = basis[c.heads * len(slow) :]
     slots = [_place(basis[h * len(slow) : (h + 1) * len(slow)], slow, e) for h in range(c.heads)]
     share = _place(_orthonormal(len(slow), len(clean), gen) @ clean, slow, e)
     step = min(e, len(clean) // c.kv_heads)
     views = [_place(clean[g * step : (g + 1) * step], range(step), e) for g in range(c.kv_heads)]
+    return _Parts(slots, share, views)
 
-    blocks = cast(list[Layer], list(model.layers))
-    first = blocks[0].self_attn
-    first.q_proj.weight.mul_(0.2)
-    first.k_proj.weight.mul_(0.2)
+
+def _copy_earlier(att: Attention, parts: _Parts) -> None:
+    """Heads of layer 0: each writes the token of one of ``OFFSETS`` before into its slot."""
+    c = att.config
+    e, groups, freq = c.head_dim, c.heads // c.kv_heads, rope_frequencies(c)
+    att.q_proj.weight.mul_(0.2)
+    att.k_proj.weight.mul_(0.2)
     for h in range(c.heads):
+        head, group = slice(h * e, (h + 1) * e), slice(h // groups * e, (h // groups + 1) * e)
         query, key = _offset_query(freq, OFFSETS[h % len(OFFSETS)], PEAK)
-        first.q_proj.weight[h * e : (h + 1) * e, -1] = query / CONSTANT
-        first.k_proj.weight[h // groups * e : (h // groups + 1) * e, -1] = key / CONSTANT
-        first.v_proj.weight[h // groups * e : (h // groups + 1) * e, :-1] = share
-        first.o_proj.weight[:-1, h * e : (h + 1) * e] = slots[h].T * EMBED_STD * WRITE
-    by_offset = {OFFSETS[h % len(OFFSETS)]: slots[h] for h in range(c.heads)}
-    for n in (1, 2):
-        att = blocks[n].self_attn
-        att.q_proj.weight.mul_(0.3)
-        att.k_proj.weight.mul_(0.3)
-        for g in range(c.kv_heads):
-            rows = slice(g * e, (g + 1) * e)
-            # Bigram heads match the current token with the one before each key, the others the last few with the few
-            # before; in layer 2 the last group leaves out the nearest ones, where facts of one template agree.
-            past = () if g % 2 == 0 else (2, 3, 4, 5, 6) if n == 1 or g < c.kv_heads - 1 else (3, 4, 5, 6)
-            near = 0.0 if past == (3, 4, 5, 6) else 1.0
-            key = by_offset[1] * near
-            for o in past:
-                key = key + by_offset[o] * 0.7
-            att.k_proj.weight[rows, :-1] += MATCH * key
-            for j in range(groups):
-                query = share * near
-                for o in past:
-                    query = query + by_offset[o - 1] * 0.7
-                att.q_proj.weight[(g * groups + j) * e : (g * groups + j + 1) * e, :-1] += MATCH * query
-                out = slice((g * groups + j) * e, (g * groups + j + 1) * e)
-                att.o_proj.weight[:-1, out] += views[g].T * EMBED_STD * COPY
-            att.v_proj.weight[rows, :-1] += views[g]
+        att.q_proj.weight[head, -1] = query / CONSTANT
+        att.k_proj.weight[group, -1] = key / CONSTANT
+        att.v_proj.weight[group, :-1] = parts.share
+        att.o_proj.weight[:-1, head] = parts.slots[h].T * EMBED_STD * WRITE
+
+
+def _match_and_copy(att: Attention, parts: _Parts, n: int) -> None:
+    """Heads of layer ``n``, 1 or 2: they find tokens with the same recent past as the query, and copy them."""
+    c = att.config
+    e, groups = c.head_dim, c.heads // c.kv_heads
+    by_offset = {OFFSETS[h % len(OFFSETS)]: parts.slots[h] for h in range(c.heads)}
+    att.q_proj.weight.mul_(0.3)
+    att.k_proj.weight.mul_(0.3)
+    for g in range(c.kv_heads):
+        rows = slice(g * e, (g + 1) * e)
+        # Bigram heads match the current token with the one before each key, the others the last few with the few
+        # before; in layer 2 the last group leaves out the nearest ones, where facts of one template agree.
+        past = () if g % 2 == 0 else (2, 3, 4, 5, 6) if n == 1 or g < c.kv_heads - 1 else (3, 4, 5, 6)
+        near = 0.0 if past == (3, 4, 5, 6) else 1.0
+        key, query = by_offset[1] * near, parts.share * near
+        for o in past:
+            key = key + by_offset[o] * 0.7
+            query = query + by_offset[o - 1] * 0.7
+        att.k_proj.weight[rows, :-1] += MATCH * key
+        for j in range(g * groups, (g + 1) * groups):
+            head = slice(j * e, (j + 1) * e)
+            att.q_proj.weight[head, :-1] += MATCH * query
+            att.o_proj.weight[:-1, head] += parts.views[g].T * EMBED_STD * COPY
+        att.v_proj.weight[rows, :-1] += parts.views[g]
 
 
 def places(layers: int) -> tuple[int, ...]:
