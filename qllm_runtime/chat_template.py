@@ -11,6 +11,7 @@ from typing import Any
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.layout import Message, Segment, join
 from qllm_runtime.tool_text import tool_turns_as_text, with_arguments_as_objects
+from qllm_runtime.toolcalls import CallFormat, call_format
 
 #: Layout for tokenizers without a chat template: a line with the role, the content, an empty line.
 PLAIN_TEMPLATE = (
@@ -119,7 +120,7 @@ def render(
         return _render(
             tokenizer,
             template,
-            _fit(messages, able),
+            _fit(messages, able, call_format(template)),
             able.as_parts,
             control=control,
             tools=tools if able.tools else None,
@@ -136,9 +137,9 @@ def render(
         return attempt(replace(able, tool_turns=False))
 
 
-def _fit(messages: Sequence[Message], able: Abilities) -> list[Message]:
+def _fit(messages: Sequence[Message], able: Abilities, calls: CallFormat) -> list[Message]:
     """The conversation in a form that the template can take, without losing any of its text."""
-    fitted = list(messages) if able.tool_turns else tool_turns_as_text(messages)
+    fitted = list(messages) if able.tool_turns else tool_turns_as_text(messages, calls)
     systems = [message for message in fitted if message.role == "system"]
     misplaced = len(systems) > 1 or (bool(systems) and fitted[0].role != "system")
     if systems and (not able.system or (misplaced and not able.more_systems)):

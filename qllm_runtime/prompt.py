@@ -159,7 +159,7 @@ def build_reading(
 def renders_tools(tokenizer: Any) -> bool:
     """Whether the chat template writes tools itself.
 
-    Otherwise the prompt describes them as text and asks for `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+    Otherwise the prompt describes them as text and asks for calls in the model's own format (`toolcalls.call_format`).
     """
     return abilities(tokenizer, template_of(tokenizer, [{}])).tools
 

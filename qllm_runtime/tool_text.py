@@ -10,14 +10,14 @@ from qllm_runtime.layout import Message, Segment, join
 from qllm_runtime.toolcalls import HERMES, CallFormat
 
 
-def describe_tools(tools: Sequence[Mapping[str, Any]], form: CallFormat = HERMES) -> str:
+def describe_tools(tools: Sequence[Mapping[str, Any]], call_format: CallFormat = HERMES) -> str:
     """The tools as text: one line of JSON per tool and how to call it.
 
     Args:
         tools: Tools in the format of OpenAI functions.
-        form: How the model writes calls.
+        call_format: How the model writes calls.
     """
-    call = f'{{"name": ..., "{form.arguments_key}": {{...}}}}'.join((form.begin.strip(), form.end.strip()))
+    call = _between_marks(f'{{"name": ..., "{call_format.arguments_key}": {{...}}}}', call_format)
     lines = ["You can call these tools:"]
     for tool in tools:
         function = tool.get("function", tool)
@@ -27,8 +27,13 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], form: CallFormat = HERMES
     return "\n".join(lines)
 
 
-def tool_turns_as_text(messages: Sequence[Message]) -> list[Message]:
-    """Calls made by the assistant and results given to it, as text in assistant and user turns."""
+def tool_turns_as_text(messages: Sequence[Message], call_format: CallFormat = HERMES) -> list[Message]:
+    """Calls made by the assistant and results given to it, as text in assistant and user turns.
+
+    Args:
+        messages: The conversation.
+        call_format: How the model writes calls: those of the history are spelled as it is told to spell new ones.
+    """
     rewritten: list[Message] = []
     for message in messages:
         extras = {key: value for key, value in message.extras.items() if key not in ("tool_calls", "tool_call_id")}
@@ -37,7 +42,7 @@ def tool_turns_as_text(messages: Sequence[Message]) -> list[Message]:
             extras.pop("name", None)
             rewritten.append(Message("user", (opening, *message.segments, closing), extras))
         elif calls := message.extras.get("tool_calls"):
-            text = "\n".join(_call(call) for call in calls)
+            text = "\n".join(_call(call, call_format) for call in calls)
             rewritten.append(Message(message.role, join(message.segments, (Segment("text", text),)), extras))
         else:
             rewritten.append(message)
@@ -63,7 +68,11 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else dict(call)
 
 
-def _call(call: Mapping[str, Any]) -> str:
+def _call(call: Mapping[str, Any], call_format: CallFormat) -> str:
     function = _with_object(call).get("function", call)
-    entry = {"name": function.get("name"), "arguments": function.get("arguments", {})}
-    return f"<tool_call>{json.dumps(entry, ensure_ascii=False)}</tool_call>"
+    entry = {"name": function.get("name"), call_format.arguments_key: function.get("arguments", {})}
+    return _between_marks(json.dumps(entry, ensure_ascii=False), call_format)
+
+
+def _between_marks(text: str, call_format: CallFormat) -> str:
+    return f"{call_format.begin.strip()}{text}{call_format.end.strip()}"

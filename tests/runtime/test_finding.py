@@ -103,9 +103,7 @@ def test_reading_the_story_is_told_and_done_once(
     for changes in ({}, {"chunk_size": 1024}, {"device_blocks": 64}):
         other = QLLM(reader.model, reader.tokenizer, memory=reader.memory.replace(**changes))
         counts: list[tuple[int, int]] = []
-        answer = other.ask(
-            QUESTION, document, max_tokens=2, progress=lambda *count, counts=counts: counts.append(count)
-        )
+        other.ask(QUESTION, document, max_tokens=2, progress=lambda *count, counts=counts: counts.append(count))
         assert [done for done, _ in counts] == sorted(done for done, _ in counts)
         assert counts[-1][0] == counts[-1][1]
         totals.append(counts[-1][1])

@@ -171,6 +171,32 @@ def test_a_template_that_begins_with_the_content(backend, mode):
         assert prompt.begins_with(build_reading(tokenizer, documents, system=None))
 
 
+LLAMA3 = (
+    "{% for m in messages %}{% if m.role == 'tool' or m.tool_calls %}{{ raise_exception('one call at a time') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    '{# {"name": ..., "parameters": ...} #}'
+)
+
+
+def test_calls_of_the_history_are_spelled_as_new_ones_are(backends):
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        Turn("user", QUERY),
+        Turn("assistant", (), {"tool_calls": [call, call]}),
+        Turn("tool", "2"),
+        Turn("user", "?"),
+    ]
+    for template, written in (
+        (LLAMA3, '{"name": "add", "parameters": {"a": 1}}'),
+        (CHATML, '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'),
+    ):
+        tokenizer = wrap(backends["byte-level"], template)
+        prompt = build_prompt(tokenizer, turns, query=QUERY, mode="read_once", tools=[TOOL])
+        text = tokenizer.decode(prompt.ids)
+        assert f"assistant\n{written}\n{written}<" in text
+        assert ("<tool_call>" in text) == ("<tool_call>" in written)
+
+
 def test_a_turn_of_one_part():
     assert Turn("user", "Who?") == Turn("user", ("Who?",)) == Turn("user", ["Who?"])
     document = Document("It rained.")
