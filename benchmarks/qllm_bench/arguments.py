@@ -43,7 +43,7 @@ def lengths(text: str, least: int = 256, most: int = LONGEST) -> list[int]:
         try:
             tokens = round(float(number) * unit)
         except (ValueError, OverflowError):
-            raise InvalidRequestError(f"{item!r} is no length; write tokens such as 4096, 16k or 1M.") from None
+            raise InvalidRequestError(f"{item!r} is not a length; write tokens such as 4096, 16k or 1M.") from None
         if not least <= tokens <= most:
             raise InvalidRequestError(f"A length of {item} tokens is out of range: {least:,} to {most:,}.")
         found.add(tokens)

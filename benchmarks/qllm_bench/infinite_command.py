@@ -69,7 +69,7 @@ def infinite(
         seed=seed,
     )
     if isinstance(plan.data, Path) and not plan.data.is_dir():
-        raise InvalidRequestError(f"{data!r} is no folder; --data takes the folder of the published files, or hub.")
+        raise InvalidRequestError(f"{data!r} is not a folder; --data takes the folder of the published files, or hub.")
     files = bench.read_files(plan)
     subject = options.open()
     show(bench.bench(subject, plan, files, policies, places, options.out).path)

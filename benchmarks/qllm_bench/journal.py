@@ -73,7 +73,7 @@ class Journal:
 
     Raises:
         InvalidRequestError: The file holds results of another subject, or another process has it.
-        DocumentError: The file is no journal, or the folder can't be written.
+        DocumentError: The file is not a journal, or the folder can't be written.
     """
 
     def __init__(self, out: Path, name: str, subject: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ class Journal:
                 raise ValueError
         except (ValueError, TypeError):
             raise DocumentError(
-                f"{self.path} is no journal of this benchmark; give another --out, or remove it."
+                f"{self.path} is not a journal of this benchmark; give another --out, or remove it."
             ) from None
         if whole < len(data):
             os.truncate(self.path, whole)

@@ -111,7 +111,6 @@ def report(journal: Journal) -> str:
     splits = list(dict.fromkeys(row["split"] for row in journal.rows))
     stacks = {(row["split"], row["key"].split("/")[3]) for row in journal.rows}
     documents = {split: sum(split == s for s, _ in stacks) for split in splits}
-    columns = {split: f"{split}, {n} document{'s' * (n > 1)}" for split, n in documents.items()}
     sections: dict[str, list[dict[str, Any]]] = {}
     within = {"setting": WITHIN, **_scores(answers.get(reference, {}), {})}
     for sweep, settings in named.items():
@@ -120,14 +119,26 @@ def report(journal: Journal) -> str:
             {"setting": name, "id": key, **_scores(answers.get(key, {}), base)} for name, key in settings.items()
         ]
     journal.report(documents=documents, within=within, sweeps=sections)
+    text = _tables(sections, within, documents)
+    journal.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    _draw(journal.path, sections, splits)
+    return text
+
+
+def _tables(
+    sections: Mapping[str, Sequence[Mapping[str, Any]]], within: Mapping[str, Any], documents: Mapping[str, int]
+) -> str:
+    """Markdown: a table per sweep, with the numbers of documents per split in its header."""
+    columns = [f"{split}, {n} document{'s' * (n > 1)}" for split, n in documents.items()]
     parts = []
     for sweep, rows in sections.items():
-        body = [_line(row, splits) for row in (*rows, within)]
-        header = [sweep, *(columns[split] for split in splits), *(f"won, lost ({split})" for split in splits)]
-        parts.append(tables.markdown(header, body))
-    text = "\n\n".join(parts)
-    path = journal.path
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        body = [_line(row, list(documents)) for row in (*rows, within)]
+        parts.append(tables.markdown([sweep, *columns, *(f"won, lost ({split})" for split in documents)], body))
+    return "\n\n".join(parts)
+
+
+def _draw(path: Path, sections: Mapping[str, Sequence[Mapping[str, Any]]], splits: Sequence[str]) -> None:
+    """Intervals of every sweep, and lines over the attention budget, as figures beside the journal."""
     groups = {
         sweep: [(row["setting"], {split: row[split] for split in splits if split in row}) for row in rows]
         for sweep, rows in sections.items()
@@ -135,19 +146,15 @@ def report(journal: Journal) -> str:
     }
     if groups:
         figures.intervals(path.with_name("policies_settings.png"), groups, get_args(Split))
-    if "budget" in sections:
-        panels: dict[str, dict[str, list[tuple[float, Any]]]] = {}
-        for row in sections["budget"]:
-            policy, _, budget = row["setting"].partition(", ")
-            for split in splits:
-                if budget and split in row:
-                    series = panels.setdefault(f"{split} documents", {})
-                    series.setdefault(policy, []).append((int(budget), row[split]))
-        if panels:
-            figures.lines(
-                path.with_name("policies_budget.png"), panels, "attention budget: window + looked up (tokens)"
-            )
-    return text
+    panels: dict[str, dict[str, list[tuple[float, Any]]]] = {}
+    for row in sections.get("budget", ()):
+        policy, _, budget = row["setting"].partition(", ")
+        for split in splits:
+            if budget and split in row:
+                series = panels.setdefault(f"{split} documents", {})
+                series.setdefault(policy, []).append((int(budget), row[split]))
+    if panels:
+        figures.lines(path.with_name("policies_budget.png"), panels, "attention budget: window + looked up (tokens)")
 
 
 def _scores(answers: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

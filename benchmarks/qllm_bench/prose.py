@@ -68,7 +68,7 @@ class Library:
 def _read(folder: Path) -> dict[str, str]:
     """Texts of the .txt files of a folder by name, line ends made uniform."""
     if not folder.is_dir():
-        raise DocumentError(f"{str(folder)!r} is no folder; --text takes a folder of .txt files.")
+        raise DocumentError(f"{str(folder)!r} is not a folder; --text takes a folder of .txt files.")
     try:
         files = {path.stem: path.read_text(encoding="utf-8-sig") for path in sorted(folder.glob("*.txt"))}
     except (OSError, UnicodeDecodeError) as error:

@@ -20,7 +20,7 @@ from qllm_bench.arguments import short
 from qllm_bench.environment import environment
 from qllm_bench.harness import Job, Label, run
 from qllm_bench.journal import Journal
-from qllm_bench.speed_measure import SHAPES, Measurement, memory_for
+from qllm_bench.speed_measure import SHAPES, Measurement, memory_for, trained_length
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, QLLMError, UnsupportedModelError
 from qllm_runtime.loading import locate
@@ -68,8 +68,7 @@ def resolve(name: str, device: str, dtype: str) -> tuple[str, MemoryConfig]:
     support = check_support(where)
     if not support.ok:
         raise UnsupportedModelError(f"{name!r}: {support.reason}")
-    config = AutoConfig.from_pretrained(where).get_text_config()
-    return place, memory_for(name, int(getattr(config, "max_position_embeddings", None) or 4096))
+    return place, memory_for(name, trained_length(AutoConfig.from_pretrained(where)))
 
 
 def policy_memory(base: MemoryConfig, policy: str) -> MemoryConfig:

@@ -83,6 +83,11 @@ def build(name: str, device: str, dtype: str) -> PreTrainedModel:
     return model.eval()
 
 
+def trained_length(config: Any) -> int:
+    """Tokens a model was trained for, by its configuration; 4,096 where it does not say."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 4096)
+
+
 def memory_for(name: str, trained_length: int) -> MemoryConfig:
     """Memory settings a model is measured with unless others are given."""
     return MemoryConfig(**SMALL_MEMORY) if name == "random" else MemoryConfig.for_model(trained_length)

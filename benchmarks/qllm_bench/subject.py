@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from qllm_bench.oracle import forced, needed_tokens
+from qllm_bench.speed_measure import trained_length
 from qllm_runtime.config import MemoryConfig, Policy
 from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.engine import QLLM
@@ -141,8 +142,7 @@ class Subject:
     @property
     def trained_length(self) -> int:
         """Tokens the model was trained for."""
-        config = self.llm.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 4096)
+        return trained_length(self.llm.model.config)
 
     @property
     def device(self) -> str:
@@ -276,7 +276,7 @@ def fingerprint(network: Any) -> str:
 
 
 def changed(base: MemoryConfig, changes: Mapping[str, Any]) -> MemoryConfig:
-    """A memory configuration with changes; what hangs together follows.
+    """A memory configuration with changes; dependent settings are adjusted.
 
     ``exec_block_size`` stays within a smaller window; where every key represented its block it still does in blocks of
     another size.

@@ -163,12 +163,12 @@ def _own(subject: Subject, order: Order, text: str) -> Named:
     for item in split_list(text):
         name, equals, value = item.partition("=")
         if not equals:
-            raise InvalidConfigError(f"{item!r} is no setting; write field=value, e.g. query_weight=2,summary=mean.")
+            raise InvalidConfigError(f"{item!r} is not a setting; write field=value, e.g. query_weight=2,summary=mean.")
         try:
             changes[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise InvalidConfigError(
-                f"{item!r} is no setting; its value is no number, word or true or false."
+                f"{item!r} is not a setting; its value must be a number, a word, true or false."
             ) from None
     place = changes.pop("order", order)
     if place not in ORDERS:

@@ -203,7 +203,7 @@ def test_the_same_questions_are_asked_of_every_system(tmp_path, capsys, encoder)
         (("--embeddings", "/nowhere/model"), "Cannot load the embedding model '/nowhere/model'"),
         (("--lengths", "256"), "do not fit 256 tokens; raise --lengths"),
         (("--n-local", "8"), "the local window of 'qllm' has 8; raise --n-local"),
-        (("--text", "/nowhere"), "'/nowhere' is no folder"),
+        (("--text", "/nowhere"), "'/nowhere' is not a folder"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, arguments, message):

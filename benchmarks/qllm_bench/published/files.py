@@ -14,7 +14,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSON Lines file, or of a file that holds one JSON list.
 
     Raises:
-        DatasetError: The file is missing or unreadable, or a line is no JSON object.
+        DatasetError: The file is missing or unreadable, or a line is not a JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
