@@ -175,7 +175,7 @@ def _each(source: Documents | Iterable[Documents]) -> Iterable[Documents]:
     single = isinstance(source, str | bytes | Path | types.Document | LangChainDocument | Blob | BaseLoader)
     if not single and (isinstance(source, Mapping) or not isinstance(source, Iterable)):
         raise DocumentError(
-            f"A {type(source).__name__} is no document; pass text, a Path, a Document, a loader or several of them."
+            f"A {type(source).__name__} is not a document; pass text, a Path, a Document, a loader or several of them."
         )
     return [source] if single else source  # type: ignore[list-item,return-value]
 
@@ -190,7 +190,7 @@ def _read(item: Any) -> types.Document:
             {**read.metadata, **item.metadata, **({"source": item.source} if item.source else {})},
         )
     if not isinstance(item, str):
-        raise DocumentError(f"A {type(item).__name__} is no document; pass text, a Path, a Document or a loader.")
+        raise DocumentError(f"A {type(item).__name__} is not a document; pass text, a Path, a Document or a loader.")
     return document_from_text(item)
 
 

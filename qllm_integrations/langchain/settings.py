@@ -58,12 +58,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Check the keyword arguments of a call that nothing else checks.
 
     Raises:
-        InvalidConfigError: `timeout` is no positive number.
+        InvalidConfigError: `timeout` is not a positive number.
         InvalidRequestError: An argument of the wrong type.
     """
     timeout = options.get("timeout")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
-        raise InvalidConfigError(f"timeout={timeout!r} is no number of seconds above 0.")
+        raise InvalidConfigError(f"timeout={timeout!r} must be a positive number of seconds.")
     for name, (kind, takes) in _OPTION_KINDS.items():
         value = options.get(name)
         if value is not None and not isinstance(value, kind):

@@ -36,7 +36,7 @@ def to_openai(tools: Sequence[AnyTool], strict: bool | None = None) -> list[dict
                 "or a dictionary with name and parameters."
             ) from None
         if not isinstance(name, str):
-            raise InvalidRequestError(f"{_describe(tool)} has a name that is no string: {name!r}.")
+            raise InvalidRequestError(f"{_describe(tool)} has a name that is not a string: {name!r}.")
         if openai not in converted:
             converted.append(openai)
     return converted

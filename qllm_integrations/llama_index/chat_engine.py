@@ -20,7 +20,7 @@ from qllm_integrations.llama_index.documents import citable_block
 
 
 class WholeDocumentChatEngine(BaseChatEngine):
-    """A chat engine whose every message is looked up anew in the whole documents.
+    """A chat engine that looks up passages anew for every message.
 
     The documents are read once and stay ahead of the conversation; the newest message is the query, no model rewrites
     it. A message that fails leaves no trace in the history.

@@ -81,7 +81,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         template_kwargs: Further variables of the chat template.
 
     Every sampling field, `mode`, `reread`, `template_kwargs` and `show_progress` can also be given to a single call, as can
-    `query` (the text to look up), `memory` (from :meth:`read`), `tools`, `tool_choice` and `response_schema` (a JSON
+    `query` (the text that guides the lookups), `memory` (from :meth:`read`), `tools`, `tool_choice` and `response_schema` (a JSON
     schema).
 
     Examples:

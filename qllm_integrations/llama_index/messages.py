@@ -81,7 +81,7 @@ def to_request(messages: Sequence[ChatMessage], query: str | None = None, *, wit
 
     Args:
         messages: The conversation.
-        query: The text to look up, when the caller knows it.
+        query: The text that guides the lookups, when the caller knows it.
         with_memory: Whether documents stand in a memory ahead of the messages.
 
     Raises:

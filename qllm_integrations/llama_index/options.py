@@ -50,7 +50,7 @@ def tool_specs(tools: Any) -> list[Mapping[str, Any]]:
     """Tools in OpenAI's form.
 
     Raises:
-        InvalidRequestError: Not a sequence, or something in it is no tool.
+        InvalidRequestError: Not a sequence, or something in it is not a tool.
     """
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Iterable):
         raise InvalidRequestError(f"tools takes a sequence of tools, got {_kind(tools)}; write tools=[tool].")
@@ -65,7 +65,7 @@ def _specified(tool: Any) -> Mapping[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InvalidRequestError(
-            f"tools holds {_kind(tool)} that is no tool; give LlamaIndex tools, or dicts in OpenAI's form: "
+            f"tools holds {_kind(tool)} that is not a tool; give LlamaIndex tools, or dicts in OpenAI's form: "
             '{"type": "function", "function": {"name": ..., "parameters": ...}}.'
         )
     return dict(tool)
@@ -75,7 +75,7 @@ def reading(memory: Any) -> Reading | None:
     """The memory of a call; one that an index keeps says what of it was read for the call.
 
     Raises:
-        InvalidRequestError: It is no memory of documents.
+        InvalidRequestError: It is not a memory of documents.
     """
     if memory is None or isinstance(memory, Reading):
         return memory
@@ -90,7 +90,7 @@ def check_schema(schema: Any) -> None:
     """Refuse what cannot be a JSON schema.
 
     Raises:
-        InvalidRequestError: It is no dict.
+        InvalidRequestError: It is not a dict.
     """
     if schema is not None and not isinstance(schema, Mapping):
         raise InvalidRequestError(

@@ -28,10 +28,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_llama.byte_tokenizer(SPECIALS, TEMPLATE, clean_up_tokenization_spaces=False)
 
 
-def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """The model; `seed` draws the random part."""
+def model(tokens: PreTrainedTokenizerFast, seed: int = 0, reply: str = REPLY) -> LlamaForCausalLM:
+    """The model; `seed` draws the random part. No byte of `reply` may come twice."""
     llama = byte_llama.random_llama(tokens, 64, seed)
-    chain = [*tokens.convert_tokens_to_ids(list(REPLY)), tokens.eos_token_id]
+    chain = [*tokens.encode(reply, add_special_tokens=False), tokens.eos_token_id]
     state = dict.fromkeys(range(len(tokens)), 0) | {token: i + 1 for i, token in enumerate(chain[:-1])}
     state |= dict.fromkeys(tokens.convert_tokens_to_ids(list("0123456789")), len(chain) - 1)
     with torch.no_grad():
@@ -45,10 +45,10 @@ def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
     return llama
 
 
-def save(folder: Path, seed: int = 0) -> str:
+def save(folder: Path, seed: int = 0, reply: str = REPLY) -> str:
     """Write model and tokenizer as a checkpoint and return its path."""
     tokens = tokenizer()
-    return byte_llama.save(folder, model(tokens, seed), tokens)
+    return byte_llama.save(folder, model(tokens, seed, reply), tokens)
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:

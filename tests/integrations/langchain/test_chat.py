@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import replace
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine_lc import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ishmael import REPLY
+from ishmael import REPLY, save
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -22,7 +22,7 @@ from langchain_core.runnables import RunnablePassthrough
 
 from qllm_integrations.langchain import QLLMChat
 from qllm_runtime.errors import ClosedError, ContextOverflowError, InvalidConfigError, InvalidRequestError
-from qllm_runtime.types import Piece
+from tests.integrations.scripted_engine import thoughtful
 
 BOOK = "It was a quiet night. Call me Ishmael. Some years ago I went to sea. " * 20
 MESSAGES = [
@@ -109,7 +109,7 @@ def test_usage_callback_counts_by_model(tiny: QLLMChat, tiny_path: str) -> None:
 def test_one_beginning_of_sequence(tiny: QLLMChat) -> None:
     engine = FakeEngine()
     QLLMChat.from_engine(engine).invoke(MESSAGES)
-    assert list(engine.calls[0]["prompt"].ids).count(engine.tokenizer.bos_token_id) == 1
+    assert list(engine.requests[0]["prompt"].ids).count(engine.tokenizer.bos_token_id) == 1
 
 
 def test_finish_reason_length(tiny: QLLMChat) -> None:
@@ -127,11 +127,11 @@ def test_stop_strings_cut_at_the_first_occurrence(tiny_path: str, stops: list[st
     assert not any(stop in chunk.text for chunk in streamed for stop in stops)
 
 
-def test_characters_are_never_split() -> None:
-    engine = FakeEngine(reply="a 🌊 wave, naïve")
-    pieces = [chunk.text for chunk in QLLMChat.from_engine(engine).stream("hi")]
-    assert "".join(pieces) == engine.reply
-    assert not any("\ufffd" in piece for piece in pieces)
+def test_characters_are_never_split(tmp_path: Path) -> None:
+    reply = "🌊 naïf"  # one token per byte
+    pieces = [chunk.text for chunk in QLLMChat(model=save(tmp_path, reply=reply)).stream("hi")]
+    assert "".join(pieces) == reply
+    assert [piece for piece in pieces if piece and ord(piece[0]) > 127] == ["🌊", "ï"]
 
 
 def test_logprobs_cover_every_token(tiny: QLLMChat) -> None:
@@ -157,14 +157,14 @@ def test_call_options_win_over_the_constructor() -> None:
         mode="read_once",
         stop=["y"],
     )
-    sampling = engine.calls[0]["sampling"]
+    sampling = engine.requests[0]["sampling"]
     assert (sampling.temperature, sampling.max_tokens, sampling.top_p, sampling.top_k) == (0.1, 4, 0.9, 3)
     assert (sampling.min_p, sampling.seed, sampling.repetition_penalty, sampling.stop) == (0.1, 1, 1.1, ("x", "y"))
-    assert engine.calls[0]["mode"] == "read_once"
+    assert engine.requests[0]["mode"] == "read_once"
     llm.invoke("hi")
-    assert engine.calls[1]["sampling"].max_tokens == 50
+    assert engine.requests[1]["sampling"].max_tokens == 50
     llm.bind(query="Which?").invoke(MESSAGES)
-    assert engine.calls[2]["query"] == "Which?"
+    assert engine.requests[2]["query"] == "Which?"
 
 
 def test_a_model_can_be_named_per_call(tiny: QLLMChat, other_path: str) -> None:
@@ -234,7 +234,7 @@ def test_leaving_a_stream_stops_the_engine() -> None:
     next(stream)
     stream.close()
     assert engine.running == 0
-    assert engine.n_generated < 10
+    assert engine.tokens_written < 10
 
 
 def test_leaving_a_real_stream_leaves_the_model_free(tiny: QLLMChat) -> None:
@@ -405,22 +405,9 @@ def test_a_question_is_needed_where_it_matters(tiny: QLLMChat) -> None:
         tiny.invoke([HumanMessage(MESSAGES[0].content[:1])])
 
 
-class Thoughtful(FakeEngine):
-    """Thinks ahead of its reply."""
-
-    def chat_stream(self, turns: Any, **options: Any) -> Any:
-        yield Piece("", reasoning="Ishmael")
-        yield Piece("", reasoning=" spoke.")
-        for piece in super().chat_stream(turns, **options):
-            if piece.answer is not None:
-                usage = replace(piece.answer.usage, reasoning_tokens=7)
-                piece = replace(piece, answer=replace(piece.answer, reasoning="Ishmael spoke.", usage=usage))
-            yield piece
-
-
 @pytest.mark.parametrize("version", [None, "v1"])
 def test_thoughts_are_reasoning_blocks_and_no_part_of_the_text(version: str | None) -> None:
-    engine = Thoughtful()
+    engine = thoughtful(FakeEngine(), "Ishmael spoke.", 7)
     llm = QLLMChat.from_engine(engine, output_version=version)
     whole, streamed = llm.invoke(MESSAGES), merged(llm)
     for message in (whole, streamed):
@@ -433,4 +420,4 @@ def test_thoughts_are_reasoning_blocks_and_no_part_of_the_text(version: str | No
     # an earlier answer's thought is not read again
     again = llm.invoke([*MESSAGES, whole, HumanMessage("And then?")])
     assert again.text == REPLY
-    assert not any("spoke" in turn.text for turn in engine.calls[-1]["turns"])
+    assert not any("spoke" in turn.text for turn in engine.requests[-1]["turns"])

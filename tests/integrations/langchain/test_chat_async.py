@@ -61,7 +61,7 @@ async def settled(engine: FakeEngine) -> tuple[int, int]:
     """Steps done by the engine once it has stopped."""
     while engine.running:
         await asyncio.sleep(0.005)
-    return engine.n_read, engine.n_generated
+    return engine.n_read, engine.tokens_written
 
 
 async def test_the_loop_goes_on_while_the_engine_works() -> None:
@@ -143,7 +143,7 @@ async def test_leaving_a_stream_stops_within_a_token(how: str) -> None:
         del stream, consume, task
         gc.collect()
         await asyncio.sleep(0)
-    n_generated = engine.n_generated
+    n_generated = engine.tokens_written
     assert (await settled(engine))[1] <= n_generated + 1
 
 

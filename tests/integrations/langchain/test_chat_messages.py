@@ -180,7 +180,7 @@ def test_the_routed_span_is_exactly_the_question(
     if tokenizer == "merges":
         engine.tokenizer = merging_tokenizer()
     ai = QLLMChat.from_engine(engine, mode=mode).invoke(messages)
-    prompt = engine.calls[0]["prompt"]
+    prompt = engine.requests[0]["prompt"]
     assert [engine.tokenizer.decode(prompt.ids[a:b]) for a, b in prompt.query_spans] == [query] * len(
         prompt.query_spans
     )
@@ -195,7 +195,7 @@ def test_the_routed_span_is_exactly_the_question(
 def test_every_document_token_is_in_the_prompt() -> None:
     engine = FakeEngine()
     QLLMChat.from_engine(engine).invoke([HumanMessage([plain(text=BOOK), plain(text=BOOK[::-1]), TEXT])])
-    prompt = engine.calls[0]["prompt"]
+    prompt = engine.requests[0]["prompt"]
     texts = [engine.tokenizer.decode(prompt.ids[span.start : span.end]) for span in prompt.document_spans]
     assert texts == [BOOK, BOOK[::-1]]
 
@@ -254,8 +254,8 @@ def test_a_conversation_goes_on_after_a_call_that_was_cut_off(version: str | Non
     whole, streamed = llm.invoke("hi"), reduce(add, llm.stream("hi"))
     for ai in (whole, streamed):
         llm.invoke([HumanMessage("hi"), ai, HumanMessage("Go on.")])
-        assert [turn.text for turn in engine.calls[-1]["turns"]] == ["hi", "Hm.", "Go on."]
-        assert not engine.calls[-1]["turns"][1].extras
+        assert [turn.text for turn in engine.requests[-1]["turns"]] == ["hi", "Hm.", "Go on."]
+        assert not engine.requests[-1]["turns"][1].extras
     for ai in [whole] if version else [whole, streamed]:
         assert [block["type"] for block in ai.content_blocks] == ["text", "invalid_tool_call"]
         assert ai.content_blocks[1]["args"] == ai.invalid_tool_calls[0]["args"]
@@ -276,7 +276,7 @@ def test_all_leading_system_turns_are_the_system_text() -> None:
         assert translate([*messages, AIMessage("Hm."), SystemMessage("Late.")]).system == system
         engine = FakeEngine()
         QLLMChat.from_engine(engine).invoke(messages)
-        assert engine.calls[0]["memory"].system == system
+        assert engine.requests[0]["memory"].system == system
 
 
 def test_reasoning_and_cache_marks_are_passed_over() -> None:
@@ -389,7 +389,7 @@ def test_a_format_instruction_is_read_but_not_routed(mode: Any, times: int) -> N
         {"title": "Writer", "type": "object", "properties": {"name": {"type": "string"}}}
     )
     llm.invoke([HumanMessage([plain(text=BOOK), TEXT])])
-    call = engine.calls[0]
+    call = engine.requests[0]
     assert call["query"] == ASK
     assert "JSON schema" in call["turns"][-1].content[-1]
     assert [engine.tokenizer.decode(call["prompt"].ids[a:b]) for a, b in call["prompt"].query_spans] == [ASK] * times

@@ -25,7 +25,7 @@ def asked(messages: list[BaseMessage], *, schema: bool = False) -> tuple[Turn, .
     engine = FakeEngine()
     llm: Any = QLLMChat.from_engine(engine)
     (llm.with_structured_output(WRITER) if schema else llm).invoke(messages)
-    turns: tuple[Turn, ...] = engine.calls[0]["turns"]
+    turns: tuple[Turn, ...] = engine.requests[0]["turns"]
     return turns
 
 
@@ -76,7 +76,7 @@ def test_a_memory_in_the_messages_goes_ahead_of_the_models_own() -> None:
         qa = llm.with_memory(own)
         qa.invoke([HumanMessage([other.block(), {"type": "text", "text": ASK}])])
         qa.invoke(ASK)
-        assert [call["memory"] for call in engine.calls] == [other.memory, own.memory]
+        assert [call["memory"] for call in engine.requests] == [other.memory, own.memory]
 
 
 @pytest.mark.parametrize(("policy", "query_source"), [("qllm", "none"), ("full", "fallback")])
@@ -87,4 +87,4 @@ def test_a_long_message_is_a_question_only_where_nothing_is_looked_up(policy: An
         warnings.simplefilter("error")  # nothing is read that could be guided
         ai = QLLMChat.from_engine(engine).invoke(long)
     assert ai.response_metadata["qllm"]["query_source"] == query_source
-    assert bool(engine.calls[0]["query"]) == (query_source != "none")
+    assert bool(engine.requests[0]["query"]) == (query_source != "none")

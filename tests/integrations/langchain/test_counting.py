@@ -45,7 +45,7 @@ def test_files_in_the_form_of_openai() -> None:
         block = {"type": "file", "file": {"file_data": data, "filename": "novel"}}
         counted = llm.get_num_tokens_from_messages([HumanMessage([block, TEXT])])
         assert llm.invoke([HumanMessage([block, TEXT])]).usage_metadata["input_tokens"] == counted
-        for request in (translate([HumanMessage([block, TEXT])]).documents, engine.calls[-1]["turns"][0].documents):
+        for request in (translate([HumanMessage([block, TEXT])]).documents, engine.requests[-1]["turns"][0].documents):
             (document,) = request
             assert (document.text.strip(), document.title) == ("Call me Ishmael.", "novel")
     assert translate([HumanMessage([{"type": "file", "file": {"file_id": "mem-1"}}, TEXT])]).memory_id == "mem-1"

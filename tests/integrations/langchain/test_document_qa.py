@@ -58,13 +58,13 @@ async def test_asynchronously(llm: QLLMChat) -> None:
 def test_what_was_said_before_is_part_of_the_conversation(qa: DocumentQA, engine: FakeEngine) -> None:
     history = [HumanMessage("Is it a novel?"), ("ai", "It is.")]
     out = qa.invoke({"input": QUESTION, "chat_history": history})
-    assert [(turn.role, turn.text) for turn in engine.calls[-1]["turns"]] == [
+    assert [(turn.role, turn.text) for turn in engine.requests[-1]["turns"]] == [
         ("user", "Is it a novel?"),
         ("assistant", "It is."),
         ("user", QUESTION),
     ]
-    assert engine.calls[-1]["query"] == QUESTION
-    assert engine.calls[-1]["memory"] is qa.handle.memory
+    assert engine.requests[-1]["query"] == QUESTION
+    assert engine.requests[-1]["memory"] is qa.handle.memory
     assert out["chat_history"] is history
     assert qa.invoke({"input": QUESTION, "chat_history": []})["answer"] == REPLY
 
@@ -141,7 +141,7 @@ async def test_leaving_early_stops_the_model() -> None:
         if "answer" in piece:
             break
     await asyncio.sleep(0.1)
-    assert engine.n_generated < 100
+    assert engine.tokens_written < 100
 
 
 async def test_a_chat_model_of_its_own_is_closed_with_it() -> None:

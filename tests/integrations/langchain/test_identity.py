@@ -93,7 +93,7 @@ def test_a_cache_hits_for_the_same_request_only() -> None:
     llm = QLLMChat.from_engine(engine, cache=cache)
     for options in ({}, {}, {"max_tokens": 3}, {"query": "Which?"}, {"query": "Which?"}):
         llm.invoke("hi", **options)
-    assert len(engine.calls) == 3
+    assert len(engine.requests) == 3
     assert llm.invoke("hi").text == REPLY
 
 
@@ -208,5 +208,5 @@ def test_configurable_fields_keep_the_engine_and_its_memories() -> None:
     for chat in (llm, llm.with_memory(handle)):
         short = chat.configurable_fields(max_tokens=ConfigurableField(id="n")).with_config(configurable={"n": 3})
         assert short.invoke("hi").text == REPLY[:3]
-    assert [call["memory"] for call in engine.calls] == [None, handle.memory]
+    assert [call["memory"] for call in engine.requests] == [None, handle.memory]
     assert "State" not in repr(llm) + dumps(llm) + llm._get_llm_string()

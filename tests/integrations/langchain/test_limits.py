@@ -84,7 +84,7 @@ async def test_an_answer_that_takes_too_long_is_given_up(run: Callable[..., Any]
     llm = QLLMChat.from_engine(engine, max_tokens=CHUNKS, streaming=streaming)
     with pytest.raises(TimeoutError, match=r"timeout=0\.3"):
         await run(llm, AsyncCallbackHandler(), timeout=0.3)
-    assert 0 < engine.n_generated < CHUNKS
+    assert 0 < engine.tokens_written < CHUNKS
 
 
 @pytest.mark.parametrize("run", [invoke, stream, read])
@@ -112,7 +112,7 @@ async def test_a_handlers_error_at_the_end_of_the_reading_stops_the_answer(run: 
     engine = FakeEngine(reply="x" * 200, step=0.01)
     with pytest.raises(ArithmeticError, match="no"):
         await run(QLLMChat.from_engine(engine, max_tokens=200), Refuses(at=1))
-    assert engine.n_generated < 100
+    assert engine.tokens_written < 100
 
 
 async def test_reading_ahead_ends_with_what_the_last_event_raised() -> None:

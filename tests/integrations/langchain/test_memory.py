@@ -245,7 +245,7 @@ def test_requests_at_once_read_a_document_once_and_closing_frees_it() -> None:
     answers.append(warm.invoke(marked(BOOK)))
     assert len(memories) == 1
     assert sorted(details(ai)["cache_creation"] > 0 for ai in answers) == [False] * 3 + [True]
-    engine.calls.clear()
+    engine.requests.clear()
     llm.close()
     assert alive(memories) == 0
 
@@ -284,7 +284,7 @@ def test_closing_during_a_reading_keeps_nothing() -> None:
     time.sleep(0.1)
     llm.close()
     asking.join()
-    assert (len(memories), alive(memories), engine.calls) == (1, 0, [])
+    assert (len(memories), alive(memories), engine.requests) == (1, 0, [])
 
 
 def test_nothing_is_kept_alive_by_a_chat_model_that_is_gone() -> None:
@@ -292,7 +292,7 @@ def test_nothing_is_kept_alive_by_a_chat_model_that_is_gone() -> None:
     memories, llm = read_memories(engine), QLLMChat.from_engine(engine)
     for i in range(6):
         llm.invoke(marked(f"Book {i}."))
-    engine.calls.clear()
+    engine.requests.clear()
     assert alive(memories) == 4
     llm.add_documents(BOOK)
     assert alive(memories) == 5
@@ -359,9 +359,9 @@ def test_sources_that_are_no_documents_are_refused(tmp_path: Path) -> None:
     file.write_text(BOOK, encoding="utf-8")
     for source, words in (
         (str(file), "pathlib.Path"),
-        (3, "int is no document"),
+        (3, "int is not a document"),
         ([], "no documents"),
-        ({"text": "x"}, "dict is no document"),
+        ({"text": "x"}, "dict is not a document"),
         ([3], "int"),
     ):
         with pytest.raises(DocumentError, match=words):
@@ -387,13 +387,13 @@ def test_a_stuff_documents_chain_works_unmodified(tiny: QLLMChat) -> None:
     create_stuff_documents_chain(QLLMChat.from_engine(engine), QLLM_STUFF_PROMPT).invoke(
         {"context": books, "input": "Who speaks?"}
     )
-    (turn,) = engine.calls[0]["turns"]
+    (turn,) = engine.requests[0]["turns"]
     assert turn.documents == (types.Document(f"{BOOK}\n\n{{braces}} {OTHER}"),)
-    assert engine.calls[0]["query"] == "Who speaks?"
+    assert engine.requests[0]["query"] == "Who speaks?"
     assert create_stuff_documents_chain(QLLMChat.from_engine(engine), QLLM_STUFF_PROMPT).invoke(
         {"context": [], "input": "Who speaks?"}
     )
-    assert engine.calls[1]["turns"] == (types.Turn("user", ("Who speaks?",)),)
+    assert engine.requests[1]["turns"] == (types.Turn("user", ("Who speaks?",)),)
 
 
 def test_progress_is_shown(tiny: QLLMChat, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,8 +118,8 @@ def test_tools_are_shown_unless_none() -> None:
     llm = QLLMChat.from_engine(engine)
     llm.bind_tools([weather]).invoke("hi")
     llm.bind_tools([weather], tool_choice="none").invoke("hi")
-    assert "weather" in engine.tokenizer.decode(engine.calls[0]["prompt"].ids)
-    assert "weather" not in engine.tokenizer.decode(engine.calls[1]["prompt"].ids)
+    assert "weather" in engine.tokenizer.decode(engine.requests[0]["prompt"].ids)
+    assert "weather" not in engine.tokenizer.decode(engine.requests[1]["prompt"].ids)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_an_agent_loop() -> None:
     out = agent.invoke({"messages": [HumanMessage("How is the weather in Oslo?")]})
     assert [message.type for message in out["messages"]] == ["human", "ai", "tool", "ai"]
     assert out["messages"][-1].text == "Windy."
-    assert [call["query"] for call in engine.calls] == ["How is the weather in Oslo?"] * 2
+    assert [call["query"] for call in engine.requests] == ["How is the weather in Oslo?"] * 2
 
 
 def test_an_agent_with_a_response_format(tiny: QLLMChat) -> None:

@@ -25,7 +25,7 @@ class TestScripted(LLMCompliance):
 
     @pytest.fixture
     def slow_llm(self) -> FunctionCallingLLM:
-        return QLLM.from_engine(FakeEngine("Good evening. " * 200, delay=0.005))
+        return QLLM.from_engine(FakeEngine("Good evening. " * 200, step=0.005))
 
     @pytest.fixture
     def error_type(self) -> type[Exception]:

@@ -253,7 +253,7 @@ def history() -> dict[str, Any]:
 
 @pytest.mark.parametrize("streaming", [{}, {"streaming": True}])
 async def test_condense_question_streams(index: WholeDocumentIndex, engine: FakeEngine, streaming: Any) -> None:
-    engine.script, engine.delay = (lambda query, documents: "word " * 10), 0.005
+    engine.script, engine.step = (lambda query, documents: "word " * 10), 0.005
     chat = index.as_chat_engine("condense_question", **streaming, **history())
     started = time.perf_counter()
     answer = chat.stream_chat(QUESTION)

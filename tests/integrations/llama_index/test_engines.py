@@ -213,7 +213,7 @@ async def test_errors_keep_their_type(index: WholeDocumentIndex, engine: FakeEng
 
 
 async def test_cancelled_query_stops_the_model(index: WholeDocumentIndex, engine: FakeEngine) -> None:
-    engine.script, engine.delay = (lambda query, documents: "word " * 100), 0.01
+    engine.script, engine.step = (lambda query, documents: "word " * 100), 0.01
     task = asyncio.create_task(index.as_query_engine().aquery(QUESTION))
     await asyncio.sleep(0.1)
     task.cancel()

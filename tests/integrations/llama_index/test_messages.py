@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,11 @@ from qllm_integrations.llama_index import QLLM
 from qllm_integrations.llama_index.messages import to_request
 from qllm_runtime.errors import ClosedError, DocumentError, InvalidConfigError, InvalidRequestError
 from qllm_runtime.prompt import build_prompt
-from qllm_runtime.types import Document, Piece
+from qllm_runtime.types import Document
 from tests.integrations.byte_llama import byte_tokenizer
 from tests.integrations.llama_index.fake_engine import FakeEngine
 from tests.integrations.llama_index.tiny_model import SPECIALS, TEMPLATE
+from tests.integrations.scripted_engine import thoughtful
 from tests.office import EPUB, WORD, epub, word
 
 BOOK = "The lamp was lit at dusk. The secret number of the harbour is 4711. Nobody spoke."
@@ -337,7 +337,7 @@ def test_tools_without_choice_and_with_none(llm: QLLM, engine: FakeEngine) -> No
         ({"memory": {"n_local": 64}}, "a MemoryConfig goes to QLLM"),
         ({"tools": "x"}, "tools takes a sequence of tools, got a str"),
         ({"tools": 5}, "tools takes a sequence of tools, got a int"),
-        ({"tools": ["x"]}, "tools holds a str that is no tool"),
+        ({"tools": ["x"]}, "tools holds a str that is not a tool"),
         ({"tools": [{"name": "look"}]}, "OpenAI's form"),
         ({"response_schema": 5}, "response_schema takes a JSON schema as a dict, got a int"),
         ({"response_schema": BaseModel}, "got the class BaseModel"),
@@ -483,21 +483,8 @@ def test_few_documents_are_kept(llm: QLLM, engine: FakeEngine) -> None:
     assert len(llm.shelf) == 2
 
 
-class Thoughtful(FakeEngine):
-    """Thinks ahead of its answer."""
-
-    def chat_stream(self, turns: Any, **arguments: Any) -> Any:
-        yield Piece("", reasoning="Look")
-        yield Piece("", reasoning=" it up.")
-        for piece in super().chat_stream(turns, **arguments):
-            if piece.answer is not None:
-                usage = replace(piece.answer.usage, reasoning_tokens=5)
-                piece = replace(piece, answer=replace(piece.answer, reasoning="Look it up.", usage=usage))
-            yield piece
-
-
 def test_thoughts_are_thinking_blocks_and_no_part_of_the_answer() -> None:
-    llm = QLLM.from_engine(Thoughtful("It is 4711."))
+    llm = QLLM.from_engine(thoughtful(FakeEngine("It is 4711."), "Look it up.", 5))
     question = [ChatMessage(QUESTION)]
     whole, streamed = llm.chat(question), list(llm.stream_chat(question))
     for message in (whole.message, streamed[-1].message):
