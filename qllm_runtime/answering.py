@@ -37,7 +37,7 @@ from qllm_runtime.types import (
 
 #: Tokens of an answer that memories are sized for ahead; beyond that they grow.
 ROOM = 4096
-#: Of the tokens an answer may have, a thought gets so many at most; then it is closed, so that there is an answer.
+#: Largest share of max_tokens that a thought may use; then it is closed, so that there is an answer.
 THOUGHT_SHARE = 0.75
 
 
@@ -86,7 +86,7 @@ def resume(
     reading: tuple[Prompt, MemoryCache] | None,
     room: int = 0,
 ) -> tuple[MemoryCache, int]:
-    """Memories to read `prompt` into, with room for so many tokens behind it, and how many of its tokens `reading` holds."""
+    """Memories to read `prompt` into, with room for `room` tokens after it, and how many of its tokens `reading` holds."""
     if reading is None:
         return inference.cache(config, reserve=len(prompt.ids) + room), 0
     before, cache = reading
@@ -97,7 +97,7 @@ def resume(
 def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
     """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already.
 
-    Its last token never was: what follows it is known only when it is read, and no memory can be read one token less of.
+    The last token always has to be read: what follows it is known only then, and a memory cannot be rewound by one token.
     """
     room = min(request.sampling.max_tokens, ROOM)
     cache, known = resume(request.inference, request.config, prompt, request.reading, room)
@@ -125,7 +125,7 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
 
     Args:
         request: The request.
-        cancelled: Asked within every chunk and token.
+        cancelled: Polled before every chunk and after every token.
         prompt: Its layout, when that is known already.
     """
     began = time.perf_counter()
@@ -256,7 +256,7 @@ def _write(
         logits = request.inference.step(cache, [token])
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer, from the model's configurations and the tokenizer."""
     found: set[int] = set()
     for holder in (model.generation_config, model.config.get_text_config(), tokenizer):
@@ -287,11 +287,11 @@ def generate(
     progress: Progress | None,
     cancelled: Cancelled,
 ) -> list[list[int]]:
-    """Continue rows of token ids; rows share forward passes and nothing else. The tokenizer is for stop strings only."""
+    """Continue rows of token ids, which share forward passes only. `tokenizer`: for stop strings and end tokens, or None."""
     check_questions((span for span in spans if span is not None), config)
     samplers = [Sampler(sampling) for _ in rows]
     texts = [TextStream(tokenizer, sampling.stop) if sampling.stop else None for _ in rows]
-    ends = end_tokens(inference.model)
+    ends = end_tokens(inference.model, tokenizer)
     total = sum(len(row) for row in rows)
     done = 0
 
@@ -322,8 +322,12 @@ def generate(
                 tokens[number] = None
                 if token in ends:
                     sampler.ids.pop()
-                elif text is not None and text.push(token) is not None and text.stopped:
-                    sampler.ids = text.kept()
-                elif len(sampler.ids) < sampling.max_tokens:
+                    continue
+                if text is not None:
+                    text.push(token)
+                    if text.stopped:
+                        sampler.ids = text.kept()
+                        continue
+                if len(sampler.ids) < sampling.max_tokens:
                     tokens[number] = token
     return [sampler.ids for sampler in samplers]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from operator import index
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.documents import document_from_text
 from qllm_runtime.errors import DocumentError, InvalidRequestError
 from qllm_runtime.folders import load_path
-from qllm_runtime.types import Document
+from qllm_runtime.types import Document, Turn, is_blank
 
 DocumentLike = str | Path | Document
 """Text, the path of a file or a folder, or a document."""
+Documents = DocumentLike | Sequence[DocumentLike] | DocumentMemory
+"""What may be passed as documents."""
 
 
 def as_documents(documents: DocumentLike | Sequence[DocumentLike]) -> tuple[Document, ...]:
@@ -30,17 +34,60 @@ def as_documents(documents: DocumentLike | Sequence[DocumentLike]) -> tuple[Docu
     if not items:
         raise DocumentError("No document was given.")
     whole: list[Document] = []
-    for number, item in enumerate(items):
+    for number, item in enumerate(items, 1):
         if isinstance(item, Path):
             whole += load_path(item)
             continue
         if not isinstance(item, str | Document):
             raise DocumentError(f"Document {number} is a {type(item).__name__}; pass text, a Path or a Document.")
         document = document_from_text(item) if isinstance(item, str) else item
-        if not document.text.strip():
+        if is_blank(document.text):
             raise DocumentError(f"Document {number} ({document.title or 'untitled'}) has no text.")
         whole.append(document)
     return tuple(whole)
+
+
+def conversation(
+    question: str, documents: Documents | None, system: str | None, history: Sequence[Turn]
+) -> tuple[list[Turn], DocumentMemory | None]:
+    """The turns of a question about documents, and what was read of these before.
+
+    Raises:
+        DocumentError: As `as_documents`.
+        InvalidRequestError: An empty question, no documents, or an argument of the wrong type.
+    """
+    if not isinstance(question, str):
+        raise InvalidRequestError(f"The question is of type {type(question).__name__}; it takes a str.")
+    if not question.strip():
+        raise InvalidRequestError("The question is empty.")
+    if documents is None:
+        raise InvalidRequestError(
+            "No document to ask of; pass documents=, or use chat() for a conversation without one."
+        )
+    opening = [Turn("system", system)] if system else []
+    turns = [*opening, *as_turns(history, None), Turn("user", question)]
+    if isinstance(documents, DocumentMemory):
+        return turns, documents
+    first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+    turns[first] = replace(turns[first], content=(*as_documents(documents), *turns[first].content))
+    return turns, None
+
+
+def as_turns(turns: Any, memory: Any) -> tuple[Turn, ...]:
+    """The turns of a conversation, which is about `memory`.
+
+    Raises:
+        InvalidRequestError: One of the two is something else.
+    """
+    whole = tuple(turns) if isinstance(turns, Iterable) else (turns,)
+    if not all(isinstance(turn, Turn) for turn in whole):
+        raise InvalidRequestError("A conversation is a sequence of Turns; pass [Turn('user', ...)], or use ask().")
+    if not isinstance(memory, DocumentMemory | None):
+        raise InvalidRequestError(
+            f"memory= is of type {type(memory).__name__}; it takes a DocumentMemory, which read() returns. The layout of "
+            "memories (MemoryConfig) is set where the QLLM is made, or as its attribute `memory`."
+        )
+    return whole
 
 
 def as_rows(

@@ -22,7 +22,8 @@ class DocumentMemory:
     """Key/value memory of documents, made by `QLLM.read`.
 
     Any number of questions may be asked of it, from any number of threads; each one continues on a fork that shares the
-    blocks and leaves this memory as it was. Its blocks are freed by `close()`, at the end of a `with` block, or with it.
+    blocks and leaves this memory as it was. Its blocks are freed by `close()`, at the end of a `with` block, or when it is
+    garbage-collected.
 
     Attributes:
         id: Unique name.
@@ -64,7 +65,7 @@ class DocumentMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and summaries held."""
+        """Bytes of keys, values and summaries on the model's device, without blocks that `device_blocks` keeps on the host."""
         cache = self._cache
         return 0 if cache is None else cache.nbytes()
 
@@ -87,8 +88,8 @@ class DocumentMemory:
     def save(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
         """Write it to a folder, for `QLLM.load_memory` in another process or on another day; texts are part of it.
 
-        Keys and values take their size in the model's dtype (`nbytes`, about). A reading that is in the folder already is
-        replaced when the new one is whole.
+        Keys and values take their size in the model's dtype: about `nbytes`, more with `device_blocks`. A reading that is in
+        the folder already is replaced when the new one is whole.
 
         Args:
             path: The folder; it need not be there.

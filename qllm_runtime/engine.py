@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm_runtime import answering, saving
-from qllm_runtime.arguments import DocumentLike, as_documents, as_rows
+from qllm_runtime.arguments import DocumentLike, Documents, as_documents, as_rows, as_turns, conversation
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, check_sampling
 from qllm_runtime.document_memory import DocumentMemory
@@ -29,9 +29,6 @@ from qllm_runtime.rereading import serve
 from qllm_runtime.rotary import short_length
 from qllm_runtime.types import Answer, Cancelled, Piece, Progress, QuerySource, Turn, never
 from qllm_runtime.worker import stream
-
-#: What may be passed as documents.
-Documents = DocumentLike | Sequence[DocumentLike] | DocumentMemory
 
 _UNBOUNDED = 4 * 1024 * 1024
 
@@ -264,12 +261,13 @@ class QLLM:
                 single fields of `Sampling` such as `max_tokens=64`.
 
         Raises:
-            InvalidRequestError: Empty question, no document, or mode "query_aware" for documents that were read before.
-            DocumentError: A document without text, or a file that cannot be read.
+            InvalidRequestError: Empty question, no `documents`, mode "query_aware" for documents that were read before, or an
+                argument of the wrong type.
+            DocumentError: An empty list of documents, one without text, or a file that cannot be read.
             InvalidConfigError: An option is unknown or out of range.
             CancelledError: `cancel` was set.
         """
-        turns, memory = self._conversation(question, documents, system, history)
+        turns, memory = conversation(question, documents, system, history)
         return self.chat(turns, query=question, memory=memory, **options)
 
     def stream(
@@ -282,25 +280,8 @@ class QLLM:
         **options: Unpack[AskOptions],
     ) -> Iterator[Piece]:
         """Like `ask`, piece by piece; the last piece carries the whole answer. Closing the iterator stops the model."""
-        turns, memory = self._conversation(question, documents, system, history)
+        turns, memory = conversation(question, documents, system, history)
         return self.chat_stream(turns, query=question, memory=memory, **options)
-
-    def _conversation(
-        self, question: str, documents: Documents | None, system: str | None, history: Sequence[Turn]
-    ) -> tuple[list[Turn], DocumentMemory | None]:
-        if not question.strip():
-            raise InvalidRequestError("The question is empty.")
-        if documents is None:
-            raise InvalidRequestError(
-                "No document to ask of; pass documents=, or use chat() for a conversation without one."
-            )
-        opening = [Turn("system", (system,))] if system else []
-        turns = [*opening, *history, Turn("user", (question,))]
-        if isinstance(documents, DocumentMemory):
-            return turns, documents
-        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = replace(turns[first], content=(*as_documents(documents), *turns[first].content))
-        return turns, None
 
     def chat(
         self,
@@ -353,6 +334,7 @@ class QLLM:
         options: ChatOptions,
     ) -> tuple[Request, Cancelled]:
         sampling, rest = split(options, ChatOptions)
+        turns = as_turns(turns, memory)
         if memory is not None and rest.get("mode") == "query_aware":
             raise InvalidRequestError(
                 f"mode='query_aware' reads the documents for the question, but those of {memory.id} were read before; leave "
@@ -360,7 +342,7 @@ class QLLM:
             )
         cancel = rest.pop("cancel", None)
         tokenizer = self._need_tokenizer()
-        processors = rest.pop("logits_processors", ())
+        processors = rest.pop("logits_processors", None) or ()
         direct = lacks_room(tokenizer, sampling.max_tokens, processors)
         if any(isinstance(processor, GrammarProcessor) for processor in processors):
             sampling = replace(sampling, stop=())  # a stop string can be part of what the grammar demands
@@ -368,7 +350,7 @@ class QLLM:
             inference=self._inference,
             tokenizer=tokenizer,
             config=self.memory,
-            turns=tuple(turns),
+            turns=turns,
             query=query,
             query_source=query_source,
             memory=memory,
@@ -399,19 +381,22 @@ class QLLM:
             attention_mask: [batch, n], 0 on padding.
             progress: Called with (tokens read, tokens in all).
             cancel: Set it to stop within one chunk or one token.
-            **options: How tokens are chosen: `sampling`, or single fields of `Sampling` such as `max_tokens=64`.
+            **options: How tokens are chosen: `sampling`, or single fields of `Sampling` such as `max_tokens=64`; not
+                `logprobs`.
 
         Returns:
-            New token ids of every row, end token and stop string excluded.
+            New token ids of every row, end token (of the model or the tokenizer) and stop string excluded.
 
         Raises:
-            InvalidRequestError: Ids, spans or mask do not fit each other or the model.
+            InvalidRequestError: Ids, spans or mask do not fit each other or the model; an option of the wrong type.
             ContextOverflowError: A question longer than the local window.
             InvalidConfigError: An option is unknown or out of range.
             CancelledError: `cancel` was set.
         """
         settings, _ = split(options, SamplingOptions)
         check_sampling(settings)
+        if settings.logprobs is not None:
+            raise InvalidConfigError("generate() returns token ids without log-probabilities; leave logprobs out.")
         inference = self._inference
         if settings.stop and self.tokenizer is None:
             raise InvalidConfigError("Stop strings need a tokenizer; pass one to QLLM, or leave them out.")

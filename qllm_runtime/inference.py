@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from transformers import PreTrainedModel
 
-from qllm_kernels.dispatch import on_device
+from qllm_kernels.dispatch import backend, on_device
 from qllm_runtime import captured
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
@@ -56,7 +56,7 @@ class Inference:
 
     Attributes:
         captures: Steps of single sequences are recorded and run again where that is possible.
-        torn: This process was forked in the middle of a request; the model answers no more.
+        torn: Forked during a request; the model's state is inconsistent and every request raises ClosedError.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -84,7 +84,13 @@ class Inference:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the probe found; raises UnsupportedModelError for architectures that cannot be served."""
+        """What the probe found.
+
+        Raises:
+            UnsupportedModelError: The architecture cannot be served.
+            InvalidConfigError: The environment variable QLLM_KERNELS has an unknown value.
+        """
+        self._check_backend()
         return examine(self.model)
 
     @property
@@ -147,12 +153,15 @@ class Inference:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
+        self._check_backend()
         training = [module for module in self.model.modules() if module.training]
         try:
             for module in training:
                 module.training = False
             with torch.inference_mode(), installed(self.model), on_device(self.model.device):
                 yield
+        except OutOfMemoryError:  # of a callback
+            raise
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise self._out_of_memory(error) from error
@@ -161,14 +170,19 @@ class Inference:
             for module in training:
                 module.training = True
 
+    def _check_backend(self) -> None:
+        """Name a bad QLLM_KERNELS before the model is examined, which would take it for a fault of the model."""
+        try:
+            backend(self.model.device)
+        except ValueError as error:
+            raise InvalidConfigError(str(error)) from None
+
     def forked(self) -> None:
         """This process is a copy of one in which requests were waiting or under way."""
         self.torn = self.torn or self._holder is not None
         self._line, self._holder, self._at_work = Line(), None, False
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
-        if isinstance(error, OutOfMemoryError):
-            return error
         place = self.model.device
         text = (str(error).splitlines() or [""])[0]
         if place.type == "cuda":
@@ -231,7 +245,7 @@ class Inference:
             rows: [n_row] token ids of each row; lengths may differ.
             config: Sizes of chunks and pieces.
             progress: Called after every chunk with the number of tokens read in it.
-            cancelled: Asked before every chunk.
+            cancelled: Polled before every chunk.
         """
         if cache.recurrent and len(rows) > 1:
             for row, tokens in enumerate(rows):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from qllm_runtime.errors import InvalidConfigError
+from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 from qllm_runtime.types import Mode, Progress, Sampling
 
 if TYPE_CHECKING:
@@ -61,8 +61,25 @@ class ChatOptions(AskOptions, total=False):
     """
 
     tools: Sequence[Mapping[str, Any]] | None
-    logits_processors: Sequence[LogitsProcessor]
+    logits_processors: Sequence[LogitsProcessor] | None
     template_kwargs: Mapping[str, Any] | None
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+# what nothing else checks: whether a value has the right type, and what is expected
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sampling": (lambda x: isinstance(x, Sampling), "a Sampling"),
+    "reread": (lambda x: isinstance(x, bool), "True or False"),
+    "progress": (callable, "a function of (tokens read, tokens in all)"),
+    "on_lookup": (callable, "a function of (layer, record)"),
+    "cancel": (lambda x: callable(getattr(x, "is_set", None)), "a threading.Event"),
+    "tools": (lambda x: _list(x) and all(isinstance(tool, Mapping) for tool in x), "a list of dictionaries"),
+    "logits_processors": (lambda x: _list(x) and all(map(callable, x)), "a list of logits processors"),
+    "template_kwargs": (lambda x: isinstance(x, Mapping), "a dictionary"),
+}
 
 
 def split(options: Mapping[str, Any], kind: type) -> tuple[Sampling, dict[str, Any]]:
@@ -74,11 +91,16 @@ def split(options: Mapping[str, Any], kind: type) -> tuple[Sampling, dict[str, A
 
     Raises:
         InvalidConfigError: An option has an unknown name.
+        InvalidRequestError: An option has a value of the wrong type.
     """
     known: frozenset[str] = kind.__optional_keys__  # type: ignore[attr-defined]
     unknown = sorted(options.keys() - known)
     if unknown:
         raise InvalidConfigError(f"Unknown option {', '.join(unknown)}; known are: {', '.join(sorted(known))}.")
+    for name, (fits, expected) in _TYPES.items():
+        value = options.get(name)
+        if not (value is None or fits(value)):
+            raise InvalidRequestError(f"{name}= is of type {type(value).__name__}; it takes {expected}.")
     rest = dict(options)
     sampling = rest.pop("sampling", None) or Sampling()
     changes = {name: rest.pop(name) for name in Sampling.__dataclass_fields__ if name in rest}

@@ -7,7 +7,7 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 _DONE = object()
@@ -35,10 +35,14 @@ def start(target: Callable[[], None], cancel: threading.Event, name: str) -> Non
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     _running[thread] = cancel
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no room for another thread
+        _running.pop(thread, None)
+        raise
 
 
-class _Failure(Generic[T]):
+class _Failure:
     def __init__(self, error: BaseException) -> None:
         self.error = error
 

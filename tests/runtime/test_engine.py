@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import tiny
 import torch
 from transformers import LogitsProcessor
 
+from qllm_kernels.dispatch import backend
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import (
@@ -516,7 +518,16 @@ def test_bad_requests(llm: QLLM) -> None:
         (InvalidRequestError, "No document", lambda: llm.ask(QUESTION)),
         (DocumentError, "No document", lambda: llm.ask(QUESTION, [])),
         (DocumentError, "no text", lambda: llm.ask(QUESTION, "")),
-        (DocumentError, "no text", lambda: llm.ask(QUESTION, [BOOK, Document(" \t", "blank")])),
+        (
+            DocumentError,
+            r"Document 2 \(blank\) has no text",
+            lambda: llm.ask(QUESTION, [BOOK, Document("\ufeff ", "blank")]),
+        ),
+        (
+            DocumentError,
+            "Document 2 .*blank.* is empty",
+            lambda: llm.chat([Turn("user", (Document("x"), Document(" ", "blank")))]),
+        ),
         (DocumentError, "bytes", lambda: llm.ask(QUESTION, [b"text"])),
         (DocumentError, "no text", lambda: llm.read("  ")),
         (DocumentError, "No document", lambda: llm.read([])),
@@ -526,6 +537,17 @@ def test_bad_requests(llm: QLLM) -> None:
         (InvalidConfigError, "tools", lambda: llm.generate([1, 2], tools=[])),
         (InvalidConfigError, "temperature", lambda: llm.stream(QUESTION, BOOK, temperature=-1)),
         (InvalidRequestError, "conversation is empty", lambda: llm.chat([])),
+        (InvalidRequestError, "sequence of Turns", lambda: llm.chat("Who?")),  # type: ignore[arg-type]
+        (InvalidRequestError, "question is of type NoneType", lambda: llm.ask(None, BOOK)),  # type: ignore[arg-type]
+        (InvalidRequestError, "a DocumentMemory", lambda: llm.chat([Turn("user", "?")], memory=tiny.MEMORY)),
+        *[
+            (InvalidRequestError, f"{name}= is of type", partial(llm.ask, QUESTION, BOOK, **{name: value}))
+            for name, value in {"sampling": {"max_tokens": 3}, "reread": 1, "progress": 3, "cancel": True}.items()
+        ],
+        *[
+            (InvalidRequestError, f"{name}= is of type", partial(llm.chat, [Turn("user", "?")], **{name: value}))
+            for name, value in {"tools": {"name": "add"}, "logits_processors": 3, "template_kwargs": "x"}.items()
+        ],
         (InvalidConfigError, "no tokenizer", lambda: QLLM(llm.model).ask(QUESTION, BOOK)),
         (
             InvalidRequestError,
@@ -566,6 +588,24 @@ def test_out_of_memory_names_the_knobs(llm: QLLM, monkeypatch: pytest.MonkeyPatc
             with pytest.raises(OutOfMemoryError, match="chunk_size"):
                 call()
     assert llm.ask(QUESTION, BOOK, max_tokens=3).text == expected
+
+
+def test_out_of_memory_in_a_callback_is_no_cause_of_itself(llm: QLLM) -> None:
+    def progress(*_: int) -> None:
+        raise OutOfMemoryError("mine")
+
+    with pytest.raises(OutOfMemoryError, match="mine") as caught:
+        llm.read(BOOK, progress=progress)
+    assert caught.value.__cause__ is None
+
+
+def test_a_bad_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.cache_clear()
+    monkeypatch.setenv("QLLM_KERNELS", "cuda")
+    with pytest.raises(InvalidConfigError, match="QLLM_KERNELS='cuda' is unknown"):
+        QLLM(tiny.model()).generate([5, 6])
+    monkeypatch.delenv("QLLM_KERNELS")
+    assert QLLM(tiny.model()).generate([5, 6], max_tokens=1)
 
 
 def tiny_with(forward: Callable[..., None]) -> Any:

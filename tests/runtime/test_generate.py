@@ -209,7 +209,7 @@ def test_bad_requests(bare: QLLM, arguments: tuple[object, ...]) -> None:
 def test_bad_sampling(bare: QLLM, field: dict[str, object]) -> None:
     with pytest.raises(InvalidConfigError, match=next(iter(field))):
         bare.generate([5, 6], **field)
-    assert len(bare.generate([5, 6], max_tokens=1, logprobs=50, top_p=1.0, min_p=1.0)[0]) <= 1
+    assert len(bare.generate([5, 6], max_tokens=1, top_p=1.0, min_p=1.0)[0]) <= 1
 
 
 def test_a_string_is_no_list_of_stop_strings(bare: QLLM) -> None:
@@ -220,6 +220,19 @@ def test_a_string_is_no_list_of_stop_strings(bare: QLLM) -> None:
 def test_stop_strings_need_a_tokenizer(bare: QLLM) -> None:
     with pytest.raises(InvalidConfigError, match="tokenizer"):
         bare.generate([5, 6], stop=["end"])
+
+
+def test_log_probabilities_have_no_place(bare: QLLM) -> None:
+    with pytest.raises(InvalidConfigError, match="leave logprobs out"):
+        bare.generate([5, 6], logprobs=0)
+
+
+def test_the_end_token_of_the_tokenizer_ends(bare: QLLM) -> None:
+    (tokens,) = bare.generate([5, 6], max_tokens=8)
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokens[3])
+    end = tokens.index(tokens[3])
+    assert QLLM(bare.model, tokenizer, tiny.MEMORY).generate([5, 6], max_tokens=8) == [tokens[:end]]
 
 
 def test_stop_strings(llm: QLLM) -> None:

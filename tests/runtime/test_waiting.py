@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qllm_runtime import rereading
+from qllm_runtime import rereading, worker
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import CancelledError, ClosedError, QLLMError
 from qllm_runtime.tokenization import CHUNK, SegmentTokenizer
@@ -115,3 +115,14 @@ def test_a_process_forked_in_the_middle_of_a_request_says_so(llm: QLLM) -> None:
     assert llm.ask(QUESTION, BOOK, max_tokens=1, progress=fork).text
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
     assert llm.ask(QUESTION, BOOK, max_tokens=1).text
+
+
+def test_a_thread_that_cannot_be_started_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            list(worker.stream(lambda *_: None, None))
+    assert not worker._running
