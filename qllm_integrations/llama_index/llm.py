@@ -81,8 +81,8 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         template_kwargs: Further variables of the chat template.
 
     Every sampling field, `mode`, `reread`, `template_kwargs` and `show_progress` can also be given to a single call, as can
-    `query` (the text that guides the lookups), `memory` (from :meth:`read`), `tools`, `tool_choice` and `response_schema` (a JSON
-    schema).
+    `query` (the text that guides the lookups), `memory` (from :meth:`read`), `tools`, `tool_choice` and `response_schema`
+    (a JSON schema).
 
     Examples:
         Complete and chat:
@@ -267,9 +267,12 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
         """
         return self._read(documents, system_prompt, show_progress or self.show_progress)
 
-    async def aread(self, documents: Any, *, system_prompt: str | None = None) -> DocumentMemory:
+    async def aread(
+        self, documents: Any, *, system_prompt: str | None = None, show_progress: bool = False
+    ) -> DocumentMemory:
         """As :meth:`read`, without blocking the event loop."""
-        return await run_in_thread(lambda cancel: self._read(documents, system_prompt, self.show_progress, cancel))
+        shown = show_progress or self.show_progress
+        return await run_in_thread(lambda cancel: self._read(documents, system_prompt, shown, cancel))
 
     def _read(
         self, documents: Any, system_prompt: str | None, show_progress: bool, cancel: threading.Event | None = None

@@ -109,3 +109,10 @@ def test_documents_without_a_question_are_warned_about(llm: QLLM) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llm.chat([message], query="")
+
+
+async def test_both_ways_of_reading_show_a_bar(llm: QLLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.read(BOOK, show_progress=True)
+    assert "Reading" in capsys.readouterr().err
+    await llm.aread(BOOK, show_progress=True)
+    assert "Reading" in capsys.readouterr().err
