@@ -47,13 +47,12 @@ def check_prefix(before: Prompt, prompt: Prompt) -> int:
     Raises:
         InvalidRequestError: The prompt does not begin with them.
     """
-    n = len(before.ids)
-    if len(prompt.ids) < n or not np.array_equal(prompt.ids[:n], before.ids):
+    if not prompt.begins_with(before):
         raise InvalidRequestError(
             "The conversation does not begin with the documents as they were read; ask with a memory's own documents first "
             "in the first user turn, without other turns ahead of them."
         )
-    return n
+    return len(before.ids)
 
 
 def feed(

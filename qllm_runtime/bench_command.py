@@ -8,17 +8,13 @@ from importlib.util import find_spec
 
 import typer
 
-from qllm_runtime.errors import QLLMError
-
-
-class BenchNotInstalledError(QLLMError):
-    """The package of benchmarks isn't installed."""
+from qllm_runtime.errors import MissingExtraError
 
 
 def bench(context: typer.Context) -> None:
     """Measure quality and speed: needle, infinite, policies, speed, rag. `qllm bench COMMAND --help` tells more."""
     if find_spec("qllm_bench") is None:
-        raise BenchNotInstalledError("The benchmarks are not installed; run `pip install 'qllm-integrations[bench]'`.")
+        raise MissingExtraError("The benchmarks are not installed; run `pip install 'qllm-integrations[bench]'`.")
     from qllm_bench.app import app
 
     if not context.args:  # as `qllm` alone

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.errors import TemplateError
 from qllm_runtime.layout import Message, Segment, join
 from qllm_runtime.tool_text import tool_turns_as_text, with_arguments_as_objects
 from qllm_runtime.toolcalls import CallFormat, call_format
@@ -39,10 +39,6 @@ _PROBE_CALL = {
     "id": "call12345",
     "function": {"name": "qllm_probe_tool", "arguments": {"x": "y"}},
 }
-
-
-class TemplateError(InvalidRequestError):
-    """The chat template refuses, drops or repeats a part of the conversation."""
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,7 @@ class QLLM:
         self._loaded: LoadedModel | None = loaded
         self.name = loaded.name
         config = loaded.inference.model.config.get_text_config()
-        trained = getattr(config, "max_position_embeddings", None)
-        self._trained_length = int(trained) if trained and trained > 0 else 4096
+        self._trained_length = loaded.inference.trained_length or 4096
         self._fitting_length = int(min(self._trained_length, short_length(config)))
         self.memory = memory or MemoryConfig()
 

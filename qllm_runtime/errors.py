@@ -11,6 +11,10 @@ class UnsupportedModelError(QLLMError):
     """The architecture cannot be served; the message names it and the reason."""
 
 
+class MissingExtraError(QLLMError, ImportError):
+    """A package is not installed that only this feature needs; the message says how to install it."""
+
+
 class ModelNotFoundError(QLLMError):
     """No model under this name, path or hub id could be loaded."""
 
@@ -23,12 +27,16 @@ class InvalidRequestError(QLLMError, ValueError):
     """The request cannot be answered as it stands (empty question, no document, unsupported content, ...)."""
 
 
+class TemplateError(InvalidRequestError):
+    """The chat template refuses, drops or repeats a part of the conversation."""
+
+
 class DocumentError(QLLMError, ValueError):
     """A document is empty, unreadable, binary or not in a supported encoding or format."""
 
 
 class ContextOverflowError(InvalidRequestError):
-    """More tokens than the window or the model's limit allows; nothing is ever truncated silently."""
+    """A question has more tokens than the local window; nothing is ever truncated silently."""
 
 
 class SavedReadingError(QLLMError):

@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
+from qllm_runtime.errors import InvalidRequestError, MissingExtraError, UnsupportedModelError
 from qllm_runtime.toolcalls import HERMES, CallFormat
 
 if TYPE_CHECKING:
@@ -94,11 +95,10 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def _allowed(self, n_vocab: int) -> torch.Tensor:
         """[n_vocab] booleans, on the CPU."""
-        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.unpackbits(packed, count=min(n_vocab, 8 * len(packed)), bitorder="little")
         allowed = torch.zeros(n_vocab, dtype=torch.bool)
-        flat = bits.flatten()[:n_vocab].bool()
-        allowed[: flat.numel()] = flat
+        allowed[: len(bits)] = torch.from_numpy(bits.view(bool))
         return allowed
 
 
@@ -122,7 +122,8 @@ def json_schema_processor(
 
     Raises:
         InvalidRequestError: The schema cannot be compiled; the message says why.
-        UnsupportedModelError: llguidance is missing or the tokenizer is not a fast one.
+        MissingExtraError: llguidance is not installed.
+        UnsupportedModelError: The tokenizer is not a fast one.
     """
     lark = f"start: %json {_json(schema, open_objects)}\n"
     name = schema.get("title")
@@ -154,7 +155,8 @@ def tool_call_processor(
 
     Raises:
         InvalidRequestError: No such tool, or a parameter schema that cannot be compiled.
-        UnsupportedModelError: llguidance is missing or the tokenizer is not a fast one.
+        MissingExtraError: llguidance is not installed.
+        UnsupportedModelError: The tokenizer is not a fast one.
     """
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     for name in names or ():
@@ -186,7 +188,7 @@ def _wrap(tokenizer: Any, n_vocab: int, eos: tuple[int, ...]) -> LLTokenizer:
     try:
         from llguidance import LLTokenizer
     except ImportError:
-        raise UnsupportedModelError(
+        raise MissingExtraError(
             "Structured output and forced tool calls need llguidance: pip install 'qllm-integrations[grammar]'."
         ) from None
     backend = getattr(tokenizer, "backend_tokenizer", None)

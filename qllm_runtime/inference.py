@@ -99,6 +99,12 @@ class Inference:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
+    def trained_length(self) -> int | None:
+        """Tokens the model was trained for, as its configuration says."""
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(length) if length and length > 0 else None
+
+    @property
     def devices(self) -> list[torch.device]:
         """Where each layer is."""
         facts, layers = self.facts, getattr(decoder_of(self.model), "layers", ())

@@ -9,14 +9,15 @@ BUILTIN = {
     "reader": "finds facts in English prose; trained with an objective that knows about lookups",
     "reader-plain": "the same without that objective, for unbiased comparisons of policies",
 }
-_FOLDER = Path(__file__).parent / "models"
+#: Where they are, each in a folder of its name.
+MODELS = Path(__file__).parent / "models"
 
 
 def print_builtin() -> None:
     """One line per model that ships with the package."""
     print("Built in (English, runs on a CPU):")
     for name, purpose in BUILTIN.items():
-        print(f"  {name:13} {_facts(_FOLDER / name)}; {purpose}")
+        print(f"  {name:13} {_facts(MODELS / name)}; {purpose}")
     print("\nAny other decoder of transformers with rotary positions: --model FOLDER or a Hugging Face hub id.")
     print("`qllm models NAME` tells whether one is supported, from its configuration alone.")
 
@@ -33,7 +34,7 @@ def print_support(name: str) -> bool:
         from qllm_runtime.console import looking_for
 
         looking_for(name)
-    support = check_support(str(_FOLDER / name) if name in BUILTIN else name)
+    support = check_support(str(MODELS / name) if name in BUILTIN else name)
     verdict = "supported" if support.ok else "not supported"
     print(f"{name}: {verdict}{': ' if support.reason else ''}{' '.join(support.reason.split())}")
     return bool(support.ok)

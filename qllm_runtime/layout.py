@@ -17,8 +17,7 @@ class Segment:
     """A stretch of the prompt that is tokenised by itself.
 
     Attributes:
-        kind: "template" is the chat template's own text, the only kind in which special tokens are parsed; "text" is
-        any
+        kind: "template" is the chat template's own text, the only kind in which special tokens are parsed; "text" is any
             other text; "query" the question; "document" a document.
         text: Its characters.
         document: Index of the document in order of appearance, for kind "document".

@@ -27,11 +27,10 @@ from transformers.utils import logging as transformers_logging
 
 from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from qllm_runtime.inference import Inference
+from qllm_runtime.inventory import BUILTIN, MODELS
 from qllm_runtime.seam import is_out_of_memory
 from qllm_runtime.waiting import after_fork
 
-_BUILTIN = Path(__file__).parent / "models"
-BUILTIN_MODELS = ("reader", "reader-plain")
 _HINT = "Give a local folder, a Hugging Face hub id that this machine can reach, or 'reader'."
 _AGAIN = "Download or save the model again."
 _NAMED = 3  # weights that an error names
@@ -67,8 +66,8 @@ after_fork(_after_fork)  # behind that of `Inference`, which finds out
 
 def locate(model: str | os.PathLike[str]) -> str:
     """Path (`~` expanded) or hub id behind a model name."""
-    if str(model) in BUILTIN_MODELS:
-        return str(_BUILTIN / str(model))
+    if str(model) in BUILTIN:
+        return str(MODELS / str(model))
     return os.path.expanduser(os.fspath(model))
 
 

@@ -147,8 +147,8 @@ def lay_out(request: Request, cancelled: Cancelled = never) -> Prompt:
 def compose(request: Request, cancelled: Cancelled = never) -> Prompt:
     """The prompt of a settled request, whether or not the model can take it.
 
-    Some templates write ahead of everything what the documents were read without: tools, which then are described behind
-    them, whether to think, or the date. The beginning stays as it was read.
+    Some templates put things ahead of the documents that were not there when these were read: tools (then described after
+    them), whether to think, or the date. The beginning stays as it was read.
 
     Raises:
         CancelledError: While texts were being tokenised.
@@ -220,7 +220,7 @@ def _check_fits(prompt: Prompt, config: MemoryConfig, inference: Inference) -> N
             f"The tokenizer gives token {highest}, the model knows {inference.vocabulary}; they do not match."
         )
     check_questions(prompt.query_spans, config)
-    trained = getattr(inference.model.config.get_text_config(), "max_position_embeddings", None)
+    trained = inference.trained_length
     if config.policy == "full" and trained and len(prompt.ids) > trained:
         warnings.warn(
             f"policy 'full' reads more than the {trained} tokens that the model was trained for; expect poor answers. The "

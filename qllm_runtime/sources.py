@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from qllm_runtime.prompt import DocumentSpan, Prompt
@@ -21,6 +21,8 @@ MIN_LIFT = 1.5  # ... and hold this many times the mass of its surroundings
 
 # the end of a sentence with its closing quotes, or of a paragraph, with the white space behind it
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]*_]*\s+|\n[ \t\r]*\n\s*")
+_CHARACTER = regex.compile(r"\X")
+_LONGEST_CHARACTER = 64  # code points looked back at
 _LINE_END = re.compile(r"\r?\n")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Rev|Gen|Col|Capt|No|vs|etc|e\.g|i\.e)|\b[A-Z])\.$")
 
@@ -277,21 +279,9 @@ def _end_of_sentence(text: str, end: int) -> int:
 
 def _separable(text: str, index: int) -> bool:
     """Whether a reader sees two characters, not one, left and right of `index`."""
-    before, after = text[index - 1], text[index]
-    if before == "\u200d" or after in "\u200d\ufe0e\ufe0f" or unicodedata.category(after).startswith("M"):
-        return False
-    if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":  # skin tones, tags of flags
-        return False
-    if _is_regional(before) and _is_regional(after):
-        run = index
-        while run > 0 and _is_regional(text[run - 1]):
-            run -= 1
-        return (index - run) % 2 == 0
-    return True
-
-
-def _is_regional(character: str) -> bool:
-    return "\U0001f1e6" <= character <= "\U0001f1ff"
+    low = max(0, index - _LONGEST_CHARACTER)
+    low = max(text.rfind(" ", low, index), text.rfind("\n", low, index), low)  # a character begins there for certain
+    return any(match.end() == index for match in _CHARACTER.finditer(text, low, index + 1))
 
 
 def _source(passage: _Passage, document: Document, total: float) -> Source:

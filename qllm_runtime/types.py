@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError
 
 Mode = Literal["query_aware", "read_once"]
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 QuerySource = Literal["explicit", "block", "message", "fallback", "none"]
 
 #: Called while a document is read with (tokens read so far, tokens in all).
@@ -215,7 +215,7 @@ class Answer:
         text: The answer, without stop strings, special tokens and thoughts.
         sources: Passages behind it, best first.
         usage, timings: Counts and times.
-        finish_reason: "stop" (end token or stop string), "length" (max_tokens) or "cancelled".
+        finish_reason: "stop" (end token or stop string) or "length" (max_tokens).
         query: The text that was routed to the lookup ("" when none was).
         query_source: Which rule found the query.
         mode: How the documents were read.

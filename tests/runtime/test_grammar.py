@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
+from qllm_runtime.errors import InvalidRequestError, MissingExtraError, UnsupportedModelError
 from qllm_runtime.grammar import GrammarProcessor, json_schema_processor, tool_call_processor
 from qllm_runtime.toolcalls import HERMES, LLAMA3, CallSplitter, ToolCall
 
@@ -314,3 +315,9 @@ def merge(parts: list[str | ToolCall]) -> list[str | ToolCall]:
         else:
             merged.append(part)
     return merged
+
+
+def test_what_is_not_installed_is_named(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'qllm-integrations\[grammar\]'"):
+        json_schema_processor(tokenizer, {"type": "object"}, n_vocab=WIDTH)

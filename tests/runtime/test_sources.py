@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qllm_runtime.prompt import DocumentSpan, Prompt
-from qllm_runtime.sources import in_order, passages, surroundings, trace_back
+from qllm_runtime.sources import _separable, in_order, passages, surroundings, trace_back
 from qllm_runtime.types import Document, Source
 
 PROSE = "The rain fell in torrents over the town. Nobody was abroad, and the lamps burned low in the square.\r\n" * 60
@@ -259,3 +259,22 @@ def test_a_million_tokens_take_no_time():
     start = time.process_time()
     passages(mass, prompt, [document])
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    "character",
+    [
+        "\u1112\u1161\u11ab",
+        "\u0915\u094d\u0937",
+        "\r\n",
+        "1\ufe0f\u20e3",
+        "\uff76\uff9e",
+        "👩\u200d🚀",
+        "e\u0301",
+        "🇫🇷",
+    ],
+)
+def test_characters_as_readers_see_them_are_whole(character: str) -> None:
+    text = f"It rained.{character}{character}x"
+    cuts = [index for index in range(10, len(text)) if _separable(text, index)]
+    assert cuts == [10, 10 + len(character), 10 + 2 * len(character)]
