@@ -1,6 +1,6 @@
 """Single-token steps recorded as a CUDA graph: the device runs hundreds of launches that the host asks for with one.
 
-A step can be recorded where every layer's memory runs on numbers that the device reads (`LayerMemory.settle`). It is recorded
+A step can be captured if every layer takes its positions from device memory (`LayerMemory.settle`). It is recorded
 the second time it is met, as what runs for the first time (compilation, allocation) must not be recorded, and run again for as
 long as all that it reads is the same. What precedes a step, such as turning tokens into blocks, runs before it as always.
 """

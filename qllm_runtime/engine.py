@@ -115,7 +115,16 @@ class QLLM:
         token: str | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Load a model by name, path or hub id; weights that are loaded already are shared (see `loading.load`)."""
+        """Load a model by name, path or hub id; weights that are loaded already are shared.
+
+        Args:
+            model, revision, device, dtype, token, trust_remote_code: See `loading.load`.
+            memory: Layout and lookup; sizes that are not given fit the model's own context window.
+
+        Raises:
+            ModelNotFoundError, UnsupportedModelError, OutOfMemoryError: As `loading.load`.
+            InvalidConfigError: An unknown device or dtype, or a window longer than the model was trained for.
+        """
         loaded = load(
             model, revision=revision, device=device, dtype=dtype, token=token, trust_remote_code=trust_remote_code
         )
@@ -228,7 +237,7 @@ class QLLM:
         Args:
             path: The folder.
             progress: Called with (layers loaded, layers in all).
-            cancel: Set it to stop within a layer.
+            cancel: Set it to stop before the next layer.
 
         Raises:
             SavedReadingError: No reading, a damaged one, or one by another model or chat template.
@@ -278,7 +287,7 @@ class QLLM:
         history: Sequence[Turn] = (),
         **options: Unpack[AskOptions],
     ) -> Iterator[Piece]:
-        """Like `ask`, piece by piece; the last piece carries the whole answer. Closing the iterator stops the model."""
+        """Like `ask` (errors too), piece by piece; the last one carries the answer. Closing the iterator stops the model."""
         turns, memory = conversation(question, documents, system, history)
         return self.chat_stream(turns, query=question, memory=memory, **options)
 
@@ -300,6 +309,10 @@ class QLLM:
             query_source: Which rule found `query`; reported back.
             memory: Documents read before; they count as the first ones of the first user turn.
             **options: As in `ask`, and `tools`, `logits_processors`, `template_kwargs` (see `ChatOptions`).
+
+        Raises:
+            InvalidRequestError: No turns, an argument of the wrong type, or a conversation the chat template refuses.
+            DocumentError, InvalidConfigError, CancelledError: As `ask`.
         """
         request, cancelled = self._request(turns, query, query_source, memory, options)
         *_, last = serve(request, cancelled)
@@ -315,7 +328,7 @@ class QLLM:
         memory: DocumentMemory | None = None,
         **options: Unpack[ChatOptions],
     ) -> Iterator[Piece]:
-        """Like `chat`, piece by piece. Closing the iterator stops the model within one chunk or token."""
+        """Like `chat` (errors too), piece by piece. Closing the iterator stops the model within one chunk or token."""
         request, _ = self._request(turns, query, query_source, memory, options)
 
         def work(emit: Callable[[Piece], None], cancelled: Cancelled) -> None:

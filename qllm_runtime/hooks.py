@@ -54,7 +54,7 @@ def _attention(
 
 
 def stand_in_mask(device: torch.device) -> torch.Tensor:
-    """Stands in for an attention mask that is made already, so that transformers makes none; memories look at none."""
+    """Dummy mask that keeps transformers from building one. Memories ignore masks."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 

@@ -121,7 +121,7 @@ def build_prompt(
         add_generation_prompt: End with the opening of an assistant turn.
         tools_as_text: Describe the tools as text even if the template writes them itself.
         read: What `build_reading` made of the first documents, which are then not tokenised again.
-        cancelled: Asked now and then while texts are tokenised.
+        cancelled: Polled while texts are tokenised.
 
     Raises:
         CancelledError: As `cancelled` told.

@@ -33,7 +33,7 @@ class _Passage:
     start: int
     end: int
     mass: float
-    outstanding: float
+    prominence: float
 
 
 def passages(
@@ -63,10 +63,10 @@ def passages(
     total = float(sum(weight.sum() for weight in weights))
     if total <= 0 or limit < 1:
         return ()
-    left = [_standing_out(weight) for weight in weights]
+    left = [_prominence(weight) for weight in weights]
     if max(_heaviest(left)[3], 0.0) <= 1e-9 * total:  # nothing does: a short or evenly read text
         left = [weight.copy() for weight in weights]
-    outstanding = [np.maximum(weight, 0) for weight in left]
+    prominence = [np.maximum(weight, 0) for weight in left]
     found: list[_Passage] = []
     best = 0.0
     for _ in range(4 * limit):
@@ -85,11 +85,11 @@ def passages(
         left[which][start:end] = 0
         if found and held < MIN_LIFT * (held - peak):
             continue
-        _merge(found, span, weights[which], outstanding[which], grown, text)
+        _merge(found, span, weights[which], prominence[which], grown, text)
         if len(found) > limit:
             break
     most = sorted(found, key=lambda passage: -passage.mass)[:limit]
-    most.sort(key=lambda passage: -passage.outstanding)
+    most.sort(key=lambda passage: -passage.prominence)
     return tuple(_source(passage, documents[passage.document], total) for passage in most)
 
 
@@ -151,7 +151,7 @@ def trace_back(
     return moved, replace(prompt, document_spans=own)
 
 
-def _standing_out(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+def _prominence(weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """[n] mass of each token above the mean of its surroundings, single tokens held down to their neighbours' sum."""
     near, _ = _around(weight, WINDOW // 2)
     held = np.minimum(weight, near - weight)
@@ -208,7 +208,7 @@ def _merge(
     found: list[_Passage],
     span: DocumentSpan,
     weight: NDArray[np.float64],
-    outstanding: NDArray[np.float64],
+    prominence: NDArray[np.float64],
     grown: tuple[int, int],
     text: str,
 ) -> None:
@@ -223,7 +223,7 @@ def _merge(
         found.remove(other)
         start, end = min(start, other.start), max(end, other.end)
     inside = (span.offsets[:, 0] < end) & (span.offsets[:, 1] > start)
-    held = float(weight[inside].sum()), float(outstanding[inside].sum())
+    held = float(weight[inside].sum()), float(prominence[inside].sum())
     found.append(_Passage(span.document, start, end, *held))
 
 
@@ -286,5 +286,5 @@ def _separable(text: str, index: int) -> bool:
 
 def _source(passage: _Passage, document: Document, total: float) -> Source:
     text = document.text[passage.start : passage.end]
-    score = min(1.0, passage.outstanding / total)
+    score = min(1.0, passage.prominence / total)
     return Source(passage.document, document.title, passage.start, passage.end, score, text)

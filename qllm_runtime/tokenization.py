@@ -101,7 +101,7 @@ class SegmentTokenizer:
         Args:
             text: The text.
             space: A space ahead of it belongs to its first word (and to no offset).
-            cancelled: Asked every few thousand words.
+            cancelled: Polled every few thousand words.
 
         Raises:
             CancelledError: As `cancelled` told.

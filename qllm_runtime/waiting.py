@@ -1,4 +1,4 @@
-"""Requests to one model wait in line for it; what waits in one process does not live on in a fork of it."""
+"""Requests to one model wait in line for it; waiting requests are not inherited by forked processes."""
 
 from __future__ import annotations
 
