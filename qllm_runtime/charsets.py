@@ -33,7 +33,7 @@ def xml_charset(data: bytes) -> str | None:
         return "utf-16-le"
     if data.startswith(b"\0<"):
         return "utf-16-be"
-    return _readable(_XML_CHARSET.match(data.removeprefix(codecs.BOM_UTF8)[:512]))
+    return _readable(_XML_CHARSET.match(data[:512]))
 
 
 def declared_charset(data: bytes) -> str | None:

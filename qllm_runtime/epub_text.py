@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from html import escape
 from urllib.parse import unquote
 from xml.etree.ElementTree import Element
@@ -30,13 +30,11 @@ def epub_to_text(archive: Archive) -> str:
     Raises:
         DocumentError: Protected, damaged, or without text.
     """
-    package = _package_path(archive)
-    chapters = _chapters(archive, package)
     encrypted = _encrypted(archive)
-    if any(archive.find(path) in encrypted for path in (package, *chapters)):
-        raise unreadable(
-            archive.name, "is a book with copy protection (DRM), its text is encrypted; get a copy without it."
-        )
+    package = _package_path(archive)
+    _check_protection(archive, [package], encrypted)
+    chapters = _chapters(archive, package)
+    _check_protection(archive, chapters, encrypted)
     texts = [_chapter(archive, path) for path in chapters]
     if not any(texts):
         raise unreadable(archive.name, "is a book without text (pages of pictures?); run OCR on it first.")
@@ -57,6 +55,13 @@ def _encrypted(archive: Archive) -> set[str | None]:
         return set()
     references = archive.read_xml(_ENCRYPTION).iterfind(".//{*}CipherReference")
     return {archive.find(_existing(archive, reference.get("URI", ""))) for reference in references} - {None}
+
+
+def _check_protection(archive: Archive, paths: Sequence[str], encrypted: Set[str | None]) -> None:
+    if any(archive.find(path) in encrypted for path in paths):
+        raise unreadable(
+            archive.name, "is a book with copy protection (DRM), its text is encrypted; get a copy without it."
+        )
 
 
 def _chapters(archive: Archive, package: str) -> list[str]:
@@ -82,7 +87,7 @@ def _chapters(archive: Archive, package: str) -> list[str]:
 
 
 def _as_page(archive: Archive, item: Element, items: Mapping[str | None, Element]) -> Element | None:
-    """The item itself, or what stands in for it, if that is a page of text; None for pictures."""
+    """The item itself, or what stands in for it, if that is a page of text; None for pictures and navigation."""
     seen: list[Element] = []
     one: Element | None = item
     while one is not None and one not in seen:
@@ -92,7 +97,7 @@ def _as_page(archive: Archive, item: Element, items: Mapping[str | None, Element
         seen.append(one)
         one = items.get(one.get("fallback"))
     kind = item.get("media-type", "")
-    if not kind.startswith("image/"):
+    if not (kind.startswith("image/") or "ncx" in kind):
         raise unreadable(
             archive.name,
             f"is a book whose chapter {item.get('href')!r} is of type {kind!r}, which cannot be read; save it as PDF.",

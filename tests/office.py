@@ -91,7 +91,7 @@ def epub(
 
     Args:
         chapters: Contents of `OEBPS/c1.xhtml` and on; plain text becomes a page with one paragraph.
-        items: Further attributes of each chapter's item in the list of files, or whole further items.
+        items: Markup of further items in the list of files.
         spine: Markup of the order of reading, one `itemref` for each chapter without it.
         members: Further files, or others in place of what stands there.
         package: Path of the package file.

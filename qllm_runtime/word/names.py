@@ -37,9 +37,9 @@ def is_on(element: Any, *path: str) -> bool:
     return found is not None and found.get(VAL) not in ("0", "false", "off")
 
 
-def number(text: str | None, default: int = 0) -> int:
-    """The whole number that a value is; `default` for none."""
+def number(text: str | None) -> int:
+    """The whole number that a value is; 0 for none."""
     try:
         return int(text or "")
     except ValueError:
-        return default
+        return 0

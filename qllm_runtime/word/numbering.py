@@ -62,7 +62,7 @@ class Numbering:
         def shown(found: re.Match[str]) -> str:
             place = int(found[1]) - 1
             kind = _format(numbered.levels.get(place))
-            return _spelled(counts.get(place, _start(numbered, place)), "decimal" if legal and place < level else kind)
+            return _spelled(counts.get(place, _start(numbered, place)), "decimal" if legal else kind)
 
         text = _PLACE.sub(shown, value(definition, "lvlText") or "")
         return f"{text} " if text.strip() and value(definition, "suff") != "nothing" else text

@@ -258,6 +258,8 @@ class TestHtml:
         declared = b'<meta charset="iso-8859-1">' + page
         assert load_document(file(declared, "a.html")).text == "Grüße"
         assert load_document(file(codecs.BOM_UTF8 + "<p>Grüße</p>".encode(), "a.htm")).text == "Grüße"
+        stale = b'<?xml version="1.0" encoding="iso-8859-1"?><meta charset="utf-8">' + page
+        assert load_document(file(stale, "a.xhtml")).text == "Grüße"
         with pytest.raises(DocumentError, match="not valid UTF-8"):
             load_document(file(page, "a.html"))
         with pytest.raises(DocumentError, match="no visible text"):

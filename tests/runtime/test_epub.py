@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -58,6 +59,11 @@ class TestOrder:
         nav = item("nav", "nav.xhtml", more='properties="scripted nav"')
         members = {"OEBPS/nav.xhtml": "<nav><ol><li>no</li></ol></nav>"}
         assert read(epub("one", items=[nav], spine=order("nav", "c1"), members=members)) == "one"
+        old = item("ncx", "toc.ncx", "application/x-dtbncx+xml")
+        assert (
+            read(epub("one", items=[old], spine=order("ncx", "c1"), members={"OEBPS/toc.ncx": "<ncx>no</ncx>"}))
+            == "one"
+        )
         kept = item("navy", "nav.xhtml", more='properties="navy"')
         assert read(epub("one", items=[kept], spine=order("navy", "c1"), members=members)) == "no\n\none"
 
@@ -117,8 +123,8 @@ class TestKinds:
             read(epub("one", page.format("utf-8").encode("latin-1")))
 
     def test_what_xhtml_may_hold(self) -> None:
-        page = "<html><head><style><![CDATA[a > b {}]]></style></head><body><p><![CDATA[a < b & c]]>&nbsp;&copy;</p></body>"
-        assert read(epub(page)) == "a < b & c \u00a9"
+        page = "<html><head><style><![CDATA[a > b {}]]></style></head><body><p><![CDATA[a<b & c>d]]>&nbsp;&copy;</p></body>"
+        assert read(epub(page)) == "a<b & c>d \u00a9"
 
     def test_types_of_chapters(self) -> None:
         kinds = ["text/html", "application/x-dtbook+xml", "text/x-oeb1-document", "", "TEXT/HTML"]
@@ -155,18 +161,25 @@ class TestProtection:
         with pytest.raises(DocumentError, match=r"DRM.*get a copy without"):
             read(epub("one", b"\x8f\x00\x12", members=members))
 
+    def test_books_with_everything_encrypted(self) -> None:
+        names = {"META-INF/encryption.xml": encryption("OEBPS/content.opf", "OEBPS/c1.xhtml")}
+        with pytest.raises(DocumentError, match="DRM"):
+            read(epub("one", members={**names, "OEBPS/content.opf": b"\x8f\x00\x12"}))
+
     def test_books_with_encrypted_fonts(self) -> None:
         members = {
             "META-INF/encryption.xml": encryption("OEBPS/f.otf", "gone.otf", algorithm=FONTS),
             "OEBPS/f.otf": "x",
         }
         assert read(epub("one", members=members)) == "one"
+        with pytest.raises(DocumentError, match="'OEBPS/c2.xhtml' is missing"):
+            read(epub("one", items=[item("c2", "c2.xhtml")], spine=order("c1", "c2"), members=members))
 
     def test_archives_with_a_password(self) -> None:
         data = bytearray(epub("one"))
         at = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)  # the second member's entry: the container
         data[at + 8] |= 1
-        with pytest.raises(DocumentError, match="password"):
+        with pytest.raises(DocumentError, match="protected by a password; save it without one"):
             read(bytes(data))
 
 
@@ -226,12 +239,17 @@ class TestRefusals:
 
     def test_sizes_that_lie(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("qllm_runtime.archives.MAX_UNPACKED", 2**20)
-        members = unpacked(epub("x" * 2**22))
+        members = unpacked(epub("x" * 2**26))
         size = len(members["OEBPS/c1.xhtml"]).to_bytes(4, "little")
         data = packed(members)
         assert data.count(size) == 2
+        data = data.replace(size, (1000).to_bytes(4, "little"))
+        tracemalloc.start()
         with pytest.raises(DocumentError, match="cannot be unpacked"):
-            read(data.replace(size, (1000).to_bytes(4, "little")))
+            read(data)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**24
 
 
 def test_a_book_inside_of_its_zip_is_not_the_book() -> None:

@@ -137,6 +137,7 @@ class TestChanges:
         deleted, kept = "<w:rPr><w:del/></w:rPr>", "<w:rPr><w:ins/></w:rPr>"
         assert read(p(r("One "), deleted), p(r("sentence."), kept), "Next") == "One sentence.\n\nNext"
         assert read(p(r("Last"), deleted)) == "Last"
+        assert read(p(r("Here "), "<w:rPr><w:moveFrom/></w:rPr>"), p(r("and on."))) == "Here and on."
         assert read(table(row(tc(p(r("a "), deleted) + p(r("b"))), tc("c")))) == "a b\tc"
 
     def test_rows_and_cells(self) -> None:

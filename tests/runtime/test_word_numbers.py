@@ -79,9 +79,11 @@ class TestNumbers:
         assert numbered((1, 0), numbering=lists(level(0, "%1)", kind, start=start))) == [f"{label}) "]
 
     def test_legal_numbers(self) -> None:
-        levels = level(0, "Article %1", "upperRoman") + level(1, "%1.%2", "decimal", "<w:isLgl/>") + level(2, "%1.%2")
+        levels = (
+            level(0, "Article %1", "upperRoman") + level(1, "%1.%2", "upperLetter", "<w:isLgl/>") + level(2, "%1.%2")
+        )
         places = [(1, 0), (1, 0), (1, 1), (1, 2)]
-        assert numbered(*places, numbering=lists(levels)) == ["Article I ", "Article II ", "2.1 ", "II.1 "]
+        assert numbered(*places, numbering=lists(levels)) == ["Article I ", "Article II ", "2.1 ", "II.A "]
 
     def test_bullets_and_labels_without_numbers(self) -> None:
         levels = level(0, "\uf0b7", "bullet") + level(1, "", "none") + level(2, "Note:", "none")
@@ -118,11 +120,13 @@ class TestNumbers:
         assert numbered((3, 0), (1, 7), (1, 0), numbering=LISTS) == ["", "", "1. "]
         assert read(p(r("a"), '<w:numPr><w:numId w:val="1"/></w:numPr>'), numbering="") == "a"
 
-    def test_a_deleted_paragraph_is_not_counted(self) -> None:
+    def test_deleted_and_hidden_paragraphs_are_not_counted(self) -> None:
         gone = "<w:del><w:r><w:delText>no</w:delText></w:r></w:del>"
         item = '<w:numPr><w:ilvl w:val="0"/><w:numId w:val="1"/></w:numPr>'
         paragraphs = p(r("A"), item) + p(gone, item + "<w:rPr><w:del/></w:rPr>") + p(r("B"), item)
         assert read(paragraphs, numbering=LISTS) == "1. A\n2. B"
+        hidden = p(r("no", "<w:vanish/>"), item + "<w:rPr><w:vanish/></w:rPr>")
+        assert read(p(r("A"), item) + hidden + p(r("B"), item), numbering=LISTS) == "1. A\n2. B"
 
     def test_numbers_without_text_and_of_runs_in(self) -> None:
         item = '<w:numPr><w:ilvl w:val="0"/><w:numId w:val="1"/></w:numPr>'
@@ -130,3 +134,4 @@ class TestNumbers:
         assert read(rows, numbering=LISTS) == "1.\ta\n2.\tb"
         heading = p(r("Term. "), item + "<w:rPr><w:vanish/></w:rPr>")
         assert read("Ahead", heading + p(r("Two years.")), numbering=LISTS) == "Ahead\n\n1. Term. Two years."
+        assert read(heading + p(r("Two years."), item), numbering=LISTS) == "1. Term. 2. Two years."

@@ -48,7 +48,7 @@ def t(text: str) -> str:
         (m("rad", ("deg", t("3")), ("e", t("x"))), "3√x"),
         (m("nary", ("sub", t("i=1")), ("sup", t("n")), ("e", t("i")), properties='<m:naryPr><m:chr m:val="∑"/></m:naryPr>'),
          "∑_(i=1)^n i"),
-        (m("nary", ("e", t("f"))), "∫ f"),
+        (m("nary", ("e", t("f+g"))), "∫ f+g"),
         (m("d", ("e", t("a")), ("e", t("b")), properties='<m:dPr><m:begChr m:val="["/><m:endChr m:val=""/></m:dPr>'),
          "[a|b"),
         (m("func", ("fName", t("sin")), ("e", t("x"))), "sin x"),
