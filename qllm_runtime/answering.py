@@ -104,7 +104,7 @@ def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]
         cache, known = resume(request.inference, request.config, prompt, None, room)
     announce(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
     if request.on_lookup is not None:
-        for layer, layer_memory in enumerate(cache.memories()):
+        for layer, layer_memory in zip(request.inference.facts.layers, cache.memories(), strict=True):
             layer_memory.on_lookup = partial(request.on_lookup, layer)
     return cache, known
 

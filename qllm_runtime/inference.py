@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -109,7 +110,9 @@ class Inference:
         """Where each layer is."""
         facts, layers = self.facts, getattr(decoder_of(self.model), "layers", ())
         return [
-            facts.layers[i].device if i in facts.layers else next(layers[i].parameters()).device
+            facts.layers[i].device
+            if i in facts.layers
+            else next(chain(layers[i].parameters(), layers[i].buffers())).device
             for i in range(len(facts.slots))
         ]
 

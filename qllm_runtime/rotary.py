@@ -174,10 +174,14 @@ def learn_layout(
     sign = likeness.gather(1, partner[:, None])[:, 0].sign()
     alike = (b - sign * a[:, partner]).norm(dim=0) <= _TOLERANCE * b.norm(dim=0)
     paired = (partner[partner] == torch.arange(len(moving), device=partner.device)) & (sign[partner] == -sign)
-    # c = x a + y b, dimension by dimension
-    aa, ab, bb, ac, bc = (a * a).sum(0), (a * b).sum(0), (b * b).sum(0), (a * c).sum(0), (b * c).sum(0)
-    x, y = (ac * bb - bc * ab) / (aa * bb - ab * ab), (bc * aa - ac * ab) / (aa * bb - ab * ab)
-    fits = (x * a + y * b - c).norm(dim=0) <= _TOLERANCE * c.norm(dim=0)
+    # c = x a + y b, with one x and y for both dimensions of a pair: of a single one, half precision may hide the smaller part
+
+    def joint(each: torch.Tensor) -> torch.Tensor:
+        return each + each[partner]
+
+    square = joint((a * a).sum(0))
+    x, y = joint((a * c).sum(0)) / square, joint((b * c).sum(0)) / square
+    fits = joint((x * a + y * b - c).square().sum(0)) <= _TOLERANCE**2 * joint(c.square().sum(0))
     away, column = torch.hypot(x[:, None] - cos.double(), y[:, None] - sin.double()).min(1)
     if not bool((alike & paired & fits & (away < _TOLERANCE)).all()):
         raise ValueError("not a rotation of pairs of dimensions")

@@ -43,7 +43,10 @@ _SAMPLED = 64  # numbers of each weight that tell models apart
 def fingerprint(model: PreTrainedModel) -> str:
     """A name for a model's weights and rotary settings; the same on every device."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(model.state_dict().items()):  # quantised weights may be buffers
+        if weight.is_meta:  # elsewhere, by accelerate
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            continue
         flat = weight.detach().flatten()
         step = max(1, flat.numel() // _SAMPLED)
         sample = flat[::step][:_SAMPLED].cpu()

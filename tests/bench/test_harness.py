@@ -66,7 +66,7 @@ def test_results_of_other_weights_are_not_mixed(tmp_path):
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
-    with pytest.raises(DocumentError, match="no journal"):
+    with pytest.raises(DocumentError, match="not a journal"):
         Journal(tmp_path, "x", {})
     assert path.read_text() == content
 

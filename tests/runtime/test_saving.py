@@ -198,6 +198,17 @@ class TestRefusals:
         with pytest.raises(SavedReadingError, match="other weights"):
             engine(seed=1).load_memory(saved)
 
+    def test_other_weights_kept_as_buffers(self, tmp_path):
+        def quantised(first: float) -> QLLM:
+            model = tiny.model()
+            model.register_buffer("packed", torch.tensor([first, 2.0]))
+            return QLLM(model, tiny.tokenizer(), tiny.MEMORY)
+
+        quantised(1.0).read(BOOK).save(tmp_path / "reading")
+        assert quantised(1.0).load_memory(tmp_path / "reading").n_tokens
+        with pytest.raises(SavedReadingError, match="other weights"):
+            quantised(3.0).load_memory(tmp_path / "reading")
+
     def test_another_dtype(self, saved):
         llm = QLLM(tiny.model().half(), tiny.tokenizer(), tiny.MEMORY)
         with pytest.raises(SavedReadingError, match="dtype='float32'"):
