@@ -68,10 +68,10 @@ class Body:
                     lead, label_at = "", 0
                 for box in paragraph.boxes:
                     yield from self._blocks(box)
-            elif element.tag == _TABLE:
-                yield _Block(self._table(element))
-            else:
-                yield _Block(self._included(element))
+                continue
+            yield _Block(lead.strip("\n").rstrip(), is_paragraph=True)  # a table is no paragraph to run on into
+            lead, label_at = "", 0
+            yield _Block(self._table(element) if element.tag == _TABLE else self._included(element))
         yield _Block(lead.strip("\n").rstrip(), is_paragraph=True)
 
     def _table(self, table: Any) -> str:

@@ -110,7 +110,7 @@ def test_paths_are_documents(llm: QLLM, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DocumentError, match=r"strings are read as text; pass pathlib.Path\('a.txt'\)"):
         llm.read("a.txt")
-    with pytest.raises(DocumentError, match="Document 0 is a bytes"):
+    with pytest.raises(DocumentError, match="Document 1 is a bytes"):
         llm.read(b"bytes")  # type: ignore[arg-type]
     with pytest.raises(DocumentError, match="no file"):
         llm.ask("What is it?", tmp_path / "none.txt")

@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import LogitsProcessor
 
+from qllm_runtime.arguments import conversation
 from qllm_runtime.engine import QLLM
 from qllm_runtime.grammar import json_schema_processor
 from qllm_runtime.reasoning import AfterThought, marks_of, opening
@@ -45,7 +46,7 @@ def ids_of(llm: QLLM, text: str) -> list[int]:
 
 
 def pieces(llm: QLLM, text: str, **options: Any) -> list[Piece]:
-    turns, _ = llm._conversation(ASK["question"], ASK["documents"], None, ())
+    turns, _ = conversation(ASK["question"], ASK["documents"], None, ())
     return list(llm.chat_stream(turns, logits_processors=[Script(ids_of(llm, text))], **options))
 
 
@@ -95,7 +96,7 @@ def test_marks_elsewhere_are_text() -> None:
             assert answer is not None
             assert (answer.text, answer.finish_reason) == (said.removeprefix("<think>Hm.</think>"), "stop")
     with thinker(tiny.TEMPLATE) as llm:  # a template that knows no marks
-        turns, _ = llm._conversation("What is <think>?", "A mark.", None, ())
+        turns, _ = conversation("What is <think>?", "A mark.", None, ())
         answer = llm.chat(turns, logits_processors=[Script(ids_of(llm, "A mark."))])
     assert (answer.text, answer.reasoning) == ("A mark.", "")
 
@@ -121,7 +122,7 @@ def test_thoughts_are_streamed_without_the_white_space_around_them() -> None:
 def test_a_thought_that_does_not_end_is_closed(thought: str) -> None:
     with thinker() as llm:
         script = ids_of(llm, "<think>" + thought)
-        turns, _ = llm._conversation(ASK["question"], ASK["documents"], None, ())
+        turns, _ = conversation(ASK["question"], ASK["documents"], None, ())
         answer = llm.chat(turns, logits_processors=[Script(script)], max_tokens=100)
     assert END in answer.token_ids
     assert len(answer.token_ids) <= 100
@@ -133,12 +134,12 @@ def test_with_few_tokens_there_is_no_thought() -> None:
     with thinker() as llm:
         direct, thoughtful = (llm.ask(**ASK, max_tokens=n).usage.prompt_tokens for n in (63, 64))
         forced = llm.chat(
-            llm._conversation(ASK["question"], ASK["documents"], None, ())[0],
+            conversation(ASK["question"], ASK["documents"], None, ())[0],
             template_kwargs={"enable_thinking": True},
             max_tokens=1,
         )
         grammar = json_schema_processor(llm.tokenizer, {"type": "object"}, n_vocab=266)
-        turns, _ = llm._conversation(ASK["question"], ASK["documents"], None, ())
+        turns, _ = conversation(ASK["question"], ASK["documents"], None, ())
         held = llm.chat(turns, logits_processors=[grammar], max_tokens=256).usage.prompt_tokens
     assert direct == held == thoughtful + 2
     assert forced.usage.prompt_tokens == thoughtful
@@ -202,7 +203,7 @@ def test_a_grammar_holds_the_answer_and_not_the_thought(opened: bool | None) -> 
 def test_structured_answers_of_a_thinking_model_are_whole() -> None:
     with thinker() as llm:
         schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-        turns, _ = llm._conversation(ASK["question"], ASK["documents"], None, ())
+        turns, _ = conversation(ASK["question"], ASK["documents"], None, ())
         script = Script(ids_of(llm, "<think>five"))
         grammar = json_schema_processor(llm.tokenizer, schema, n_vocab=266)
         # the model would end within its thought; that is closed, and what follows is held to the grammar

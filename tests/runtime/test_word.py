@@ -92,6 +92,9 @@ class TestOrder:
         kept = [word for word in re.findall(r"word\d+;", markup) if word not in lost]
         assert re.findall(r"word\d+;", read("Ahead", markup)) == kept
 
+    def test_a_paragraph_whose_end_was_deleted_does_not_run_on_behind_a_table(self) -> None:
+        assert read(p(r("a"), "<w:rPr><w:del/></w:rPr>"), table(row(tc(p(r("b"))))), "c") == "a\n\nb\n\nc"
+
     def test_spaces_and_empty_paragraphs(self) -> None:
         text = read("A", "", " ", p(r("  in") + r(" ") + r("dented ") + "<w:r><w:t>a\nb</w:t></w:r>"), "")
         assert text == "A\n\n  in dented a b"
