@@ -72,7 +72,7 @@ def ask(
         raise InvalidRequestError("The question is empty.")
     reading, documents = _load([document, *(options.more or ())], options)
     llm = options.open()
-    memory = None if reading is None else _resume(llm, reading, documents)
+    memory = None if reading is None else _read(llm, reading, documents)
     documents = documents if memory is None else memory.documents
     names = _names(documents)
     asked: dict[str, Any] = {"mode": mode, "system": options.system, **options.asked}
@@ -106,7 +106,7 @@ def chat(
     One question per line. /sources shows the passages behind the last answer, /new forgets the conversation (not the
     documents), /quit or the end of the input ends it.
     """
-    from qllm_runtime import console, conversation
+    from qllm_runtime import conversation
 
     given = [document, *(options.more or ())]
     if "-" in given:
@@ -117,11 +117,7 @@ def chat(
         )
     reading, documents = _load(given, options)
     llm = options.open()
-    if reading is not None:
-        memory = _resume(llm, reading, documents)
-    else:
-        with console.reading() as progress:
-            memory = llm.read(documents, system=options.system, progress=progress)
+    memory = _read(llm, reading, documents, options.system)
     conversation.hold(llm, memory, _names(memory.documents), options.asked)
 
 
@@ -146,11 +142,7 @@ def read(
     check_target(Path(out))
     reading, documents = _load([document, *(options.more or ())], options)
     llm = options.open()
-    if reading is not None:
-        memory = _resume(llm, reading, documents)
-    else:
-        with console.reading() as progress:
-            memory = llm.read(documents, system=options.system, progress=progress)
+    memory = _read(llm, reading, documents, options.system)
     with console.reading("Saving", "layers") as progress:
         memory.save(out, progress=progress)
     size = sum(file.stat().st_size for file in Path(out).iterdir())
@@ -206,16 +198,18 @@ def _load(given: Sequence[str], options: ReadingOptions) -> tuple[Path | None, S
     return (Path(readings[0]) if readings else None), documents
 
 
-def _resume(llm: QLLM, reading: Path, documents: Sequence[Document]) -> DocumentMemory:
-    """A saved reading, and behind it further documents that are read now."""
+def _read(llm: QLLM, reading: Path | None, documents: Sequence[Document], system: str | None = None) -> DocumentMemory:
+    """A saved reading, if there is one, and behind it what is read now."""
     from qllm_runtime import console
 
-    with console.reading("Loading", "layers") as progress:
-        memory = llm.load_memory(reading, progress=progress)
-    if not documents:
-        return memory
+    memory = None
+    if reading is not None:
+        with console.reading("Loading", "layers") as progress:
+            memory = llm.load_memory(reading, progress=progress)
+        if not documents:
+            return memory
     with console.reading() as progress:
-        return llm.read(documents, after=memory, progress=progress)
+        return llm.read(documents, system=system, after=memory, progress=progress)
 
 
 def _names(documents: Sequence[Document]) -> list[str]:
