@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler, TextStream
 from qllm_runtime.errors import CancelledError, InvalidRequestError
 from qllm_runtime.inference import Inference
 from qllm_runtime.prompt import Prompt
 from qllm_runtime.reasoning import AfterThought, AnswerStream, marks_of, opening
-from qllm_runtime.request import Request, check_questions, lay_out
-from qllm_runtime.seam import MemoryCache
+from qllm_runtime.request import Request, build_request_prompt, check_questions
 from qllm_runtime.sources import passages, trace_back
 from qllm_runtime.types import (
     Answer,
@@ -55,7 +55,7 @@ def check_prefix(before: Prompt, prompt: Prompt) -> int:
     return len(before.ids)
 
 
-def feed(
+def read_tokens(
     inference: Inference,
     cache: MemoryCache,
     ids: NDArray[np.int64],
@@ -78,7 +78,7 @@ def feed(
         inference.read(cache, [torch.from_numpy(ids)], config, progress=advance, cancelled=cancelled)
 
 
-def resume(
+def resume_reading(
     inference: Inference,
     config: MemoryConfig,
     prompt: Prompt,
@@ -93,16 +93,16 @@ def resume(
     return cache.fork(), known
 
 
-def begin(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
+def begin_reading(request: Request, prompt: Prompt, end: int) -> tuple[MemoryCache, int]:
     """Memories for a prompt whose tokens up to `end` are going to be read, and how many of them were read already.
 
     The last token always has to be read: what follows it is known only then, and a memory cannot be rewound by one token.
     """
     room = min(request.sampling.max_tokens, ROOM)
-    cache, known = resume(request.inference, request.config, prompt, request.reading, room)
+    cache, known = resume_reading(request.inference, request.config, prompt, request.reading, room)
     if known == len(prompt.ids):
-        cache, known = resume(request.inference, request.config, prompt, None, room)
-    announce(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
+        cache, known = resume_reading(request.inference, request.config, prompt, None, room)
+    announce_questions(cache, 0, [span for span in prompt.query_spans if known <= span[0] < end], request.config)
     if request.on_lookup is not None:
         for layer, layer_memory in zip(request.inference.facts.layers, cache.memories(), strict=True):
             layer_memory.on_lookup = partial(request.on_lookup, layer)
@@ -113,14 +113,14 @@ def read_ahead(request: Request, prompt: Prompt, cancelled: Cancelled) -> tuple[
     """Read a prompt up to the end of its last document: what every question about these documents begins with."""
     inference = request.inference
     with inference.request(cancelled):
-        cache, known = begin(request, prompt, prompt.read_end)
+        cache, known = begin_reading(request, prompt, prompt.read_end)
         ids = prompt.ids[known : prompt.read_end]
-        feed(inference, cache, ids, request.config, len(prompt.ids), known, request.progress, cancelled)
+        read_tokens(inference, cache, ids, request.config, len(prompt.ids), known, request.progress, cancelled)
     return prompt.head, cache
 
 
-def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) -> Iterator[Piece]:
-    """Answer a settled request piece by piece; the last piece carries the whole answer.
+def answer_request(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) -> Iterator[Piece]:
+    """Answer a resolved request piece by piece; the last piece carries the whole answer.
 
     Args:
         request: The request.
@@ -129,15 +129,15 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
     """
     began = time.perf_counter()
     inference, config = request.inference, request.config
-    prompt = prompt or lay_out(request)
+    prompt = prompt or build_request_prompt(request)
     tokenized = time.perf_counter()
     n = len(prompt.ids)
     with inference.request(cancelled):
-        cache, known = begin(request, prompt, n)
+        cache, known = begin_reading(request, prompt, n)
         # the published code knows one prompt; elsewhere the question starts pieces of its own
         border = known if config.faithful else max(known, min(prompt.read_end, n - 1))
         for lo, hi in ((known, border), (border, n - 1)):
-            feed(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
+            read_tokens(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
         mass = _record(cache, inference, n)
         logits = inference.step(cache, [int(prompt.ids[-1])])
         if request.progress is not None:
@@ -182,7 +182,7 @@ def run(request: Request, cancelled: Cancelled, prompt: Prompt | None = None) ->
     yield Piece("", answer)
 
 
-def announce(cache: MemoryCache, row: int, spans: Sequence[tuple[int, int]], config: MemoryConfig) -> None:
+def announce_questions(cache: MemoryCache, row: int, spans: Sequence[tuple[int, int]], config: MemoryConfig) -> None:
     """Tell every layer of a row where its questions will stand; the published code knows only the first."""
     for memory in cache.memories(row):
         for span in spans[:1] if config.faithful else spans:
@@ -304,7 +304,7 @@ def generate(
         room = min(sampling.max_tokens, ROOM)
         cache = inference.cache(config, rows=len(rows), reserve=max(len(row) for row in rows) + room)
         for number, span in enumerate(spans):
-            announce(cache, number, [] if span is None else [span], config)
+            announce_questions(cache, number, [] if span is None else [span], config)
         if any(len(row) > 1 for row in rows):
             inference.read(cache, [row[:-1] for row in rows], config, progress=advance, cancelled=cancelled)
         tokens: list[int | None] = [int(row[-1]) for row in rows]

@@ -28,7 +28,7 @@ def as_documents(documents: DocumentLike | Sequence[DocumentLike]) -> tuple[Docu
     """Documents from whatever stands for them: texts, documents, and paths of files or folders.
 
     Raises:
-        DocumentError: There is none, one is empty or cannot be read, or something is no document.
+        DocumentError: There is none, one is empty or cannot be read, or something is not a document.
     """
     items = [documents] if isinstance(documents, str | Path | Document | bytes) else list(documents)
     if not items:
@@ -152,7 +152,7 @@ def _spans(query_span: Any, n_rows: int) -> list[tuple[int, int] | None]:
             raise ValueError("not a pair")
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise InvalidRequestError(
-            f"query_span={query_span!r} is no pair of token positions (start, end), nor one pair or None per row."
+            f"query_span={query_span!r} is not a pair of token positions (start, end), nor one pair or None per row."
         ) from error
     if len(whole) != n_rows:
         raise InvalidRequestError(f"{len(whole)} query spans for {n_rows} rows; pass one per row.")

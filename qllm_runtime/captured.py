@@ -1,6 +1,6 @@
 """Single-token steps recorded as a CUDA graph: the device runs hundreds of launches that the host asks for with one.
 
-A step can be captured if every layer takes its positions from device memory (`LayerMemory.settle`). It is recorded
+A step can be captured if every layer takes its positions from device memory (`LayerMemory.prepare_step`). It is recorded
 the second time it is met, as what runs for the first time (compilation, allocation) must not be recorded, and run again for as
 long as all that it reads is the same. What precedes a step, such as turning tokens into blocks, runs before it as always.
 """
@@ -19,9 +19,10 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm_kernels.dispatch import warn_once
-from qllm_runtime.memory.base import Steady
-from qllm_runtime.memory.places import board
-from qllm_runtime.seam import MemoryCache, stand_in_mask
+from qllm_runtime.cache import MemoryCache
+from qllm_runtime.hooks import stand_in_mask
+from qllm_runtime.memory.base import GraphStep
+from qllm_runtime.memory.places import step_inputs
 
 _SYNCHRONISES = "called a synchronizing"  # what torch says where the host waits for the device
 _PROTOTYPE = "Synchronization debug mode is a prototype"  # and, once, of looking for that
@@ -133,7 +134,7 @@ class CapturedSteps:
         self._recording: Recording | None = None
         self._recorded: tuple[object, ...] = ()  # what the recording reads
         self._met: tuple[object, ...] = ()  # what the step before read
-        self._board: torch.Tensor | None = None
+        self._step_inputs: torch.Tensor | None = None
         self._waited = False  # the host, for the device, in the step before
 
     @property
@@ -146,16 +147,16 @@ class CapturedSteps:
         if not self._possible:
             return None
         memories = cache.memories()
-        steadies = []
+        steps = []
         for memory in memories:
-            steady = memory.settle()
-            if steady is None:
+            step = memory.prepare_step()
+            if step is None:
                 return None
-            steadies.append(steady)
-        reads = tuple(x for steady in steadies for x in steady.reads)
-        self._write(token, steadies)
-        assert self._board is not None
-        for memory, numbers in zip(memories, self._board[1:], strict=True):
+            steps.append(step)
+        reads = tuple(x for step in steps for x in step.reads)
+        self._write(token, steps)
+        assert self._step_inputs is not None
+        for memory, numbers in zip(memories, self._step_inputs[1:], strict=True):
             memory.numbers = numbers
         try:
             logits = self._run(cache, reads)
@@ -166,15 +167,15 @@ class CapturedSteps:
             memory.count()
         return logits
 
-    def _write(self, token: int, steadies: Sequence[Steady]) -> None:
+    def _write(self, token: int, steps: Sequence[GraphStep]) -> None:
         """Send the token, its position and the numbers of every layer to where the step reads them."""
-        places = [steady.numbers for steady in steadies]
+        places = [step.numbers for step in steps]
         token_row = (token, *places[0][:1], *[0] * (len(places[0]) - 2))
-        fresh = board([token_row, *places], self._model.device)
-        if self._board is None:
-            self._board = fresh
+        fresh = step_inputs([token_row, *places], self._model.device)
+        if self._step_inputs is None:
+            self._step_inputs = fresh
         else:
-            self._board.copy_(fresh)
+            self._step_inputs.copy_(fresh)
 
     def _run(self, cache: MemoryCache, reads: tuple[object, ...]) -> torch.Tensor:
         known = self._recording is not None and _same(reads, self._recorded)
@@ -205,8 +206,8 @@ class CapturedSteps:
         warn_once(f"Steps of {name} run launch by launch, without a CUDA graph: {(reason.splitlines() or [''])[0]}.")
 
     def _forward(self, cache: MemoryCache) -> torch.Tensor:
-        assert self._board is not None
-        ids, position = self._board[0, 0, None], self._board[0, 1, None]
+        assert self._step_inputs is not None
+        ids, position = self._step_inputs[0, 0, None], self._step_inputs[0, 1, None]
         logits: torch.Tensor = self._model(
             input_ids=ids,
             position_ids=position,

@@ -118,7 +118,7 @@ def chat(
     reading, documents = _load(given, options)
     llm = options.open()
     memory = _read(llm, reading, documents, options.system)
-    conversation.hold(llm, memory, _names(memory.documents), options.asked)
+    conversation.hold_conversation(llm, memory, _names(memory.documents), options.asked)
 
 
 @app.command()
@@ -199,7 +199,7 @@ def _load(given: Sequence[str], options: ReadingOptions) -> tuple[Path | None, S
 
 
 def _read(llm: QLLM, reading: Path | None, documents: Sequence[Document], system: str | None = None) -> DocumentMemory:
-    """A saved reading, if there is one, and behind it what is read now."""
+    """A saved reading, if there is one, and after it what is read now."""
     from qllm_runtime import console
 
     memory = None

@@ -209,7 +209,7 @@ class MemoryConfig(BaseModel):
         if self.every_key and device_blocks < CANDIDATES * self.topk:
             raise ValueError(
                 f"device_blocks ({device_blocks}) must be at least {CANDIDATES} times topk ({self.topk}) where every key "
-                f"represents its block (so many are scored exactly); or set repr_topk below {self.block_size}"
+                f"represents its block (that many are scored exactly); or set repr_topk below {self.block_size}"
             )
 
     @property

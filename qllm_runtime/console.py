@@ -19,7 +19,7 @@ _SHOWN = 320  # characters of a passage that are printed; --json and /sources ha
 
 @contextmanager
 def reading(what: str = "Reading", unit: str = "tokens") -> Iterator[Progress]:
-    """A bar on stderr, or a line every tenth of the way where stderr is no terminal."""
+    """A bar on stderr, or a line every tenth of the way where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield _Lines(what, unit)
         return

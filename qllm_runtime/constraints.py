@@ -101,9 +101,9 @@ def grammar(
 
 
 def ask_for_json(turns: Sequence[Turn], schema: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """The turns with a schema shown to the model, behind the last user turn's text.
+    """The turns with a schema shown to the model, after the last user turn's text.
 
-    It is no part of the question, and ahead of it would change what a kept memory has read.
+    It is not part of the question, and ahead of it would change what a kept memory has read.
     """
     text = "Answer with one JSON object that follows this JSON schema:\n" + json.dumps(schema, ensure_ascii=False)
     last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)

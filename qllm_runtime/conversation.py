@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HELP = "One question per line; /sources, /new, /quit."
 
 
-def hold(llm: QLLM, memory: DocumentMemory, names: Sequence[str], options: Mapping[str, Any]) -> None:
+def hold_conversation(llm: QLLM, memory: DocumentMemory, names: Sequence[str], options: Mapping[str, Any]) -> None:
     """Answer line after line about what was read; earlier turns are part of the conversation."""
     tty = sys.stdin.isatty()
     if tty:

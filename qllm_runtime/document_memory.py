@@ -12,10 +12,10 @@ from qllm_runtime.errors import ClosedError, InvalidRequestError
 from qllm_runtime.types import Document, Progress
 
 if TYPE_CHECKING:
+    from qllm_runtime.cache import MemoryCache
     from qllm_runtime.config import MemoryConfig
     from qllm_runtime.inference import Inference
     from qllm_runtime.prompt import Prompt
-    from qllm_runtime.seam import MemoryCache
 
 
 class DocumentMemory:

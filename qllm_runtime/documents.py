@@ -130,7 +130,7 @@ def page_span(page_starts: Sequence[int], start: int, end: int) -> tuple[int, in
 
     Args:
         page_starts: Character at which each page starts, as in `Document.metadata["page_starts"]`; at least one.
-        start, end: Character span of the passage. The separator behind a page counts as its end.
+        start, end: Character span of the passage. The separator after a page counts as its end.
     """
     first = max(1, bisect.bisect_right(page_starts, start))
     return first, max(first, bisect.bisect_left(page_starts, end))

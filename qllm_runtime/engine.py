@@ -24,8 +24,8 @@ from qllm_runtime.loading import LoadedModel, load
 from qllm_runtime.options import AskOptions, ChatOptions, SamplingOptions, split
 from qllm_runtime.prompt import build_reading
 from qllm_runtime.reasoning import after_thoughts, lacks_room
-from qllm_runtime.request import Request, compose, settle
-from qllm_runtime.rereading import serve
+from qllm_runtime.request import Request, build_unchecked_prompt, resolve
+from qllm_runtime.rereading import serve_request
 from qllm_runtime.rotary import short_length
 from qllm_runtime.types import Answer, Cancelled, Piece, Progress, QuerySource, Turn, never
 from qllm_runtime.worker import stream
@@ -171,7 +171,7 @@ class QLLM:
         """Tokens of a whole conversation as the model would read it (read_once layout), documents and tools included."""
         options: ChatOptions = {"mode": "read_once", "tools": tools, "template_kwargs": template_kwargs}
         request, _ = self._request(turns, "", "none", memory, options)
-        return len(compose(settle(request)).ids)
+        return len(build_unchecked_prompt(resolve(request)).ids)
 
     def _need_tokenizer(self) -> Any:
         if self._loaded is None or self._loaded.tokenizer is None:
@@ -225,8 +225,10 @@ class QLLM:
         )
         with inference.request(cancelled):
             reading = None if after is None else after.contents(inference)
-            cache, known = answering.resume(inference, config, prompt, reading)
-            answering.feed(inference, cache, prompt.ids[known:], config, len(prompt.ids), known, progress, cancelled)
+            cache, known = answering.resume_reading(inference, config, prompt, reading)
+            answering.read_tokens(
+                inference, cache, prompt.ids[known:], config, len(prompt.ids), known, progress, cancelled
+            )
         return DocumentMemory(whole, system, prompt, cache, inference, config, variables)
 
     def load_memory(
@@ -315,7 +317,7 @@ class QLLM:
             DocumentError, InvalidConfigError, CancelledError: As `ask`.
         """
         request, cancelled = self._request(turns, query, query_source, memory, options)
-        *_, last = serve(request, cancelled)
+        *_, last = serve_request(request, cancelled)
         assert last.answer is not None
         return last.answer
 
@@ -332,7 +334,7 @@ class QLLM:
         request, _ = self._request(turns, query, query_source, memory, options)
 
         def work(emit: Callable[[Piece], None], cancelled: Cancelled) -> None:
-            for piece in serve(request, cancelled):
+            for piece in serve_request(request, cancelled):
                 emit(piece)
 
         return stream(work, options.get("cancel"))

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from qllm_runtime import answering
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import ContextOverflowError
 from qllm_runtime.inference import Inference
 from qllm_runtime.prompt import Prompt
-from qllm_runtime.request import Request, lay_out
+from qllm_runtime.request import Request, build_request_prompt
 from qllm_runtime.samples import sample_document
-from qllm_runtime.seam import MemoryCache
 from qllm_runtime.sources import surroundings
 from qllm_runtime.types import Cancelled, Document, Sampling, Source, Turn
 
@@ -31,7 +31,7 @@ STORY_FACTS = 12
 STORY_WINDOW = 256  # tokens at most; the rest of the story is looked up
 STORY_CHUNK = 2048
 #: A layer finds facts when its mean reciprocal rank (over questions, of the right block) is at least this.
-LEAST = 0.3
+MIN_MRR = 0.3
 
 _known: WeakKeyDictionary[Inference, dict[MemoryConfig, int | None]] = WeakKeyDictionary()
 
@@ -82,7 +82,7 @@ class Story:
 
 
 def measures(request: Request, cancelled: Cancelled) -> Story | None:
-    """What has to be read before `layer_that_finds` can tell; None where it can already, or never will."""
+    """What has to be read before `retrieval_layer` can tell; None where it can already, or never will."""
     config = _layout(request)
     if config is None or config in _known.setdefault(request.inference, {}):
         return None
@@ -103,7 +103,7 @@ def measures(request: Request, cancelled: Cancelled) -> Story | None:
             at = text.find(statement)
             if at >= 0:  # some are asked for in other words than they are stated in
                 turns = (Turn("user", (Document(text), question)),)
-                prompt = lay_out(replace(request, turns=turns, query=question), cancelled)
+                prompt = build_request_prompt(replace(request, turns=turns, query=question), cancelled)
                 questions.append((prompt, (at, at + len(statement))))
     except ContextOverflowError:  # in so small a window the story's questions have no place
         _known[request.inference][config] = None
@@ -111,7 +111,7 @@ def measures(request: Request, cancelled: Cancelled) -> Story | None:
     return Story(request, tuple(questions))
 
 
-def layer_that_finds(
+def retrieval_layer(
     request: Request, story: Story | None, progress: Callable[[int], None], cancelled: Cancelled
 ) -> int | None:
     """The layer whose lookups for the request's question find facts, or None.
@@ -127,9 +127,9 @@ def layer_that_finds(
         return None
     known = _known.setdefault(request.inference, {})
     if story is not None:
-        ranks = _reciprocal_ranks(story, progress, cancelled)
-        best = int(ranks.argmax())
-        known[config] = best if ranks[best] >= LEAST else None
+        mrr = _mean_reciprocal_rank(story, progress, cancelled)
+        best = int(mrr.argmax())
+        known[config] = best if mrr[best] >= MIN_MRR else None
     return known[config]
 
 
@@ -149,21 +149,21 @@ def _layout(request: Request) -> MemoryConfig | None:
     )
 
 
-def _reciprocal_ranks(story: Story, progress: Callable[[int], None], cancelled: Cancelled) -> NDArray[np.float64]:
+def _mean_reciprocal_rank(story: Story, progress: Callable[[int], None], cancelled: Cancelled) -> NDArray[np.float64]:
     """[layers] mean over questions of 1 / rank of the block in which a fact of the story stands."""
     request, (first, _) = story.request, story.questions[0]
     reads = replace(request, progress=lambda done, _: progress(done))
     request = replace(request, reading=answering.read_ahead(reads, first, cancelled))
     done, asked = first.read_end, []
     for prompt, place in story.questions:
-        asked.append(_reciprocal_ranks_of(request, prompt, place, cancelled))
+        asked.append(_reciprocal_rank(request, prompt, place, cancelled))
         done += len(prompt.ids) - prompt.read_end
         progress(done)
     means: NDArray[np.float64] = np.mean(asked, axis=0)
     return means
 
 
-def _reciprocal_ranks_of(
+def _reciprocal_rank(
     request: Request, prompt: Prompt, place: tuple[int, int], cancelled: Cancelled
 ) -> NDArray[np.float64]:
     """[layers] 1 / rank of the best block that holds some of the characters `place`; 0 where none left the window."""
@@ -171,7 +171,7 @@ def _reciprocal_ranks_of(
     right = sorted({(token - config.n_init) // config.block_size for token in tokens if token >= config.n_init})
     found = []
     with request.inference.request(cancelled):
-        cache, known = answering.begin(request, prompt, len(prompt.ids))
+        cache, known = answering.begin_reading(request, prompt, len(prompt.ids))
         rows = [torch.from_numpy(prompt.ids[known:])]
         request.inference.read(cache, rows, config, cancelled=cancelled)
         for memory in cache.memories():

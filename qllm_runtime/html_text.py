@@ -37,7 +37,7 @@ _WHOLE_NUMBER = re.compile(r"\s*[-+\u2212]?\d+\s*")
 _INVISIBLE_STYLE = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)", re.IGNORECASE)
 # XHTML ends these at once; to HTML all that follows would be inside
 _EMPTY = "|".join(sorted(_HIDDEN - {"svg"} | _names("textarea xmp noembed noframes")))
-# what is no markup: comments, and elements that hold text only
+# what is not markup: comments, and elements that hold text only
 _VERBATIM = "script|style|textarea|title|xmp|iframe|noembed|noframes"
 _TO_CLOSE = re.compile(
     rf"<(?P<empty>{_EMPTY})(?P<attributes>(?:\s[^<>]*)?)/>"
@@ -57,7 +57,7 @@ class _Text:
         self._preformatted = 0  # open elements in which white space stays as it is
         self._cells = 0  # of the present table row
         self._row = 0  # number of parts ahead of it
-        self._joined = 0  # number of parts behind which no space comes
+        self._joined = 0  # number of parts after which no space comes
         self._enclosed: list[int] = []  # open elements that a parenthesis was put ahead of
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class _Text:
             self._space = not self._preformatted and ends_in_space
 
     def _append(self, text: str) -> None:
-        """Add text as it is, behind the white space that is due."""
+        """Add text as it is, after the white space that is due."""
         if self._breaks:
             if self._parts:
                 self._parts.append("\n" * min(self._breaks, 2))

@@ -13,25 +13,19 @@ from transformers import PreTrainedModel
 
 from qllm_kernels.dispatch import backend, on_device
 from qllm_runtime import captured
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError, InvalidRequestError, OutOfMemoryError
+from qllm_runtime.hooks import decoder_of, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
 from qllm_runtime.rotary import thetas
-from qllm_runtime.seam import (
-    MemoryCache,
-    ModelFacts,
-    decoder_of,
-    examine,
-    installed,
-    is_out_of_memory,
-    stand_in_mask,
-)
+from qllm_runtime.seam import ModelFacts, examine, installed
 from qllm_runtime.types import Cancelled, never
-from qllm_runtime.waiting import Line, after_fork
+from qllm_runtime.waiting import FifoLock, after_fork
 
 # by the model's id, which is its own as long as its entry lives: the entry's value holds the model
 _serving: weakref.WeakValueDictionary[int, Inference] = weakref.WeakValueDictionary()
@@ -57,16 +51,17 @@ class Inference:
 
     Attributes:
         captures: Steps of single sequences are recorded and run again where that is possible.
-        torn: Forked during a request; the model's state is inconsistent and every request raises ClosedError.
+        forked_mid_request: This process is a fork made during a request; the model's state is inconsistent, and every request
+            raises ClosedError.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.captures = True
-        self._line = Line()
+        self._lock = FifoLock()
         self._holder: int | None = None  # thread whose turn it is
         self._at_work = False  # inside of `request`
-        self.torn = False
+        self.forked_mid_request = False
         self._steps: weakref.WeakKeyDictionary[MemoryCache, CapturedSteps] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -81,7 +76,7 @@ class Inference:
     @property
     def busy(self) -> bool:
         """Whether a request is under way."""
-        return self._line.occupied
+        return self._lock.locked
 
     @property
     def facts(self) -> ModelFacts:
@@ -125,7 +120,7 @@ class Inference:
             ClosedError: This process was forked while the model was at work in the other one.
             InvalidRequestError: A callback of a request makes another one, which would wait for itself.
         """
-        if self.torn:
+        if self.forked_mid_request:
             raise ClosedError(
                 "This process was forked while the model was answering, so its copy of the model is half-way through that "
                 "request; load models after the fork."
@@ -134,14 +129,14 @@ class Inference:
             raise InvalidRequestError(
                 "A request was made from inside another one (a progress or on_lookup callback); make it afterwards."
             )
-        line = self._line
-        line.enter(cancelled)
+        lock = self._lock
+        lock.acquire(cancelled)
         self._holder = threading.get_ident()
         try:
             yield
         finally:
             self._holder = None
-            line.leave()
+            lock.release()
 
     @contextmanager
     def request(self, cancelled: Cancelled = never) -> Iterator[None]:
@@ -188,8 +183,8 @@ class Inference:
 
     def forked(self) -> None:
         """This process is a copy of one in which requests were waiting or under way."""
-        self.torn = self.torn or self._holder is not None
-        self._line, self._holder, self._at_work = Line(), None, False
+        self.forked_mid_request = self.forked_mid_request or self._holder is not None
+        self._lock, self._holder, self._at_work = FifoLock(), None, False
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         place = self.model.device

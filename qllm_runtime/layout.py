@@ -85,7 +85,7 @@ def lay_out(turns: Sequence[Turn], query: str | None, mode: Mode) -> list[Messag
 
 
 def insert(message: Message, text: str, *, after_documents: bool = False) -> Message:
-    """The message with a text behind its other content, or straight behind its last document."""
+    """The message with a text after its other content, or straight after its last document."""
     segments = message.segments
     cut = len(segments)
     if after_documents:

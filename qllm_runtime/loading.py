@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from qllm_runtime.errors import InvalidConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
+from qllm_runtime.hooks import is_out_of_memory
 from qllm_runtime.inference import Inference
 from qllm_runtime.inventory import BUILTIN, MODELS
-from qllm_runtime.seam import is_out_of_memory
 from qllm_runtime.waiting import after_fork
 
 _HINT = "Give a local folder, a Hugging Face hub id that this machine can reach, or 'reader'."
@@ -57,11 +57,11 @@ def _after_fork() -> None:
     global _loading
     _loading = threading.Lock()
     for key, loaded in list(_shared.items()):
-        if loaded.inference.torn:
+        if loaded.inference.forked_mid_request:
             del _shared[key]
 
 
-after_fork(_after_fork)  # behind that of `Inference`, which finds out
+after_fork(_after_fork)  # after that of `Inference`, which finds out
 
 
 def locate(model: str | os.PathLike[str]) -> str:
@@ -178,7 +178,7 @@ def _config(where: str, common: dict[str, Any]) -> PreTrainedConfig:
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
     if auto_class(config) is None and not remote:
         raise UnsupportedModelError(
-            f"{where!r} is no causal language model of transformers: its model type is {config.model_type!r}."
+            f"{where!r} is not a causal language model of transformers: its model type is {config.model_type!r}."
         )
     return config
 

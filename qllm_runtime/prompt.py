@@ -49,7 +49,7 @@ class Prompt:
         query_spans: Token spans of the question, in order of appearance.
         document_spans: One span per document.
         read_end: Tokens [0, read_end) hold everything up to and including the last document (0 without documents).
-        closing: Number of tokens that the chat template wrote behind the last content.
+        closing: Number of tokens that the chat template wrote after the last content.
     """
 
     ids: NDArray[np.int64]
@@ -108,7 +108,7 @@ def build_prompt(
     A user turn with documents reads QUESTION, documents, text in mode "query_aware" and documents, text in mode
     "read_once", an empty line between them; a document with a title is preceded by a line `[title]`. What a template
     cannot express is rewritten without losing text: a system turn goes ahead of the first user turn, turns of one role
-    in a row are merged, tools are described in the system turn (behind the documents in mode "read_once", so that the
+    in a row are merged, tools are described in the system turn (after the documents in mode "read_once", so that the
     reading stays the same), calls and results become text.
 
     Args:
@@ -124,7 +124,7 @@ def build_prompt(
         cancelled: Polled while texts are tokenised.
 
     Raises:
-        CancelledError: As `cancelled` told.
+        CancelledError: `cancelled` returned True.
         InvalidRequestError: The conversation is empty or the chat template refuses it.
         DocumentError: A document is empty.
         UnsupportedModelError: Not a fast tokenizer.

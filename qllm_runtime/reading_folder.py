@@ -66,17 +66,17 @@ def is_reading(path: Path) -> bool:
 
 
 def check_target(path: Path) -> None:
-    """See to it that a reading may be written to `path`.
+    """Check that a reading may be written to `path`.
 
     Raises:
         SavedReadingError: Something else is there.
     """
     if path.exists() and not is_reading(path) and (not path.is_dir() or any(path.iterdir())):
-        raise SavedReadingError(f"{str(path)!r} is there already and is no reading; name another folder.")
+        raise SavedReadingError(f"{str(path)!r} is there already and is not a reading; name another folder.")
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """See to it that so many bytes fit on the disk of `folder`.
+    """Check that `needed` bytes fit on the disk of `folder`.
 
     Raises:
         SavedReadingError: They do not.

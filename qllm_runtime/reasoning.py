@@ -39,7 +39,7 @@ def opening(template: Sequence[int], marks: Marks) -> bool | None:
     """Whether an answer begins within a thought (True), may not begin with one (False), or may (None).
 
     Args:
-        template: What the chat template wrote behind the last content.
+        template: What the chat template wrote after the last content.
         marks: Between which the model thinks.
     """
     for token in reversed([int(token) for token in template]):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.document_memory import DocumentMemory
@@ -16,7 +17,6 @@ from qllm_runtime.inference import Inference
 from qllm_runtime.layout import SEPARATOR
 from qllm_runtime.memory.record import LayerLookupHook
 from qllm_runtime.prompt import Prompt, build_prompt
-from qllm_runtime.seam import MemoryCache
 from qllm_runtime.types import (
     Cancelled,
     Document,
@@ -40,8 +40,8 @@ class Request:
 
     Attributes:
         direct: Ask the chat template for an answer without a thought, where what was read allows it.
-        reading: What the prompt begins with and was read already, and its memories; `settle` takes them from `memory`.
-        excerpts: Passages of the documents to put behind all of them, ahead of the last question.
+        reading: What the prompt begins with and was read already, and its memories; `resolve` takes them from `memory`.
+        excerpts: Passages of the documents to put after all of them, ahead of the last question.
         on_answer: Gets the prompt and the memories once the answer is written.
     """
 
@@ -71,7 +71,7 @@ class Request:
         return tuple(document for turn in self.turns for document in turn.documents)
 
 
-def settle(request: Request) -> Request:
+def resolve(request: Request) -> Request:
     """The request with all its turns, the question, the mode and what was read before.
 
     Raises:
@@ -131,21 +131,21 @@ def with_memory(turns: Sequence[Turn], memory: DocumentMemory | None) -> tuple[T
     return (*opening, *turns[:first], user, *turns[first + 1 :])
 
 
-def lay_out(request: Request, cancelled: Cancelled = never) -> Prompt:
-    """The prompt of a settled request.
+def build_request_prompt(request: Request, cancelled: Cancelled = never) -> Prompt:
+    """The prompt of a resolved request.
 
     Raises:
         CancelledError: While texts were being tokenised.
         InvalidRequestError: The tokenizer does not fit the model, or the conversation cannot be laid out.
         ContextOverflowError: A question longer than the local window.
     """
-    prompt = compose(request, cancelled)
+    prompt = build_unchecked_prompt(request, cancelled)
     _check_fits(prompt, request.config, request.inference)
     return prompt
 
 
-def compose(request: Request, cancelled: Cancelled = never) -> Prompt:
-    """The prompt of a settled request, whether or not the model can take it.
+def build_unchecked_prompt(request: Request, cancelled: Cancelled = never) -> Prompt:
+    """The prompt of a resolved request, whether or not the model can take it.
 
     Some templates put things ahead of the documents that were not there when these were read: tools (then described after
     them), whether to think, or the date. The beginning stays as it was read.

@@ -1,7 +1,7 @@
 """Looking the answer up in the whole text, then reading what was found again, next to the question, and answering.
 
 A looked-up block is seen at one far distance, next to blocks it never stood beside. Read again in the window, with the question
-behind it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
+after it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
 it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`).
 
 Where the passages leave at least half of the window free, everything else stays within reach of the lookups. In a smaller
@@ -16,10 +16,10 @@ from dataclasses import replace
 from functools import partial
 
 from qllm_runtime import answering, finding
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.decoding import Sampler
 from qllm_runtime.prompt import Prompt
-from qllm_runtime.request import Request, lay_out, settle
-from qllm_runtime.seam import MemoryCache
+from qllm_runtime.request import Request, build_request_prompt, resolve
 from qllm_runtime.sources import in_order
 from qllm_runtime.types import Answer, Cancelled, Document, Piece, Sampling, Source
 
@@ -31,15 +31,15 @@ WORTH_FINDING = 8192
 BESIDE_NAMED = 3
 
 
-def serve(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
+def serve_request(request: Request, cancelled: Cancelled) -> Iterator[Piece]:
     """Answer a request, piece by piece; the last piece carries the whole answer."""
     began = time.perf_counter()
-    request = settle(request)
+    request = resolve(request)
     config = request.config
-    prompt = lay_out(request, cancelled)
+    prompt = build_request_prompt(request, cancelled)
     tokenized = time.perf_counter()
     looks_up = config.uses_blocks and not config.faithful and len(prompt.ids) > config.n_init + config.n_local
-    work = _reread if request.reread and looks_up and request.documents else answering.run
+    work = _reread if request.reread and looks_up and request.documents else answering.answer_request
     for piece in _in_turn(request, cancelled, work(request, cancelled, prompt)):
         if piece.answer is not None:
             spent = piece.answer.timings.tokenize_s + tokenized - began
@@ -59,11 +59,11 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     fresh = request.reading is None
     worth_finding = prompt.read_end >= WORTH_FINDING
     story = finding.measures(request, cancelled) if worth_finding else None
-    told, n = request.progress, len(prompt.ids) + (story.n_tokens if story else 0)
+    report, n = request.progress, len(prompt.ids) + (story.n_tokens if story else 0)
 
     def tell(done: int) -> None:
-        if told is not None:
-            told(done, n)
+        if report is not None:
+            report(done, n)
 
     def read_all(done: int, total: int) -> None:
         # the last token is not reported read before the answer can begin
@@ -76,7 +76,7 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     read = time.perf_counter()
     layer = None
     if worth_finding:
-        layer = finding.layer_that_finds(request, story, lambda done: tell(prompt.read_end + done), cancelled)
+        layer = finding.retrieval_layer(request, story, lambda done: tell(prompt.read_end + done), cancelled)
     named: list[Source] = []
 
     def look(layer: int, prompt: Prompt, cache: MemoryCache) -> None:
@@ -85,7 +85,7 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     on_answer = None if layer is None else partial(look, layer)
     short = Sampling(max_tokens=DRAFT_TOKENS)  # whatever the answer's limit is: that only cuts the answer
     draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None, on_answer=on_answer)
-    *_, last = answering.run(draft_request, cancelled, prompt)
+    *_, last = answering.answer_request(draft_request, cancelled, prompt)
     draft = last.answer
     assert draft is not None
     attended = draft.sources[:BESIDE_NAMED] if named else draft.sources
@@ -94,11 +94,11 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     last_request, last_prompt, alone = replace(request, excerpts=found, progress=read_all), None, False
     if found and _can_be_alone(request):
         by_themselves = _alone(last_request)
-        passages = lay_out(by_themselves, cancelled)
+        passages = build_request_prompt(by_themselves, cancelled)
         alone = 2 * sum(span.end - span.start for span in passages.document_spans) > config.n_local
         if alone:
             last_request, last_prompt = by_themselves, passages
-    for piece in answering.run(last_request, cancelled, last_prompt):
+    for piece in answering.answer_request(last_request, cancelled, last_prompt):
         if piece.answer is not None:
             final = _moved_back(piece.answer, found) if alone else piece.answer
             first = read - began if fresh else draft.timings.read_s

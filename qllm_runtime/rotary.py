@@ -54,8 +54,8 @@ class RotaryTable:
 
     The table is computed by the stock module, bypassing hooks, so every `rope_scaling` is included.
 
-    Where frequencies depend on the length of the text, positions up to `comfortable_length` have those of short texts,
-    whatever longer texts were read before; positions behind it have those of long texts.
+    Where frequencies depend on the length of the text, positions up to `original_max_position_embeddings` have those of
+    short texts, whatever longer texts were read before; positions after it have those of long texts.
 
     Args:
         module: The stock module.
@@ -86,16 +86,16 @@ class RotaryTable:
         original = parameters.get("original_max_position_embeddings") or getattr(
             config, "max_position_embeddings", None
         )
-        #: Longest frame that keeps the frequencies of short texts; None when frequencies do not depend on length.
-        self.comfortable_length: int | None = original if kind in _LENGTH_DEPENDENT else None
+        #: Longest frame that keeps the frequencies of short texts; None where frequencies do not depend on the length.
+        self.original_max_position_embeddings: int | None = original if kind in _LENGTH_DEPENDENT else None
         self._beyond: RotaryTable | None = None
         self._least = 0
-        if long and self.comfortable_length is not None:
-            self._least, self.comfortable_length = self.comfortable_length + 1, None
+        if long and self.original_max_position_embeddings is not None:
+            self._least, self.original_max_position_embeddings = self.original_max_position_embeddings + 1, None
 
     def rows(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of cos and sin [n, columns] of positions start .. start + n - 1."""
-        if self.comfortable_length is not None and start + n > self.comfortable_length:
+        if self.original_max_position_embeddings is not None and start + n > self.original_max_position_embeddings:
             if self._beyond is None:
                 layer_type = self._args[0] if self._args else None
                 self._beyond = RotaryTable(self._module, layer_type, self.device, True, self._lead)
@@ -110,12 +110,14 @@ class RotaryTable:
         if length <= have:
             return
         grown = max(length, 2 * have, self._least)
-        if self.comfortable_length is not None:
-            grown = min(grown, self.comfortable_length)
+        if self.original_max_position_embeddings is not None:
+            grown = min(grown, self.original_max_position_embeddings)
         positions = torch.arange(grown, device=self.device).expand(*self._lead, grown)
         probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self.device)
         with unchanged(self._module):
-            if self.comfortable_length is not None:  # a short call first: modules remember the longest one
+            if (
+                self.original_max_position_embeddings is not None
+            ):  # a short call first: modules remember the longest one
                 self._module.forward(probe, positions[..., :1], *self._args)
             cos, sin = split(self._module.forward(probe, positions, *self._args))
         self._cos, self._sin = cos.float().to(self.device), sin.float().to(self.device)
@@ -161,7 +163,7 @@ def learn_layout(
         The layout, or None where nothing turns.
 
     Raises:
-        ValueError: It is no rotation of pairs of dimensions by the angles of the tables.
+        ValueError: It is not a rotation of pairs of dimensions by the angles of the tables.
     """
     plain, quarter, turned = plain.double(), quarter.double(), turned.double()
     size = plain.norm(dim=0).clamp(min=1e-30)
@@ -207,7 +209,7 @@ class PairRotation(Rotation):
 
     def __init__(self, layout: Layout, table: RotaryTable, head_dim: int) -> None:
         self._layout, self._table = layout, table
-        self.comfortable_length = table.comfortable_length
+        self.original_max_position_embeddings = table.original_max_position_embeddings
         self._columns = torch.tensor(layout.columns, device=table.device)
         self._eye = torch.eye(head_dim, device=table.device)
         self._turn: tuple[int, torch.Tensor] | None = None
@@ -244,7 +246,7 @@ class PairRotation(Rotation):
 
     @override
     def tables(self, n: int, device: torch.device) -> Tables | None:
-        if self.comfortable_length is not None:
+        if self.original_max_position_embeddings is not None:
             return None
         if self._tables is None or n > self._tables.cos.shape[0]:
             have = 0 if self._tables is None else self._tables.cos.shape[0]

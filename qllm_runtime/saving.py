@@ -33,9 +33,9 @@ from qllm_runtime.types import Cancelled, Document, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qllm_runtime.cache import MemoryCache
     from qllm_runtime.document_memory import DocumentMemory
     from qllm_runtime.inference import Inference
-    from qllm_runtime.seam import MemoryCache
 
 _SAMPLED = 64  # numbers of each weight that tell models apart
 
@@ -171,7 +171,7 @@ class _Saved:
         self.template_kwargs: dict[str, Any] = dict(self._description.template_kwargs)
 
     def check(self, model: PreTrainedModel) -> None:
-        """See to it that `model` is the one that read.
+        """Check that `model` is the one that read.
 
         Raises:
             SavedReadingError: It is another one, or has another dtype.
@@ -201,7 +201,7 @@ class _Saved:
 
         Raises:
             SavedReadingError: Files are missing or damaged.
-            CancelledError: As `cancelled` told.
+            CancelledError: `cancelled` returned True.
         """
         for index, device in enumerate(devices):
             if cancelled():

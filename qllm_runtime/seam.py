@@ -15,19 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qllm_runtime.cache import MemoryCache as MemoryCache
-from qllm_runtime.cache import MemoryFactory, Slot
+from qllm_runtime.cache import MemoryCache, MemoryFactory, Slot
 from qllm_runtime.errors import InvalidConfigError, UnsupportedModelError
-from qllm_runtime.hooks import decoder_of as decoder_of
-from qllm_runtime.hooks import hooked, identity
-from qllm_runtime.hooks import is_out_of_memory as is_out_of_memory
-from qllm_runtime.hooks import stand_in_mask as stand_in_mask
+from qllm_runtime.hooks import decoder_of, hooked, identity, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory, Rotation
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.probing import Call, ProbeTables, observe
 from qllm_runtime.rotary import Layout, NoRotation, PairRotation, RotaryTable, learn_layout, unchanged
 
-#: Half precision may differ by so many roundings: they make routers choose other experts, and add up from layer to layer.
+#: Roundings by which half precision may differ: they make routers choose other experts, and add up from layer to layer.
 _ROUNDINGS = 3.0
 _SELF_TEST_PARTS = (40, 20, 1, 1)  # a text and its continuation, then single tokens
 _SHIFT = 5  # tokens that a probe pretends to have seen
@@ -84,7 +80,7 @@ class ModelFacts:
             key = (facts.layer_type if self.takes_layer_type else None, device, long)
             if key not in self.tables:
                 self.tables[key] = RotaryTable(self.rotary, *key, self.lead)
-            short = self.tables[key].comfortable_length
+            short = self.tables[key].original_max_position_embeddings
             if short is None or frame <= short:  # one kind of frequencies throughout
                 break
             if self.tables[key].kind == "dynamic":

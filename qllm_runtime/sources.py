@@ -19,7 +19,7 @@ SURROUNDINGS = 256  # tokens on each side whose mean is what a passage has to st
 MIN_SHARE = 0.25  # a further passage must stand out at least this much as the best one does ...
 MIN_LIFT = 1.5  # ... and hold this many times the mass of its surroundings
 
-# the end of a sentence with its closing quotes, or of a paragraph, with the white space behind it
+# the end of a sentence with its closing quotes, or of a paragraph, with the white space after it
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)\]*_]*\s+|\n[ \t\r]*\n\s*")
 _CHARACTER = regex.compile(r"\X")
 _LONGEST_CHARACTER = 64  # code points looked back at

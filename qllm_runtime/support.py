@@ -73,7 +73,7 @@ def check_support(model: str | os.PathLike[str] | PreTrainedConfig) -> Support:
     try:
         stand_in = _stand_in(config)
     except ValueError as error:
-        return Support(False, f"{kind} is no decoder-only language model of transformers ({_first_line(error)})")
+        return Support(False, f"{kind} is not a decoder-only language model of transformers ({_first_line(error)})")
     except Exception as error:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         return Support(False, f"{kind} cannot be built from its configuration ({reason})")

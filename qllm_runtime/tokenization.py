@@ -29,7 +29,7 @@ class SegmentTokenizer:
     Documents, questions and other texts go through a private copy of the tokenizer in which special tokens are ordinary
     characters (no chat markup in a document can act as such) and which puts no space ahead of a text that stands in the
     middle of a prompt (SentencePiece-style tokenizers do). Being private it is also safe to use from any thread and
-    knows no truncation.
+    does not truncate.
 
     Attributes:
         control: Matches every token that may act as markup: special tokens, marks of thoughts, and added tokens of
@@ -104,7 +104,7 @@ class SegmentTokenizer:
             cancelled: Polled every few thousand words.
 
         Raises:
-            CancelledError: As `cancelled` told.
+            CancelledError: `cancelled` returned True.
         """
         shift = 1 if space else 0
         text = " " * shift + text

@@ -19,7 +19,7 @@ def after_fork(act: Callable[[], None]) -> None:
         os.register_at_fork(after_in_child=act)
 
 
-class Line:
+class FifoLock:
     """Who came first goes first; whoever waits can be cancelled."""
 
     def __init__(self) -> None:
@@ -27,11 +27,11 @@ class Line:
         self._tickets: deque[object] = deque()
 
     @property
-    def occupied(self) -> bool:
-        """Whether somebody is in."""
+    def locked(self) -> bool:
+        """Whether somebody holds it."""
         return bool(self._tickets)
 
-    def enter(self, cancelled: Cancelled) -> None:
+    def acquire(self, cancelled: Cancelled) -> None:
         """Wait until everybody ahead has left.
 
         Raises:
@@ -50,7 +50,7 @@ class Line:
                 self._changed.notify_all()
                 raise
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Let the next one in."""
         with self._changed:
             self._tickets.popleft()

@@ -55,7 +55,7 @@ def stream(
     Exceptions of `work` are raised in the consumer with their own type. Closing the iterator cancels the work.
 
     Args:
-        work: Called with a function to emit an item and one that tells whether to give up.
+        work: Called with a function to emit an item and one that returns True once it should give up.
         cancel: Set by the caller to cancel from outside.
     """
     items: queue.SimpleQueue[object] = queue.SimpleQueue()

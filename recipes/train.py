@@ -298,7 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="size of the network")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=0, help="make batches in so many other processes; for a GPU")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="number of other processes that make batches; for a GPU"
+    )
     parser.add_argument("--phase", choices=tuple(SHARES), help="run one phase only")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

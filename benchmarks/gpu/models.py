@@ -17,12 +17,12 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from benchmarks.gpu.operations import Rows
 from benchmarks.gpu.timing import synchronize
 from qllm_kernels import dispatch
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import CANDIDATES, MemoryConfig
 from qllm_runtime.errors import OutOfMemoryError
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.offload import OffloadedStore
-from qllm_runtime.seam import MemoryCache
 
 STEPS = 24
 QUESTION = 16
@@ -68,7 +68,7 @@ def warm_up_length(model: PreTrainedModel, length: int) -> int:
 def warmed(
     measure: Callable[[PreTrainedModel, int], dict[str, Any]], model: PreTrainedModel, length: int
 ) -> dict[str, Any]:
-    """A row of `measure` behind a reading that compiles what it runs."""
+    """A row of `measure` after a reading that compiles what it runs."""
     measure(model, warm_up_length(model, length))
     return measure(model, length)
 
@@ -116,7 +116,7 @@ def offloaded(model: PreTrainedModel, length: int, **settings: Any) -> dict[str,
 
 
 class Agreement:
-    """Logits of steps behind a text and a question, by each way of computing them.
+    """Logits of steps after a text and a question, by each way of computing them.
 
     Args:
         model: The model.
@@ -199,7 +199,7 @@ def _kernels(kind: str | None) -> Iterator[None]:
 
 def _tally(cache: MemoryCache) -> tuple[int, int]:
     """Blocks that all layers looked up and fetched so far."""
-    stores = [memory._outside.store for memory in cache.memories() if isinstance(memory, BlockMemory)]
+    stores = [memory._far_context.store for memory in cache.memories() if isinstance(memory, BlockMemory)]
     tallies = [store.tally() for store in stores if isinstance(store, OffloadedStore)]
     return sum(asked for asked, _ in tallies), sum(fetched for _, fetched in tallies)
 

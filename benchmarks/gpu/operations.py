@@ -171,7 +171,7 @@ class Operations:
         return row | {"tflop_s": work / row["us"] / 1e6, "of": "matmul_tflop_s"}
 
     def _bandwidth(self, make: Callable[[], Callable[[], object]], read: int, of: str = "copy_gb_s") -> dict[str, Any]:
-        """Row of calls that read so many bytes; `make` makes one with data of its own."""
+        """Row of calls that read `read` bytes; `make` makes one with data of its own."""
         calls = copies(make, read, self.device)
         row = spent(calls, self.device)
         return row | {"gb_s": read / row["us"] / 1e3, "of": of, "copies": len(calls)}

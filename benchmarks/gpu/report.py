@@ -15,7 +15,7 @@ import typer
 from benchmarks.gpu import timing
 
 BUDGET_S = 540
-#: Exit status of a process whose device answers no more; one that begins anew goes on behind the row that did it.
+#: Exit status of a process whose device answers no more; one that begins anew goes on after the row that did it.
 BROKEN = 3
 _INTERRUPTED = {"failed": "the process ended while this was measured", "ok": False}
 
@@ -71,7 +71,7 @@ class Report:
             timing.synchronize(device)
         except Exception as error:
             self.add(row | _failure(error), *names)
-            print(f"{device} answers no more behind {', '.join(names)}: {error}", flush=True)
+            print(f"{device} answers no more after {', '.join(names)}: {error}", flush=True)
             raise typer.Exit(BROKEN) from error
         return row
 

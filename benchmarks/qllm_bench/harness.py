@@ -21,7 +21,7 @@ class Job:
     """One case under one setting: the unit of resuming.
 
     Attributes:
-        key: Names it for ever within its benchmark: everything that changes its result and isn't in the journal's subject.
+        key: Names it permanently within its benchmark: everything that changes its result and isn't in the journal's subject.
         labels: Columns its row can be grouped by.
         tokens: Tokens it will read, about; for the progress bar.
         work: Does it and returns further columns; called with a function to report (tokens read, tokens in all) to.

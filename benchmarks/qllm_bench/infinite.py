@@ -23,7 +23,7 @@ from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.types import Progress
 
 _ROOM = 48  # tokens of template and separators
-_PLACE = 5  # parts of a key that say which question is asked in which way; behind them is the version
+_PLACE = 5  # parts of a key that say which question is asked in which way; after them is the version
 _QUESTION = 16  # tokens that a question may have more than that of the least text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qllm_runtime.config import MemoryConfig
-from qllm_runtime.memory.outside import Outside
+from qllm_runtime.memory.far_context import FarContext
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.prompt import Prompt
 
@@ -28,13 +28,13 @@ def forced(tokens: Sequence[int], memory: MemoryConfig) -> Iterator[None]:
 
     Args:
         tokens: Absolute indices of tokens.
-        memory: Block size and initial tokens; blocks begin behind the latter.
+        memory: Block size and initial tokens; blocks begin after the latter.
     """
     blocks = sorted({(t - memory.n_init) // memory.block_size for t in tokens if t >= memory.n_init})
-    original = Outside.look_up
+    original = FarContext.look_up
 
     def look_up(
-        self: Outside,
+        self: FarContext,
         lookup: torch.Tensor,
         counts: Sequence[int],
         starts: Sequence[int],
@@ -52,7 +52,7 @@ def forced(tokens: Sequence[int], memory: MemoryConfig) -> Iterator[None]:
                 hook(replace(record, ids=ids[piece].reshape(record.ids.shape)))
         return ids, valid
 
-    patched: Any = Outside
+    patched: Any = FarContext
     patched.look_up = look_up
     try:
         yield

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-_EVERY = 15.0  # seconds between lines where stderr is no terminal
+_EVERY = 15.0  # seconds between lines where stderr is not a terminal
 
 
 class Bar(Protocol):

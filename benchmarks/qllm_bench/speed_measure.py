@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import OutOfMemoryError
+from qllm_runtime.hooks import is_out_of_memory
 from qllm_runtime.inference import Inference
 from qllm_runtime.loading import load
-from qllm_runtime.seam import is_out_of_memory
 
 QUESTION = 32  # tokens of the second question
 _WARM_UP = 3_000  # tokens; compiles kernels and touches every code path

@@ -40,7 +40,7 @@ class Setting:
     Attributes:
         name: Stands in keys and tables.
         memory: Layout and lookup.
-        order: Where the question stands: ahead of the document, behind it, or both (the paper's layout); "reread" and
+        order: Where the question stands: ahead of the document, after it, or both (the paper's layout); "reread" and
             "both-reread": behind it or both, and the passages behind a draft are read again before the answer.
         oracle: Force the blocks that hold the answer into every lookup: the ceiling of what a better lookup could reach.
     """
@@ -73,14 +73,14 @@ class Example:
     Attributes:
         document: The text.
         question: The question; routed to the lookup.
-        closing: What stands behind the document where that is more than the question; holds it.
+        closing: What stands after the document where that is more than the question; holds it.
         expected: The right answer, for the reader of the journal.
         score: Gives an answer a score from 0 to 1.
         spans: Character spans of the document that the answer rests on; needed for the oracle.
         system: System text ahead of everything.
         max_tokens: Most tokens of an answer.
-        leads: Whether the question makes sense ahead of the document; where not, orders that have it ahead and behind are read
-            as those that have it behind.
+        leads: Whether the question makes sense ahead of the document; where not, orders that have it ahead and after are read
+            as those that have it after.
         reading: Names the document; of settings that read once, examples in a row with the same name share one reading.
     """
 

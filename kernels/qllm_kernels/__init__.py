@@ -1,1 +1,1 @@
-"""Operations on key/value blocks: arrays in, arrays out. Knows no model and no framework."""
+"""Operations on key/value blocks: arrays in, arrays out. Has no notion of models or frameworks."""

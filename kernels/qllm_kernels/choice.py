@@ -37,7 +37,7 @@ def seen_twice(
 
     Args:
         ids: [pieces, scopes, k] blocks that are seen.
-        block, position, border: As in `Pinned`; without a border all windows begin behind these keys.
+        block, position, border: As in `Pinned`; without a border all windows begin after these keys.
 
     Returns:
         [pieces, scopes, m].

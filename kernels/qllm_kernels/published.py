@@ -25,7 +25,7 @@ def published_means(
         key_rotated: [kv_heads, n_blocks * block_size, head_dim], the same keys rotated.
         query: [heads, n, head_dim] queries rotated in the same frame; the first stands at the first key.
         lse: [heads, n] log-sum-exp of each query over everything it saw.
-        n_local: Window length; queries up to n_local - 1 behind a key count for it.
+        n_local: Window length; queries up to n_local - 1 after a key count for it.
         repr_topk: Keys that are averaged.
         scale: Factor on the logits.
         softcap: Cap on the scaled logits.

@@ -27,7 +27,7 @@ class Residency:
 
     @classmethod
     def empty(cls, rows: int, n_pages: int, n_slots: int, device: torch.device) -> Residency:
-        """Tables for so many pages and slots, with nothing resident."""
+        """Tables for `n_pages` pages and `n_slots` slots, with nothing resident."""
 
         def none(*shape: int) -> torch.Tensor:
             return torch.full(shape, -1, dtype=torch.int32, device=device)

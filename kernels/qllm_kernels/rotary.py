@@ -26,7 +26,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
     """Rotate pairs of dimensions, in fp32.
 
     Args:
-        x: [..., n, head_dim]; dimensions behind rotary_dim stay as they are.
+        x: [..., n, head_dim]; dimensions after rotary_dim stay as they are.
         cos, sin: [n, rotary_dim].
         interleaved: Pairs are neighbours (0, 1), (2, 3), ...; otherwise dimension i and i + rotary_dim / 2.
 

@@ -206,7 +206,7 @@ def _convert(document: LangChainDocument) -> types.Document:
 
 
 def _page_of(document: types.Document | LangChainDocument) -> str | None:
-    """The source that a page belongs to; None for anything that is no page."""
+    """The source that a page belongs to; None for anything that is not a page."""
     if isinstance(document, types.Document) or "page" not in document.metadata or "source" not in document.metadata:
         return None
     return str(document.metadata["source"])

@@ -182,7 +182,7 @@ def translate(
         messages: The conversation.
         query: Explicit question.
         memory_id: Document memory that the request is asked of, unless the messages name one.
-        schema: JSON schema to show the model behind the last user turn's text; no part of the question.
+        schema: JSON schema to show the model after the last user turn's text; no part of the question.
         to_answer: Whether messages without any content are an error; they are none where tokens are counted.
 
     Raises:

@@ -16,7 +16,7 @@ from qllm_runtime.documents import page_span
 from qllm_runtime.types import Answer, Document, Source, TokenLogprob
 
 PROVIDER = "qllm"
-# Indices of streamed tool calls begin behind those that LangChain counts itself: thought, text, citations.
+# Indices of streamed tool calls begin after those that LangChain counts itself: thought, text, citations.
 CALLS = 100
 #: Metadata of a document in pages: where each starts, which number and label it has in its file. Citations say which it is.
 PAGE_KEYS = ("page_starts", "page_numbers", "page_labels")

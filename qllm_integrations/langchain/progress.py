@@ -43,7 +43,7 @@ class Reporter:
         """`done` of `total` tokens of the prompt with these documents are read."""
 
     def settle(self) -> None:
-        """Wait until everything is told."""
+        """Wait until everything is reported."""
 
     @contextmanager
     def telling(self, cancel: threading.Event) -> Iterator[None]:
@@ -90,7 +90,7 @@ class AsyncReporter(Reporter):
 
     @contextmanager
     def telling(self, cancel: threading.Event) -> Iterator[None]:
-        """As in `Reporter`, for the thread that reads; waits until everything is told."""
+        """As in `Reporter`, for the thread that reads; waits until everything is reported."""
         self._cancel = cancel
         try:
             yield
@@ -103,7 +103,7 @@ class AsyncReporter(Reporter):
                 self._pending.popleft().cancel()
 
     def settle(self) -> None:
-        """Wait in the thread that reads until everything is told.
+        """Wait in the thread that reads until everything is reported.
 
         Raises:
             CancelledError: While waiting.

@@ -62,7 +62,7 @@ def convert(tool: AnyTool, strict: bool | None = None) -> dict[str, Any]:
 
 
 def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON schema whose top is no mere reference into its own definitions."""
+    """A JSON schema whose top is not a mere reference into its own definitions."""
     whole, seen = dict(schema), set[str]()
     while isinstance(reference := whole.get("$ref"), str) and reference not in seen:
         seen.add(reference)

@@ -80,7 +80,7 @@ class IndexContents(BaseIndex[WholeDocumentList]):
         self._shelf.retain(lambda document: (document.title, document.text) in held)
 
     def insert(self, document: Document, **insert_kwargs: Any) -> None:
-        """Add a document behind the others.
+        """Add a document after the others.
 
         Raises:
             InvalidRequestError: The index holds another document of this id.

@@ -53,7 +53,7 @@ class QLLM(StructuredMixin, ToolsMixin, FunctionCallingLLM):
     Cancelling a task, closing a stream or leaving its loop stops the model within one chunk or token.
 
     Documents are blocks of their own (`CitableBlock`, `DocumentBlock`), so the model knows which text is the
-    question; a `CachePoint` behind them reads them once and keeps them. In `predict` and its relatives the variables
+    question; a `CachePoint` after them reads them once and keeps them. In `predict` and its relatives the variables
     `context_str` and `query_str` of the prompt template say so.
 
     Args:

@@ -153,7 +153,7 @@ def _to_turn(message: ChatMessage, position: int) -> Turn:
         elif isinstance(block, ToolCallBlock):
             calls.append(_tool_call(block.tool_call_id, block.tool_name, block.tool_kwargs))
         elif not isinstance(block, (CachePoint, CitationBlock, ThinkingBlock)):
-            # citations and thoughts of earlier answers are no part of the conversation's text
+            # citations and thoughts of earlier answers are not part of the conversation's text
             raise InvalidRequestError(
                 f"Message {position} ({message.role.value}) holds a {type(block).__name__}, which this text model "
                 "cannot read; remove it, or describe it in words."

@@ -34,11 +34,11 @@ class Rotation(ABC):
     """The rotary position embedding of one layer, applied by the architecture's own function.
 
     Attributes:
-        comfortable_length: Longest run of positions that keeps the frequencies of short texts (rotary kinds whose
-            frequencies depend on the text's length), or None.
+        original_max_position_embeddings: Longest run of positions that keeps the frequencies of short texts; None where
+            frequencies do not depend on the length of the text.
     """
 
-    comfortable_length: int | None = None
+    original_max_position_embeddings: int | None = None
 
     @abstractmethod
     def rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
@@ -71,11 +71,11 @@ class Scoring(NamedTuple):
     sinks: torch.Tensor | None = None
 
 
-class Steady(NamedTuple):
-    """A single token's step that changes nothing but numbers, so that it can be recorded and run again.
+class GraphStep(NamedTuple):
+    """A single token's step that can be captured in a CUDA graph: from one token to the next only numbers change.
 
     Attributes:
-        reads: What the step reads that is not made in it; another step is the same where these are the same objects.
+        reads: What the step reads but does not make; a recorded step may be run again while these are the same objects.
         numbers: What the next token's step reads on the device, see `LayerMemory.numbers`.
     """
 
@@ -91,8 +91,8 @@ class LayerMemory(ABC):
         on_lookup: Called with the record of every lookup, or None.
         on_weights: Called for every single-token step with its attention weights [kv_heads, m], summed over the heads that
             share a kv head, and the absolute indices [kv_heads, m] of the keys they belong to; or None.
-        numbers: Where single tokens find the numbers of `Steady` on the device, [len(numbers), 1] int64 whose rows lie 16 bytes
-            apart. While it is set, `append` counts nothing; who set it calls `settle` before and `count` after.
+        numbers: Where single tokens find the numbers of `GraphStep` on the device, [len(numbers), 1] int64 whose rows lie
+            16 bytes apart. While it is set, `append` counts nothing; who set it calls `prepare_step` before and `count` after.
     """
 
     n_seen: int = 0
@@ -102,7 +102,7 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        """Take in n new tokens and return their attention output.
+        """Append n tokens and return their attention output.
 
         Args:
             query: [heads, n, head_dim], un-rotated.
@@ -118,10 +118,10 @@ class LayerMemory(ABC):
     def set_query(self, start: int, end: int) -> None:
         """Route tokens [start, end) (absolute indices, not yet appended) to the lookup.
 
-        A question takes effect once its last token was read and replaces the one before; several may be announced in order.
+        A question takes effect once its last token was read and replaces the one before; several must be announced in order.
         """
 
-    def settle(self) -> Steady | None:
+    def prepare_step(self) -> GraphStep | None:
         """Do everything that precedes a single token, and say what its step takes; None: it cannot run on numbers alone."""
         return None
 
@@ -134,7 +134,7 @@ class LayerMemory(ABC):
         return None
 
     def state(self) -> State:
-        """All that was read, on the host, for `restore`; questions are no part of it.
+        """All that was read, on the host, for `restore`; questions are not part of it.
 
         Raises:
             InvalidRequestError: Memories of this kind are not kept.

@@ -33,11 +33,11 @@ from qllm_kernels.dispatch import (
 from qllm_kernels.mass import Mass
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.memory.base import Rotation, Scoring, State, Steady
+from qllm_runtime.memory.base import GraphStep, Rotation, Scoring, State
+from qllm_runtime.memory.far_context import FarContext
 from qllm_runtime.memory.far_keys import FarKeys
-from qllm_runtime.memory.outside import Outside
+from qllm_runtime.memory.graph_step import GraphStepMemory, step_span, window_positions
 from qllm_runtime.memory.places import DevicePlace, Place
-from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 from qllm_runtime.memory.window import Window
 
 _TOGETHER = 64  # single tokens whose far keys are gathered at a time
@@ -53,7 +53,7 @@ class Span(TypedDict):
     softcap: float | None
 
 
-class BlockMemory(SteadyMemory):
+class BlockMemory(GraphStepMemory):
     """Memory of the policies qllm, infllm, streaming and lm-infinite.
 
     Args:
@@ -64,7 +64,7 @@ class BlockMemory(SteadyMemory):
 
     def __init__(self, config: MemoryConfig, rotation: Rotation, reserve: int = 0) -> None:
         self.config = config
-        self._outside = Outside(config, rotation, reserve // config.block_size)
+        self._far_context = FarContext(config, rotation, reserve // config.block_size)
         self._window = Window(config, rotation)
         self._n_blocks = 0  # blocks that left the window; those of streaming policies are not kept
         self._grid = 0  # pieces start here and every exec_block_size tokens from here
@@ -77,22 +77,22 @@ class BlockMemory(SteadyMemory):
                 f"Query span ({start}, {end}) must be a non-empty span of tokens that were not read yet."
             )
         if self.config.policy == "qllm":
-            self._outside.query.announce(start, end)
+            self._far_context.query.announce(start, end)
 
     @override
     def question_scores(self) -> torch.Tensor | None:
         if not self._n_blocks:
             return None
         with on_device(self._window.key.device):  # the layer's attention, which sees to that, does not ask
-            return self._outside.question_scores(self._n_blocks)
+            return self._far_context.question_scores(self._n_blocks)
 
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         n = query.shape[1]
         self._scoring = scoring
-        steady = self.step(query, key, value, scoring)
-        if steady is not None:
-            return steady
+        attended = self.step(query, key, value, scoring)
+        if attended is not None:
+            return attended
         single = self._launch if backend(query.device) == "triton" else self._step
         if n == 1:
             return single(query, key, value, scoring).transpose(0, 1)
@@ -111,7 +111,7 @@ class BlockMemory(SteadyMemory):
         """Tokens of the next launch: up to the end of a piece, and not beyond that of a question, which then takes effect."""
         within = (self.n_seen - self._grid) % self.config.exec_block_size
         size = min(left, self._window.launch_size - within)
-        question = self._outside.query.awaited
+        question = self._far_context.query.awaited
         if question is not None:
             size = min(size, question[1] - self.n_seen)
         # attention mass is known only after a piece's attention, and the next piece may need it
@@ -125,7 +125,7 @@ class BlockMemory(SteadyMemory):
         return max(0, (start - config.n_local - config.n_init) // config.block_size)
 
     def _oldest(self, n_eligible: int) -> int:
-        """Absolute index of the oldest token in the window of a piece with so many eligible blocks."""
+        """Absolute index of the oldest token in the window of a piece with `n_eligible` blocks to look up."""
         return self.config.n_init + n_eligible * self.config.block_size if n_eligible else 0
 
     def _evict(self, n_eligible: int, scoring: Scoring) -> None:
@@ -136,7 +136,7 @@ class BlockMemory(SteadyMemory):
         start = self.config.n_init + self._n_blocks * self.config.block_size
         self._n_blocks = n_eligible
         if self.config.uses_blocks:
-            self._outside.keep_blocks(*self._window.blocks(start, new, scoring))
+            self._far_context.keep_blocks(*self._window.blocks(start, new, scoring))
 
     def _admit(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
@@ -145,7 +145,7 @@ class BlockMemory(SteadyMemory):
         first = self.n_seen
         ready = self._eligible(first)
         self._evict(ready, scoring)
-        self._outside.keep_initial(first, key, value)
+        self._far_context.keep_initial(first, key, value)
         near = self._window.append(query, key, value, self._oldest(ready))
         self.n_seen += query.shape[1]
         return near, ready
@@ -177,13 +177,13 @@ class BlockMemory(SteadyMemory):
                 self._report(mass, torch.arange(oldest, self.n_seen, device=key.device), seen)
             self._window.note_lse(starts[0], lse)
             outs.append(out)
-        self._outside.query.capture(first, query, key, value, self.config.n_init)
+        self._far_context.query.capture(first, query, key, value, self.config.n_init)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _pieces(self, first: int, n: int) -> list[tuple[int, int]]:
         """Start and length of the pieces of a launch; each question token is one, once there are blocks."""
         size = self.config.exec_block_size
-        question = self._outside.query.awaited or (first + n, first + n)
+        question = self._far_context.query.awaited or (first + n, first + n)
         pieces = []
         start = first
         while start < first + n:
@@ -200,7 +200,7 @@ class BlockMemory(SteadyMemory):
         alike = None
         for start, length in pieces:
             count = self._eligible(start)
-            asks = self._outside.query.awaits(start)
+            asks = self._far_context.query.awaits(start)
             kind = (length, count > 0, start - self._oldest(count) if length > 1 else count, asks)
             if run and (kind != alike or (length == 1 and len(run) == _TOGETHER)):
                 yield run, alike[0] if alike else length
@@ -223,20 +223,20 @@ class BlockMemory(SteadyMemory):
         heads, _, dim = query.shape
         for starts, length in self._batches(pieces):
             counts = [self._eligible(start) for start in starts]
-            if not counts[0] or self._outside.empty:
+            if not counts[0] or self._far_context.empty:
                 yield starts, length, None, None
                 continue
-            far = self._outside.far(query[:, starts[0] - first : starts[-1] - first + length])
+            far = self._far_context.far(query[:, starts[0] - first : starts[-1] - first + length])
             means = far.reshape(heads, len(starts), length, dim).float().mean(2).transpose(0, 1)
             oldest = [self._oldest(count) for count in counts]
-            for some, seen in self._outside.keys(means, counts, oldest, starts, length, self.on_lookup):
+            for some, seen in self._far_context.keys(means, counts, oldest, starts, length, self.on_lookup):
                 rows = slice(some.start * length, some.stop * length)
                 yield starts[some], length, seen.segment(far[:, rows]), seen
 
     def _report(self, mass: Mass, window: torch.Tensor, seen: FarKeys | None, last: torch.Tensor | None = None) -> None:
         """Hand out the weights of a single token; `window` has the absolute indices of the keys in its window.
 
-        Keys that it does not see may have any index; none behind `last` is handed out.
+        Keys that it does not see may have any index; none after `last` is handed out.
         """
         assert self.on_weights is not None
         parts = [x[0].flatten(1) for x in (mass.window, mass.pages, mass.loose) if x is not None]
@@ -248,14 +248,14 @@ class BlockMemory(SteadyMemory):
         """Absolute indices [kv_heads, m] of the keys a single token sees: those of its window [n], then those outside it."""
         if seen is None:
             return window.expand(kv_heads, -1)
-        return torch.cat((window.expand(kv_heads, -1), self._outside.positions(seen).expand(kv_heads, -1)), 1)
+        return torch.cat((window.expand(kv_heads, -1), self._far_context.positions(seen).expand(kv_heads, -1)), 1)
 
     # -------------------------------------------------------------- attention of one token, wherever the device says it is
 
     @override
-    def settle(self) -> Steady | None:
-        config, window, outside, first = self.config, self._window, self._outside, self.n_seen
-        recorded = self.on_lookup is not None or outside.query.awaited is not None
+    def prepare_step(self) -> GraphStep | None:
+        config, window, far_context, first = self.config, self._window, self._far_context, self.n_seen
+        recorded = self.on_lookup is not None or far_context.query.awaited is not None
         if self._scoring is None or window.tables is None or first < config.n_init or recorded:
             return None
         count = self._eligible(first)
@@ -265,8 +265,8 @@ class BlockMemory(SteadyMemory):
         slot = window.used
         chosen = min(count, config.topk) if config.uses_blocks else 0
         place = Place(first, slot, oldest - window.base, first - oldest, oldest, count, chosen)
-        far = outside.settle(count) if count else ()
-        return Steady((window.key, self.on_weights, count > 0, *far), place)
+        far = far_context.prepare_step(count) if count else ()
+        return GraphStep((window.key, self.on_weights, count > 0, *far), place)
 
     @override
     def count(self) -> None:
@@ -280,8 +280,8 @@ class BlockMemory(SteadyMemory):
         window = self._window
         new = window.arrival(query, key, value, place.slot)
         far = seen = None
-        if self._n_blocks and not self._outside.empty:
-            near, far_query, seen = self._outside.take_in(new, place)
+        if self._n_blocks and not self._far_context.empty:
+            near, far_query, seen = self._far_context.take_in(new, place)
             far = seen.segment(far_query)
         else:
             near, _ = rotate_append(new)
@@ -312,9 +312,9 @@ class BlockMemory(SteadyMemory):
 
         logits, values = [logits_of(near, window.key[:, rows])], [window.value[:, rows]]
         seen = None
-        if count and not self._outside.empty:
-            far = self._outside.far(query)
-            seen = self._outside.keys_of_one(far.float().transpose(0, 1), count, oldest, first, self.on_lookup)
+        if count and not self._far_context.empty:
+            far = self._far_context.far(query)
+            seen = self._far_context.keys_of_one(far.float().transpose(0, 1), count, oldest, first, self.on_lookup)
             if seen.blocks is not None:
                 logits.append(logits_of(far, seen.blocks[0]))
                 values.append(seen.blocks[1])
@@ -336,7 +336,7 @@ class BlockMemory(SteadyMemory):
             self.on_weights(weights[..., :n_keys].sum(1), positions)
         if window.weighs_tokens:
             window.note_lse(first, torch.logsumexp(joint, -1).view(heads, 1))
-        self._outside.query.capture(first, query, key, value, self.config.n_init)
+        self._far_context.query.capture(first, query, key, value, self.config.n_init)
         return out.view(heads, 1, -1)
 
     # -------------------------------------------------------------- life
@@ -345,23 +345,23 @@ class BlockMemory(SteadyMemory):
     def state(self) -> State:
         oldest = self._oldest(self._n_blocks)
         window = {f"window.{name}": part for name, part in self._window.state(oldest).items()}
-        return {"counts": torch.tensor([self.n_seen, self._n_blocks]), **window, **self._outside.state()}
+        return {"counts": torch.tensor([self.n_seen, self._n_blocks]), **window, **self._far_context.state()}
 
     @override
     def restore(self, state: State, device: torch.device) -> None:
         self.n_seen, self._n_blocks = state["counts"].tolist()
         window = {name.removeprefix("window."): part for name, part in state.items() if name.startswith("window.")}
         self._window.restore(self._oldest(self._n_blocks), window, device)
-        self._outside.restore(state, device)
+        self._far_context.restore(state, device)
 
     @override
     def fork(self) -> Self:
         child = copy.copy(self)
-        child._outside = self._outside.fork()
+        child._far_context = self._far_context.fork()
         child._window = self._window.fork()
         child.on_lookup = child.on_weights = child.numbers = None
         return child
 
     @override
     def nbytes(self) -> int:
-        return self._outside.nbytes() + self._window.nbytes()
+        return self._far_context.nbytes() + self._window.nbytes()

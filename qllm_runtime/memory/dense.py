@@ -13,19 +13,19 @@ from qllm_kernels.attention import apply_sinks, attend, merge, segment_logits
 from qllm_kernels.dispatch import attend_pieces, attend_step, backend, rotate_append, step_mass
 from qllm_kernels.rotary import Arrival, Destination
 from qllm_runtime.errors import InvalidRequestError
-from qllm_runtime.memory.base import Rotation, Scoring, State, Steady, Tables
+from qllm_runtime.memory.base import GraphStep, Rotation, Scoring, State, Tables
+from qllm_runtime.memory.graph_step import GraphStepMemory, step_span, window_positions
 from qllm_runtime.memory.places import DevicePlace, Place
-from qllm_runtime.memory.steady import SteadyMemory, step_span, window_positions
 
 _TILE = 512
 _LOGITS = 2**28  # bytes of fp32 logits at a time where they are stored
-_ROOM = 1024  # tokens of questions and answers that fit behind what was expected
+_ROOM = 1024  # tokens of questions and answers that fit after what was expected
 
 
-class DenseMemory(SteadyMemory):
+class DenseMemory(GraphStepMemory):
     """All tokens, or those of a sliding window, at their true distances.
 
-    Forks that see everything share their buffers: what was read stays in place, and the first to go on writes behind it. Who
+    Forks that see everything share their buffers: what was read stays in place, and the first to go on writes after it. Who
     would write where another one has written already takes a copy.
 
     Args:
@@ -39,8 +39,9 @@ class DenseMemory(SteadyMemory):
         self._window = window
         self._capacity = reserve + _ROOM if window is None else window + 4 * _TILE
         self._most = 2 * _TILE  # tokens taken in at a time
-        if window is not None and rotation.comfortable_length is not None:  # one kind of frequencies in all slots
-            self._capacity = min(self._capacity, max(rotation.comfortable_length, window + 1))
+        short = rotation.original_max_position_embeddings
+        if window is not None and short is not None:  # one kind of frequencies in all slots
+            self._capacity = min(self._capacity, max(short, window + 1))
             self._most = min(self._most, self._capacity - window)
         self._base = 0  # absolute index of the buffers' first slot; a key is rotated at its slot
         self._key: torch.Tensor | None = None
@@ -55,16 +56,16 @@ class DenseMemory(SteadyMemory):
 
     @override
     def append(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        steady = self.step(query, key, value, scoring)
-        if steady is not None:
-            return steady
+        attended = self.step(query, key, value, scoring)
+        if attended is not None:
+            return attended
         if self._window is None:
             return self._append(query, key, value, scoring)
         rows = [slice(lo, lo + self._most) for lo in range(0, query.shape[1], self._most)]
         return torch.cat([self._append(query[:, part], key[:, part], value[:, part], scoring) for part in rows])
 
     @override
-    def settle(self) -> Steady | None:
+    def prepare_step(self) -> GraphStep | None:
         if self._key is None or self._value is None:
             return None
         self._make_room(self._key, self._value, 1)
@@ -73,7 +74,7 @@ class DenseMemory(SteadyMemory):
         slot = self.n_seen - self._base
         first = 0 if self._window is None else max(0, slot - self._window + 1)
         place = Place(self.n_seen, slot, first, slot - first, self._base + first, n_blocks=0, n_chosen=0)
-        return Steady((self._key, self._value, self._tables, self.on_weights), place)
+        return GraphStep((self._key, self._value, self._tables, self.on_weights), place)
 
     @override
     def count(self) -> None:
@@ -204,7 +205,7 @@ class DenseMemory(SteadyMemory):
             self._slide(self._key, self._value, used)
 
     def _move(self, key: torch.Tensor, value: torch.Tensor, slots: int) -> None:
-        """Take what is seen into buffers of its own, of so many slots."""
+        """Take what is seen into buffers of its own with `slots` slots."""
         used = self.n_seen
         self._key, self._value = (old.new_empty(old.shape[0], slots, old.shape[2]) for old in (key, value))
         for new, old in ((self._key, key), (self._value, value)):
@@ -241,15 +242,15 @@ class DenseMemory(SteadyMemory):
         end = self.n_seen - self._base
         rows = slice(0 if self._window is None else max(0, end - self._window + 1), end)
         kept = self._key if self._window is None else self._key_raw  # full attention keeps keys as they are rotated
-        counts = torch.tensor([self.n_seen, self._rotation.comfortable_length or 0])
+        counts = torch.tensor([self.n_seen, self._rotation.original_max_position_embeddings or 0])
         return {"counts": counts, "key": kept[:, rows].cpu(), "value": self._value[:, rows].cpu()}
 
     @override
     def restore(self, state: State, device: torch.device) -> None:
-        n_seen, comfortable_length = state["counts"].tolist()
+        n_seen, short = state["counts"].tolist()
         if not n_seen:
             return
-        if self._window is None and comfortable_length != (self._rotation.comfortable_length or 0):
+        if self._window is None and short != (self._rotation.original_max_position_embeddings or 0):
             raise InvalidRequestError(
                 "These documents were read with the rotary frequencies of shorter texts, which a reading of this length does "
                 "not have; read all of them at once and save that."
@@ -285,5 +286,5 @@ class DenseMemory(SteadyMemory):
 
 
 def tile_size(heads: int, keys: int) -> int:
-    """Queries that are compared with so many keys at a time, so that the logits of all heads stay below `_LOGITS` bytes."""
+    """Queries that are compared with `keys` keys at a time, so that the logits of all heads stay below `_LOGITS` bytes."""
     return max(1, min(_TILE, _LOGITS // (4 * heads * keys)))

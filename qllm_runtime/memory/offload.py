@@ -70,12 +70,12 @@ class OffloadedStore(BlockStore):
     def summaries(self, n_blocks: int, first: int = 0) -> list[torch.Tensor]:
         if self._reader is None:
             return super().summaries(n_blocks, first)
-        self.settle(self._reader)
+        self.synchronize(self._reader)
         spans = self._among(first, n_blocks)
         return [self._slabs[index].keys(rows.start, rows.stop).transpose(1, 2) for index, rows in spans]
 
     @override
-    def settle(self, device: torch.device) -> None:
+    def synchronize(self, device: torch.device) -> None:
         """Let what follows on the device see everything that was copied to the host."""
         if self._awaits and device.type == "cuda":
             torch.cuda.current_stream(device).wait_stream(copying(device))
@@ -86,7 +86,7 @@ class OffloadedStore(BlockStore):
         if ids.shape[0] * ids.shape[2] > self._device_blocks:
             return None
         table, copy = self._admit(ids, valid)
-        self.settle(ids.device)
+        self.synchronize(ids.device)
         copy()
         return self._paged(table)
 

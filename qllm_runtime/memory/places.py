@@ -42,11 +42,11 @@ class DevicePlace(NamedTuple):
 
     @classmethod
     def of(cls, numbers: torch.Tensor) -> Self:
-        """The fields that lie in `numbers`, as `board` makes it."""
+        """The fields that lie in `numbers`, as `step_inputs` makes it."""
         return cls(*numbers.unbind(0))
 
 
-def board(places: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
+def step_inputs(places: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
     """Numbers of several places on the device, [places, numbers, 1] int64; the host does not wait for it.
 
     Kernels are compiled anew for addresses of another alignment, so each number has 16 bytes of its own.

@@ -15,7 +15,7 @@ class PinnedQuery:
         tokens: [heads, tokens, head_dim] the question's un-rotated queries, fp32; None before the first is complete.
         key, value: [kv_heads, tokens, head_dim], un-rotated; tokens among the initial ones are left out.
         positions: [tokens] absolute indices of these tokens.
-        end: Absolute index behind the last of them.
+        end: Absolute index after the last of them.
     """
 
     def __init__(self) -> None:

@@ -42,7 +42,7 @@ class Slab:
         return self.data.shape[0]
 
     def slots(self, n: int) -> torch.Tensor:
-        """Room on the device for so many pages of each head, in the dtype of the model: [n, kv_heads, 1, width]."""
+        """Room on the device for `n` pages of each head, in the dtype of the model: [n, kv_heads, 1, width]."""
         return torch.empty(n, *self.data.shape[1:], dtype=self._dtype, device=self._device)
 
     def split(self, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,7 +117,7 @@ class BlockStore:
                 target.copy_(source)
         self._own = grown
 
-    def settle(self, device: torch.device) -> None:
+    def synchronize(self, device: torch.device) -> None:
         """Have what was appended in place for what `device` does next; ahead of a step that is recorded or run again."""
 
     def summaries(self, n_blocks: int, first: int = 0) -> list[torch.Tensor]:
@@ -198,7 +198,7 @@ class BlockStore:
 
 
 def summary_space(like: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Room for summaries of so many blocks, like these [summary_heads, r, any, head_dim]."""
+    """Room for summaries of `capacity` blocks, like these [summary_heads, r, any, head_dim]."""
     heads, r, _, dim = like.shape
     if r > 1 and backend(like.device) == "torch":
         # dot products of few queries with many summaries are faster along columns

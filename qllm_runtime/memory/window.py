@@ -44,8 +44,8 @@ class Window:
         piece = config.exec_block_size
         held = config.n_init + config.n_local + config.block_size
         room = max(config.chunk_size, piece)
-        if rotation.comfortable_length is not None:
-            room = min(room, max(rotation.comfortable_length - held, piece))
+        if rotation.original_max_position_embeddings is not None:
+            room = min(room, max(rotation.original_max_position_embeddings - held, piece))
         self._ranks_tokens = config.uses_blocks and config.summary == "max" and not config.every_key
         self.weighs_tokens = config.uses_blocks and config.summary == "published"
         self.launch_size = piece if self.weighs_tokens else room // piece * piece

@@ -69,7 +69,7 @@ class Body:
                 for box in paragraph.boxes:
                     yield from self._blocks(box)
                 continue
-            yield _Block(lead.strip("\n").rstrip(), is_paragraph=True)  # a table is no paragraph to run on into
+            yield _Block(lead.strip("\n").rstrip(), is_paragraph=True)  # text does not run on into a table
             lead, label_at = "", 0
             yield _Block(self._table(element) if element.tag == _TABLE else self._included(element))
         yield _Block(lead.strip("\n").rstrip(), is_paragraph=True)

@@ -10,7 +10,7 @@ from qllm_bench.oracle import forced, needed_tokens
 from qllm_bench.prose import Library
 from qllm_bench.subject import Subject
 from qllm_runtime import cli
-from qllm_runtime.memory.outside import Outside
+from qllm_runtime.memory.far_context import FarContext
 from qllm_runtime.prompt import build_prompt
 from qllm_runtime.types import Document, Turn
 
@@ -240,10 +240,10 @@ def test_oracle_sees_the_fact_in_every_lookup(subject):
     said = llm.tokenizer.decode(prompt.ids[tokens[0] : tokens[-1] + 1])
     assert case.values[0] in said
     wanted = {(t - memory.n_init) // memory.block_size for t in tokens if t >= memory.n_init}
-    original, seen = Outside.look_up, []
+    original, seen = FarContext.look_up, []
     with forced(tokens, memory):
         llm.ask(case.question, case.document, max_tokens=2, on_lookup=lambda _, record: seen.append(record))
-    assert Outside.look_up is original
+    assert FarContext.look_up is original
     assert seen and wanted and len(wanted) <= memory.topk
     for record in seen:
         chosen = record.ids.tolist()

@@ -13,7 +13,7 @@ from making import NAN, examples, poisoned, random
 from qllm_kernels import choice, rotary
 from qllm_kernels.choice import Pinned
 from qllm_kernels.gpu import append as gpu
-from qllm_kernels.gpu.tickets import tickets
+from qllm_kernels.gpu.counters import completion_counters
 from qllm_kernels.rotary import Arrival, Destination
 
 
@@ -98,7 +98,7 @@ def test_append_and_choose(
         torch.testing.assert_close(ranked.sort(-1).values, best.sort(-1).values, atol=5e-2, rtol=5e-2)
     if pinned is not None:
         assert torch.equal(hidden, choice.seen_twice(ids, block, position, border))
-    assert not tickets(torch.device("cpu")).any()
+    assert not completion_counters(torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize("scopes", [1, 3])

@@ -10,7 +10,7 @@ from making import PREFILL, STEP, examples, poisoned, random, segments
 from qllm_kernels import attention, step
 from qllm_kernels.attention import FarSegment
 from qllm_kernels.gpu import attention as gpu
-from qllm_kernels.gpu.tickets import tickets
+from qllm_kernels.gpu.counters import completion_counters
 
 
 def check(dtype=torch.float32, **shape):
@@ -120,7 +120,7 @@ def test_one_launch_joins_its_splits_every_time(monkeypatch, length):
     monkeypatch.setattr(kernel, "__getitem__", lambda self, grid: launches.append(grid) or launch(self, grid))
     for seed in range(3):
         check(length=length, pieces=2, back=90, loose=70, pages=3, page=40, seed=seed)
-        assert not tickets(torch.device("cpu")).any()
+        assert not completion_counters(torch.device("cpu")).any()
     assert [grid[0] for grid in launches] == [launches[0][0]] * 3
     assert launches[0][0] > 1
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from qllm_kernels import dispatch
 from qllm_kernels.rotary import Arrival
 from qllm_runtime import captured
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory import dense
@@ -23,7 +24,6 @@ from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.window import Window
-from qllm_runtime.seam import MemoryCache
 
 STEPS = 11  # of blocks of 4: two boundaries at least
 SIZES = {"n_init": 2, "n_local": 8, "block_size": 4, "topk": 2, "exec_block_size": 8, "chunk_size": 24}
@@ -66,7 +66,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[EmulatedGraph]]:
             super().replay()
 
     stores: weakref.WeakSet[OffloadedStore] = weakref.WeakSet()
-    append, settle = OffloadedStore.append, OffloadedStore.settle
+    append, synchronize = OffloadedStore.append, OffloadedStore.synchronize
 
     def everything_on_the_host() -> None:
         """No graph can wait for copies that were started outside of it."""
@@ -76,12 +76,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[EmulatedGraph]]:
         stores.add(store)
         append(store, *args)
 
-    def settled(store: OffloadedStore, device: torch.device) -> None:
+    def synchronized(store: OffloadedStore, device: torch.device) -> None:
         assert not (store._awaits and _get_current_dispatch_mode() is not None)
-        settle(store, device)
+        synchronize(store, device)
 
     monkeypatch.setattr(OffloadedStore, "append", noted)
-    monkeypatch.setattr(OffloadedStore, "settle", settled)
+    monkeypatch.setattr(OffloadedStore, "synchronize", synchronized)
     monkeypatch.setattr(captured, "recorder", lambda model: Graph)
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     dispatch.backend.cache_clear()
@@ -147,7 +147,7 @@ def compare(actual: Result, expected: Result) -> None:
         for name in ("key", "key_raw", "value", "_query", "_lse"):
             kept = [getattr(x, name)[:, other.used - 8 : other.used] for x in (window, other)]
             torch.testing.assert_close(*kept, atol=1e-4, rtol=1e-4)
-        pages = [x._outside.store for x in (mine, theirs)]
+        pages = [x._far_context.store for x in (mine, theirs)]
         assert len(pages[0]) == len(pages[1])
         for run_of_pages in zip(pages[0]._runs, pages[1]._runs, strict=True):
             kept = [[x.float() for x in pages] for pages in run_of_pages]

@@ -13,7 +13,7 @@ from making import examples, poisoned, random
 from qllm_kernels import choice
 from qllm_kernels.gpu import choose
 from qllm_kernels.gpu import select as gpu
-from qllm_kernels.gpu.tickets import tickets
+from qllm_kernels.gpu.counters import completion_counters
 
 NAN = float("nan")
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def check(
     assert (actual[1] is None) == (expected[1] is None)
     if expected[1] is not None:
         assert torch.equal(actual[1], expected[1])
-    assert not tickets(CPU).any()
+    assert not completion_counters(CPU).any()
 
 
 @examples(12)

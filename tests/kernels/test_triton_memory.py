@@ -96,7 +96,7 @@ def test_recorded_steps(monkeypatch: pytest.MonkeyPatch, policy: str, selection:
         memory.on_weights = twin.on_weights = lambda weights, positions: found.append((weights, positions))
         out = memory.append(*step, scoring)
         with monkeypatch.context() as torch_only:
-            for module in ("qllm_kernels.dispatch", "qllm_runtime.memory.block", "qllm_runtime.memory.outside"):
+            for module in ("qllm_kernels.dispatch", "qllm_runtime.memory.block", "qllm_runtime.memory.far_context"):
                 torch_only.setattr(f"{module}.backend", lambda device: "torch")
             torch.testing.assert_close(twin.append(*step, scoring), out, atol=4e-5, rtol=2e-4)
         (weights, positions), theirs = found[-2:]
@@ -128,7 +128,7 @@ def test_pages_are_read_in_place(monkeypatch: pytest.MonkeyPatch, settings: dict
     assert not any(segment.key.shape[2] >= BASE["block_size"] + BASE["n_init"] for segment in far if not spans)
     if "topk" in settings:
         assert any(segment.n_chosen is not None and len(set(segment.n_chosen.tolist())) > 1 for segment in far)
-    assert len(memory._outside.store) >= 4
+    assert len(memory._far_context.store) >= 4
 
 
 def test_forks_gather() -> None:
@@ -180,7 +180,7 @@ def test_offloaded_blocks(monkeypatch: pytest.MonkeyPatch, settings: dict[str, A
     for part in rest:
         torch.testing.assert_close(feed(memory, part, PLAIN, 12), naive.feed(*part), atol=4e-5, rtol=2e-4)
     assert all(segment.table.max() < settings["device_blocks"] for *_, segment in calls)
-    assert len(memory._outside.store) > 8
+    assert len(memory._far_context.store) > 8
     assert len(copied) > len(admitted) > 0
     assert bool(turns) == (config.exec_block_size == 4)
 

@@ -11,7 +11,7 @@ from making import examples, poisoned, random
 from qllm_kernels import refine
 from qllm_kernels.choice import Pinned
 from qllm_kernels.gpu import refine as gpu
-from qllm_kernels.gpu.tickets import tickets
+from qllm_kernels.gpu.counters import completion_counters
 
 NAN = float("nan")
 
@@ -37,7 +37,7 @@ def check(lookup, page_key, table, candidates, counts, topk, pins=0, **kind) -> 
     assert (actual[1] is None) == (expected[1] is None)
     if expected[1] is not None:
         assert torch.equal(actual[1], expected[1])
-    assert not tickets(torch.device("cpu")).any()
+    assert not completion_counters(torch.device("cpu")).any()
 
 
 @examples(10)

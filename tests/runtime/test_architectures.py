@@ -17,12 +17,13 @@ from qllm_kernels import rotary
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, UnsupportedModelError
+from qllm_runtime.hooks import decoder_of
 from qllm_runtime.inference import Inference
 from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.block import BlockMemory
-from qllm_runtime.memory.outside import Outside
+from qllm_runtime.memory.far_context import FarContext
 from qllm_runtime.rotary import short_length
-from qllm_runtime.seam import decoder_of, examine, installed
+from qllm_runtime.seam import examine, installed
 from qllm_runtime.support import check_support
 
 NARROW = MemoryConfig(
@@ -190,7 +191,7 @@ def test_everything_in_view_decides_on_the_frequencies() -> None:
         config = MemoryConfig(n_init=n_init, n_local=40, block_size=4, exec_block_size=16)
         (memory, *_) = Inference.of(model).cache(config).memories()
         assert isinstance(memory, BlockMemory)
-        assert memory._window._rotation.comfortable_length == length
+        assert memory._window._rotation.original_max_position_embeddings == length
 
 
 def test_the_shortest_length_of_several_kinds_of_layers_counts() -> None:
@@ -424,7 +425,7 @@ def test_tables_rotate_as_the_models_function(name: str) -> None:
             turned = rotary.rotate(x, cos[10:27], sin[10:27], interleaved=interleaved)
             torch.testing.assert_close(turned, rotation.rotate(x, 10), atol=1e-5, rtol=1e-5)
             for policy in ("qllm", "streaming"):
-                outside = Outside(NARROW.model_copy(update={"policy": policy}), rotation, 0)
-                far = outside.far_angles(x, cos.shape[1], interleaved=interleaved)
+                far_context = FarContext(NARROW.model_copy(update={"policy": policy}), rotation, 0)
+                far = far_context.far_angles(x, cos.shape[1], interleaved=interleaved)
                 turned = rotary.rotate(x, far[:1], far[1:], interleaved=interleaved)
-                torch.testing.assert_close(turned, outside.far(x), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(turned, far_context.far(x), atol=1e-5, rtol=1e-5)

@@ -277,7 +277,7 @@ def test_a_fork_leaves_its_parent_untouched() -> None:
 
 
 def kept(memory: BlockMemory) -> list[torch.Tensor]:
-    return tensors([memory._outside, memory._window])
+    return tensors([memory._far_context, memory._window])
 
 
 def tensors(thing: object, seen: set[int] | None = None) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 from transformers import LogitsProcessor
 
 from qllm_kernels.dispatch import backend
+from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import (
@@ -34,7 +35,6 @@ from qllm_runtime.errors import (
     UnsupportedModelError,
 )
 from qllm_runtime.prompt import build_prompt
-from qllm_runtime.seam import MemoryCache
 from qllm_runtime.types import Answer, Document, Piece, Sampling, Turn
 
 BOOK = "The cat sat there.\r\nNaïve 👩‍🚀 said: the fox\ufeff ran.\n\n" * 6

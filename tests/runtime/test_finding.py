@@ -53,17 +53,17 @@ def excerpts(monkeypatch: pytest.MonkeyPatch) -> list[list[Source]]:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     """What models were asked about the story; nothing is known of them ahead of a test or behind it."""
-    ranks: list[np.ndarray] = []
-    ask = finding._reciprocal_ranks
+    mrr: list[np.ndarray] = []
+    ask = finding._mean_reciprocal_rank
 
     def watch(*args: Any) -> np.ndarray:
-        ranks.append(ask(*args))
-        return ranks[-1]
+        mrr.append(ask(*args))
+        return mrr[-1]
 
-    monkeypatch.setattr(finding, "_reciprocal_ranks", watch)
+    monkeypatch.setattr(finding, "_mean_reciprocal_rank", watch)
     monkeypatch.setattr(rereading, "WORTH_FINDING", 0)
     finding._known.clear()
-    yield ranks
+    yield mrr
     finding._known.clear()
 
 
@@ -90,10 +90,10 @@ def test_a_model_is_asked_once(reader: QLLM, document: Document, asked: list[np.
     first = reader.ask(QUESTION, document, max_tokens=8)
     second = reader.ask(QUESTION, document, max_tokens=8)
     assert first.text == second.text
-    (ranks,) = asked
-    assert ranks.shape == (reader.model.config.num_hidden_layers,)
-    assert ranks.max() > 0.8  # one layer finds, and which is beyond doubt
-    assert np.sort(ranks)[-2] < ranks.max() - 0.25
+    (mrr,) = asked
+    assert mrr.shape == (reader.model.config.num_hidden_layers,)
+    assert mrr.max() > 0.8  # one layer finds, and which is beyond doubt
+    assert np.sort(mrr)[-2] < mrr.max() - 0.25
 
 
 def test_reading_the_story_is_told_and_done_once(
@@ -118,8 +118,8 @@ def test_a_model_that_finds_nothing_goes_by_attention(
     text = "\n\n".join(story(random.Random("tiny"), 1_500))
     answer = llm.ask("Who?", text, max_tokens=2)
     assert answer.reread
-    (ranks,) = asked
-    assert ranks.max() < finding.LEAST
+    (mrr,) = asked
+    assert mrr.max() < finding.MIN_MRR
     drafted = [source for source in excerpts[0] if source.score > 0]
     assert drafted == excerpts[0]
 

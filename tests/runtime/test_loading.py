@@ -89,7 +89,7 @@ def test_what_is_broken_is_named(folder: Path, edit: Edit, message: str) -> None
 def test_no_causal_language_model(folder: Path) -> None:
     removed("tokenizer.json", "tokenizer_config.json")(folder)
     written("config.json", '{"model_type": "vit"}')(folder)
-    with pytest.raises(UnsupportedModelError, match=r"no causal language model .*'vit'"):
+    with pytest.raises(UnsupportedModelError, match=r"not a causal language model .*'vit'"):
         load(folder)
 
 

@@ -12,8 +12,8 @@ from qllm_runtime.document_memory import DocumentMemory
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidRequestError
 from qllm_runtime.prompt import Prompt
-from qllm_runtime.request import lay_out, settle
-from qllm_runtime.rereading import serve
+from qllm_runtime.request import build_request_prompt, resolve
+from qllm_runtime.rereading import serve_request
 from qllm_runtime.types import Answer, Document, Turn
 
 TURNS = (
@@ -40,7 +40,7 @@ def engine(template: str) -> QLLM:
 
 def prompt(llm: QLLM, turns: list[Turn], memory: DocumentMemory, **options: Any) -> str:
     request, _ = llm._request(turns, None, "none", memory, options)  # type: ignore[arg-type]
-    laid_out = lay_out(settle(request))
+    laid_out = build_request_prompt(resolve(request))
     (span,) = laid_out.document_spans
     assert llm.tokenizer.decode(laid_out.ids[span.start : span.end]) == BOOK
     assert [llm.tokenizer.decode(laid_out.ids[a:b]) for a, b in laid_out.query_spans] == ["Who?"]
@@ -98,7 +98,7 @@ def test_documents_anywhere_in_a_conversation_are_read_again_under_a_clock(turns
         decode = llm.tokenizer.decode
         request, cancelled = llm._request(turns, None, "none", None, {"max_tokens": 2, "tools": [TOOL]})
         seen: list[Prompt] = []
-        *_, last = serve(replace(request, on_answer=lambda prompt, _: seen.append(prompt)), cancelled)
+        *_, last = serve_request(replace(request, on_answer=lambda prompt, _: seen.append(prompt)), cancelled)
     assert last.answer is not None and last.answer.reread
     (last_prompt,) = seen
     text = decode(last_prompt.ids)

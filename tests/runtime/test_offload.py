@@ -20,7 +20,7 @@ from qllm_kernels.pages import copy_pages
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError
-from qllm_runtime.memory import block, guide, offload, slabs
+from qllm_runtime.memory import block, offload, question_scores, slabs
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.offload import OffloadedStore
 from qllm_runtime.memory.store import BlockStore
@@ -207,7 +207,7 @@ def test_history(seed: int) -> None:
         part = tuple(x[:, at : at + n] for x in whole)
         same(*(feed(memory, part) for memory in pair))
         at += n
-    assert all(len(memory._outside.store) for memory in pair)
+    assert all(len(memory._far_context.store) for memory in pair)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
@@ -256,7 +256,7 @@ def test_scores_of_a_question_are_made_on_the_device_of_its_layer(monkeypatch: p
     memory.set_query(190, 199)
     feed(memory, tokens(199))
     monkeypatch.setattr(block, "on_device", on)
-    for module, name in ((guide, "block_scores"), (slabs, "dequantise_pages")):
+    for module, name in ((question_scores, "block_scores"), (slabs, "dequantise_pages")):
         monkeypatch.setattr(module, name, partial(watched, _work=getattr(module, name)))
     scores = memory.question_scores()
     assert scores is not None and len(scores) == memory._n_blocks
@@ -267,7 +267,7 @@ def test_scores_of_a_question_are_made_on_the_device_of_its_layer(monkeypatch: p
 @pytest.mark.parametrize("known", [1, 5, 16, 47])
 def test_rows_of_a_questions_scores_stay_aligned(known: int) -> None:
     """Else kernels would be compiled anew while a text grows."""
-    scores = guide.Guide(torch.randn(4, 3, DIM), 2)
+    scores = question_scores.QuestionScores(torch.randn(4, 3, DIM), 2)
     for n in (known, 3 * known):
         fresh = torch.randn(2, 1, n - scores.known, DIM)
         assert scores.scores([fresh], n + 1).stride(0) % 16 == 0
@@ -281,7 +281,7 @@ def test_the_device_holds_as_much_for_any_length() -> None:
     for n in (208, 800):
         memory = BlockMemory(config, Rope(DIM), reserve=n)
         feed(memory, tokens(n), SCORING)
-        store = memory._outside.store
+        store = memory._far_context.store
         assert isinstance(store, OffloadedStore)
         (slab,) = store._slabs
         pages = len(slab)

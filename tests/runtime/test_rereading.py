@@ -77,13 +77,13 @@ def test_memory_and_stream_give_the_same(reader: QLLM, documents: list[Document]
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What drafts and answers were written for."""
     seen: list[Request] = []
-    run = answering.run
+    answer_request = answering.answer_request
 
     def watch(request: Request, *args: Any) -> Iterator[Piece]:
         seen.append(request)
-        return run(request, *args)
+        return answer_request(request, *args)
 
-    monkeypatch.setattr(answering, "run", watch)
+    monkeypatch.setattr(answering, "answer_request", watch)
     return seen
 
 
@@ -179,12 +179,12 @@ def test_mass_of_a_passage_moves_to_its_document(reader: QLLM) -> None:
     assert whole.document_spans == (home,)
     there = moved[home.start : home.end]
     near = mass[again.start : again.end]
-    standing_out = np.maximum(near - near.mean(), 0)
-    assert there.sum() == pytest.approx(standing_out.sum())
+    prominence = np.maximum(near - near.mean(), 0)
+    assert there.sum() == pytest.approx(prominence.sum())
     inside = (home.offsets[:, 0] < start + len(FACT)) & (home.offsets[:, 1] > start)
     assert there[~inside].sum() == 0
     last = int(np.flatnonzero(inside)[-1])
-    assert there[last] == standing_out.max()
+    assert there[last] == prominence.max()
     passages_of_two = [excerpt, Source(0, None, 0, len("It rained."), 1.0, "It rained.")]
     turns = [Turn("user", (Document(text), Document(FACT), Document("It rained."), QUESTION))]
     prompt = build_prompt(reader.tokenizer, turns, query=QUESTION, mode="read_once")
@@ -194,5 +194,5 @@ def test_mass_of_a_passage_moves_to_its_document(reader: QLLM) -> None:
     moved, _ = trace_back(mass, prompt, passages_of_two)
     assert moved[home.start : home.start + 3].max() > 0  # more than the mean ...
     assert (
-        moved[home.start + int(np.flatnonzero(home.offsets[:, 0] >= start)[0]) :][: len(standing_out)].max() == 0
+        moved[home.start + int(np.flatnonzero(home.offsets[:, 0] >= start)[0]) :][: len(prominence)].max() == 0
     )  # ... or not

@@ -1,4 +1,4 @@
-"""Requests to one model: one at a time, in the order they came, given up when cancelled, refused in a torn copy."""
+"""Requests to one model: one at a time, in the order they came, given up when cancelled, refused in a fork amid one."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import CancelledError, ClosedError, QLLMError
 from qllm_runtime.tokenization import CHUNK, SegmentTokenizer
 from qllm_runtime.types import Document, Turn
-from qllm_runtime.waiting import Line
+from qllm_runtime.waiting import FifoLock
 
 BOOK = "The cat sat there. " * 30
 QUESTION = "Who sat?"
 
 
 def test_whoever_came_first_goes_first() -> None:
-    line, went = Line(), []  # type: ignore[var-annotated]
-    line.enter(lambda: False)
+    lock, went = FifoLock(), []  # type: ignore[var-annotated]
+    lock.acquire(lambda: False)
 
     def wait(number: int) -> None:
-        line.enter(lambda: False)
+        lock.acquire(lambda: False)
         went.append(number)
-        line.leave()
+        lock.release()
 
     threads = []
     for number in range(8):
         threads.append(threading.Thread(target=wait, args=(number,)))
         threads[-1].start()
-        while len(line._tickets) < number + 2:
+        while len(lock._tickets) < number + 2:
             time.sleep(0.001)
     with pytest.raises(CancelledError, match="waiting"):
-        line.enter(lambda: True)
-    line.leave()
+        lock.acquire(lambda: True)
+    lock.release()
     for thread in threads:
         thread.join(20)
     assert went == list(range(8))
-    assert not line.occupied
+    assert not lock.locked
 
 
 def test_a_request_keeps_others_waiting_until_all_of_it_is_done(llm: QLLM, monkeypatch: pytest.MonkeyPatch) -> None:

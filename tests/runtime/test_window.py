@@ -37,7 +37,7 @@ def test_buffers_fit_what_they_take_in() -> None:
 def test_launches_stay_within_the_length_that_keeps_its_frequencies() -> None:
     rotation = Rope(DIM)
     assert Window(WIDE, rotation).launch_size == 4000
-    rotation.comfortable_length = 64
+    rotation.original_max_position_embeddings = 64
     assert Window(WIDE, rotation).launch_size == (64 - 24) // WIDE.exec_block_size * WIDE.exec_block_size
 
 

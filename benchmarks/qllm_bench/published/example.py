@@ -22,7 +22,7 @@ class Example:
         task: Name of the task.
         instruction: What the published prompt says ahead of the text, to stand there as system text; "" for nothing.
         document: The text.
-        closing: What the published prompt says behind the text; holds the question.
+        closing: What the published prompt says after the text; holds the question.
         question: The part of `closing` that routes the lookup.
         answers: Accepted answers, or all parts of the answer, as the metric takes them.
         max_tokens: Longest answer, in tokens.

@@ -190,7 +190,7 @@ def _alone(text: str, letters: str) -> str:
 
 
 def _begins(text: str, marks: Sequence[str], answers: tuple[str, ...]) -> bool | None:
-    """Whether one of the answers stands behind the first mark that the text has; None where it has none of them."""
+    """Whether one of the answers stands after the first mark that the text has; None where it has none of them."""
     mark = next((mark for mark in marks if mark in text), None)
     return None if mark is None else text.partition(mark)[2][1:].startswith(answers)
 

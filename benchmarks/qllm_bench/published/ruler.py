@@ -175,7 +175,7 @@ def _track_question(value: str) -> str:
 
 
 def make_tracking(rng: random.Random, number: int, size: int) -> Example:
-    """Variable tracking, one chain of four hops over `size` lines of noise, behind one worked example of five lines."""
+    """Variable tracking, one chain of four hops over `size` lines of noise, after one worked example of five lines."""
     shown = str(rng.randint(10_000, 99_999))
     text, variables = _chain(rng, 5, shown, 3)
     worked = _TRACK.format(context=text, input=_track_question(shown))
@@ -191,7 +191,7 @@ def make_tracking(rng: random.Random, number: int, size: int) -> Example:
 
 
 def make_common(rng: random.Random, number: int, size: int, counts: Counts = COUNTS) -> Example:
-    """Common words: ten words among `size` others, behind one worked example."""
+    """Common words: ten words among `size` others, after one worked example."""
     pools = Pools(rng, evaluation=True)
     # English words first, as published; invented ones where the lists end.
     words = list(dict.fromkeys((*pools.nouns, *pools.adjectives)))
@@ -223,7 +223,7 @@ def _behind(worked: str, example: Example) -> Example:
 
 
 def parse(task: Task, row: Row) -> Example:
-    """A row of RULER's own files: the question is the last line of `input`, behind it comes `answer_prefix` if there is one.
+    """A row of RULER's own files: the question is the last line of `input`, after it comes `answer_prefix` if there is one.
 
     Raises:
         DatasetError: A field is missing or of another form.

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from qllm_kernels.attention import FarSegment
+from qllm_kernels.gpu.counters import completion_counters
 from qllm_kernels.gpu.segments import cannot_serve as cannot_serve
 from qllm_kernels.gpu.segments import far_arguments, logit_factors
 from qllm_kernels.gpu.shapes import Target, power_of_2, target
-from qllm_kernels.gpu.tickets import tickets
 
 _PROGRAMS = 256  # wanted at least, where keys can be split
 _JOINED = 4096  # elements of partial results at a time
@@ -259,7 +259,7 @@ def constants(rows: int, dim: int, value_dim: int, size: int, on: Target) -> dic
 
 
 def merging(rows: int, value_dim: int, splits: int) -> dict[str, int]:
-    """Sizes of the tiles in which partial results of `rows` query rows from so many splits are joined."""
+    """Sizes of the tiles in which partial results of `rows` query rows from `splits` splits are joined."""
     b_r = power_of_2(rows)
     return {"BR": b_r, "BS": max(1, min(splits, _JOINED // (b_r * power_of_2(value_dim, 16))))}
 
@@ -336,7 +336,7 @@ def _launch(
         parts = torch.empty(splits, heads, rows, value_dim, device=near.device)
         part_lse = torch.empty(splits, heads, rows, device=near.device)
     segment_attention[(tiles_m * splits, kv_heads, pieces)](
-        near, far_query, out, lse, parts, part_lse, tickets(near.device), window_key, window_value,
+        near, far_query, out, lse, parts, part_lse, completion_counters(near.device), window_key, window_value,
         stride_near_head=near.stride(0), stride_near_row=near.stride(1),
         stride_far_head=far_query.stride(0), stride_far_row=far_query.stride(1),
         stride_window_key_head=window_key.stride(0), stride_window_key_row=window_key.stride(1),

@@ -152,7 +152,7 @@ def choose_row(
 
 @triton.jit
 def hide_twice(p_ids, block, position, p_border, p_hidden, k, n_pinned, BL: tl.constexpr, BI: tl.constexpr):
-    """Write which pinned keys are in the k blocks that were written, or behind the border."""
+    """Write which pinned keys are in the k blocks that were written, or after the border."""
     # what one thread has written, another one reads
     tl.debug_barrier()
     b_border = tl.load(p_border)

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from qllm_kernels.choice import Pinned, always_full, to_device
 from qllm_kernels.gpu.choose import PINNED_TILE, fold_moments, hide_twice, mean_and_scale, ordered
+from qllm_kernels.gpu.counters import N_COUNTERS, completion_counters
 from qllm_kernels.gpu.shapes import MOST_PIECES, Target, power_of_2, refusal, target
-from qllm_kernels.gpu.tickets import MOST, tickets
 
 MOST_CANDIDATES = 1024
 _QUESTION = 128  # of the question's scores at a time
@@ -143,7 +143,7 @@ def cannot_serve(lookup: torch.Tensor, page_key: torch.Tensor, candidates: torch
     group, rows = lookup.shape[1] // page_key.shape[0], len(lookup) * candidates.shape[1]
     if group > 16:
         return f"{group} heads share a key, more than 16"
-    if rows > MOST or len(lookup) > MOST_PIECES:
+    if rows > N_COUNTERS or len(lookup) > MOST_PIECES:
         return f"{rows} choices are more than one launch counts"
     return refusal(page_key)
 
@@ -191,9 +191,9 @@ def refine_pages(
     moments = scores if question is None else torch.empty(pieces, scopes, m, 3, device=device)
     ids = torch.empty(pieces, scopes, k, dtype=torch.int64, device=device)
     valid = torch.empty(pieces, scopes, k, dtype=torch.bool, device=device)
-    asked = scores if question is None else question
+    asked, counters = scores if question is None else question, completion_counters(device)
     refine[(m, scopes, pieces)](
-        lookup, page_key, table.contiguous(), candidates.contiguous(), eligible, scores, moments, asked, tickets(device), ids,
+        lookup, page_key, table.contiguous(), candidates.contiguous(), eligible, scores, moments, asked, counters, ids,
         valid, *(pinned or (ids, ids, ids, valid)), 0 if pinned is None else len(pinned.block),
         k, asked.shape[-1], float(weight), 0 if question is None else asked.stride(0),
         *lookup.stride()[:2], *page_key.stride()[:3],

@@ -12,8 +12,8 @@ import triton.language as tl
 from qllm_kernels.choice import always_full, to_device
 from qllm_kernels.gpu import choose
 from qllm_kernels.gpu.choose import choose_best, choose_row, fold_moments
+from qllm_kernels.gpu.counters import completion_counters
 from qllm_kernels.gpu.shapes import MOST_PIECES, Target, power_of_2, refusal, target
-from qllm_kernels.gpu.tickets import tickets
 
 _ROWS = 64
 
@@ -42,11 +42,11 @@ def score_run(
     BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Scores for BP pieces of a run of the n_blocks blocks that come behind `first` others, BD dimensions at a time.
+    """Scores for BP pieces of a run of the n_blocks blocks that come after `first` others, BD dimensions at a time.
 
     BR summaries of a block are read at once. With BOUNDS they are bounds of keys, D upper ones and then the lower. With
     COUNTED only the first n_eligible blocks count. With GUIDED, each program leaves count, mean and sum of squared deviations
-    of its eligible scores, and the latter two of the question's scores of the same blocks, behind i_partial others. With
+    of its eligible scores, and the latter two of the question's scores of the same blocks, after i_partial others. With
     CHOOSES there is one piece, and the program that ends last chooses the k best; returns whether this one did.
     """
     i_scope, i_p = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -270,7 +270,7 @@ class Choice:
     def launches(self, n_eligible: torch.Tensor | None) -> Iterator[tuple[Run, tuple[Any, ...], dict[str, Any]]]:
         """Each run with the arguments of `score_run` from `summaries` on, programs left out, and constants."""
         question = self.scores if self._question is None else self._question
-        tensors = (self.scores, self._moments, question, tickets(self.scores.device), self.ids, self.valid)
+        tensors = (self.scores, self._moments, question, completion_counters(self.scores.device), self.ids, self.valid)
         flags = {"COUNTED": n_eligible is not None, "GUIDED": self._question is not None, "CHOOSES": self.chooses}
         n_all = self.scores.shape[2]
         # one part has no more: compiled once, however the text grows

@@ -12,7 +12,7 @@ from qllm_runtime.memory.query import PinnedQuery
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
-class Loose(NamedTuple):
+class PinnedKeys(NamedTuple):
     """Initial tokens and, if `asked`, tokens of the question.
 
     Attributes:
@@ -40,7 +40,7 @@ class Loose(NamedTuple):
         asked: bool,
         n_init: int,
         size: int,
-    ) -> Loose:
+    ) -> PinnedKeys:
         """Those of a memory.
 
         Args:
@@ -65,7 +65,7 @@ class Loose(NamedTuple):
 
         Args:
             ids: [pieces, scopes, k] blocks that are seen.
-            border: [pieces] first token of each window; None: all of them begin behind the question.
+            border: [pieces] first token of each window; None: all of them begin after the question.
 
         Returns:
             [pieces, scopes, m].

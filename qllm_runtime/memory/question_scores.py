@@ -9,7 +9,7 @@ import torch
 from qllm_kernels.dispatch import block_scores
 
 
-class Guide:
+class QuestionScores:
     """Scores of all blocks for one question.
 
     Every token of the question looks for its own best match in a block; matches are summed over tokens and heads. For

@@ -17,11 +17,11 @@ from qllm_runtime.config import CANDIDATES, MemoryConfig
 from qllm_runtime.memory.base import Rotation, State
 from qllm_runtime.memory.digest import BlockDigest
 from qllm_runtime.memory.far_keys import FarKeys
-from qllm_runtime.memory.guide import Guide
-from qllm_runtime.memory.loose import Loose
 from qllm_runtime.memory.offload import OffloadedStore
+from qllm_runtime.memory.pinned_keys import PinnedKeys
 from qllm_runtime.memory.places import DevicePlace
 from qllm_runtime.memory.query import PinnedQuery
+from qllm_runtime.memory.question_scores import QuestionScores
 from qllm_runtime.memory.record import Lookup, LookupHook
 from qllm_runtime.memory.store import BlockStore, PagedKeys
 
@@ -36,7 +36,7 @@ class Terms(TypedDict):
     weight: float
 
 
-class Outside:
+class FarContext:
     """Far keys of one layer. All of them are seen at the single distance `n_local - 1`, un-rotated.
 
     Args:
@@ -58,8 +58,8 @@ class Outside:
         self._initial: tuple[torch.Tensor, torch.Tensor] | None = None
         self._far_map: torch.Tensor | None = None
         self._far_row: torch.Tensor | None = None
-        self._loose: Loose | None = None
-        self._guide: tuple[torch.Tensor, Guide] | None = None  # a question's tokens and its scores
+        self._pinned: PinnedKeys | None = None
+        self._scored: tuple[torch.Tensor, QuestionScores] | None = None  # a question's tokens and its scores
         self._asked: torch.Tensor | None = None  # scores for the question that `take_in` reads
 
     @property
@@ -200,9 +200,9 @@ class Outside:
         return Terms(scopes=self._scopes, question=question, weight=self._config.query_weight)
 
     def _asks(self, n_blocks: int, room: int) -> torch.Tensor | None:
-        """The question's scores of so many blocks and `room` for more, [scopes, ...], if it takes part in lookups."""
-        guide = self._guiding(self._scopes)
-        return None if guide is None else guide.scores(self.store.summaries(n_blocks, guide.known), room)
+        """The question's scores of `n_blocks` blocks, with `room` for more, [scopes, ...], if it takes part in lookups."""
+        asking = self._scores_of_question(self._scopes)
+        return None if asking is None else asking.scores(self.store.summaries(n_blocks, asking.known), room)
 
     def question_scores(self, n_blocks: int) -> torch.Tensor | None:
         """See `LayerMemory.question_scores`; groups of heads that choose together count alike."""
@@ -213,14 +213,14 @@ class Outside:
     def _scopes(self) -> int:
         return self.store.kv_heads if self._config.selection == "per_kv_head" else 1
 
-    def _guiding(self, scopes: int) -> Guide | None:
+    def _scores_of_question(self, scopes: int) -> QuestionScores | None:
         """The question's scores, if it takes part in lookups."""
         tokens = self.query.tokens
         if tokens is None or not self._config.query_weight:
             return None
-        if self._guide is None or self._guide[0] is not tokens:
-            self._guide = (tokens, Guide(self.far(tokens), scopes))
-        return self._guide[1]
+        if self._scored is None or self._scored[0] is not tokens:
+            self._scored = (tokens, QuestionScores(self.far(tokens), scopes))
+        return self._scored[1]
 
     def keys(
         self,
@@ -248,24 +248,24 @@ class Outside:
             some, given = ids[rows], None if valid is None else valid[rows]
             twice = None
             if len(self.query.positions):
-                twice = self._pinned().hidden(some, None if border is None else border[rows])
+                twice = self._pinned_keys().hidden(some, None if border is None else border[rows])
             n_chosen = None if given is None else given[:, 0].sum(-1, dtype=torch.int32)
             yield rows, self._seen(some, given, n_chosen, twice, paged)
 
-    def settle(self, n_blocks: int) -> tuple[object, ...]:
-        """Bring up to date what `take_in` reads for so many eligible blocks, and return it."""
+    def prepare_step(self, n_blocks: int) -> tuple[object, ...]:
+        """Bring up to date what `take_in` reads for `n_blocks` eligible blocks, and return it."""
         if not self._config.uses_blocks or not n_blocks:
             return (self._initial,)
-        self.store.settle(self.store.like[0].device)
+        self.store.synchronize(self.store.like[0].device)
         parts = self._parts()
         self._asked = self._asks(n_blocks, sum(part.shape[2] for part in parts))
-        return (self._pinned(), self._asked, *parts, *self.store.pages)
+        return (self._pinned_keys(), self._asked, *parts, *self.store.pages)
 
     def take_in(self, new: Arrival, place: DevicePlace) -> tuple[torch.Tensor, torch.Tensor, FarKeys]:
-        """Rotate and append a single token, and find what it sees; of its place nothing but what the tensors hold is looked at.
+        """Rotate and append a single token, and find what it sees; the host never reads its place.
 
         Args:
-            new: The token, after `settle`.
+            new: The token, after `prepare_step`.
             place: Where it is.
 
         Returns:
@@ -279,9 +279,9 @@ class Outside:
         counts, parts, terms = place.n_blocks, self._parts(), self._terms(self._asked)
         pinned = None
         if len(self.query.positions):
-            loose = self._pinned()
-            hidden = torch.empty(1, self._scopes, len(loose.block), dtype=torch.bool, device=counts.device)
-            pinned = Pinned(loose.block, loose.position, place.oldest, hidden)
+            kept = self._pinned_keys()
+            hidden = torch.empty(1, self._scopes, len(kept.block), dtype=torch.bool, device=counts.device)
+            pinned = Pinned(kept.block, kept.position, place.oldest, hidden)
         if self._bounds is None:
             near, far_query, ids, valid = append_and_choose(
                 new, far, parts, counts, config.topk, pinned=pinned, **terms
@@ -313,11 +313,11 @@ class Outside:
     ) -> FarKeys:
         """Initial tokens, chosen blocks and question; arguments as in `look_up`, `FarKeys` and `Pinned.hidden`."""
         pieces, scopes, k = ids.shape
-        loose, asked = self._pinned(), len(self.query.positions)
-        pinned = [x.expand(-1, pieces, -1, -1) for x in (loose.key, loose.value)]
+        kept, asked = self._pinned_keys(), len(self.query.positions)
+        pinned = [x.expand(-1, pieces, -1, -1) for x in (kept.key, kept.value)]
         if paged is not None:
             return FarKeys(pinned[0], pinned[1], twice, ids, paged, n_chosen)
-        first, size = loose.key.shape[2] - asked, self._config.block_size
+        first, size = kept.key.shape[2] - asked, self._config.block_size
         key, value = (
             torch.cat((x[:, :, :first], blocks.flatten(2, 3), x[:, :, first:]), 2)
             for x, blocks in zip(pinned, self.store.gather(ids, valid), strict=True)
@@ -362,15 +362,15 @@ class Outside:
         key, value = (x.view(x.shape[0], -1, x.shape[-1]) for x in self.store.gather(ids))
         positions = self.query.positions
         asked = self.query.end - len(positions) < oldest  # else all of the question is in the window
-        kept = self._pinned(asked)
+        kept = self._pinned_keys(asked)
         hidden = kept.hidden(ids, self._border([oldest], ids.device)) if asked and len(positions) else None
         return FarKeys(kept.key, kept.value, hidden, ids, blocks=(key, value))
 
-    def _pinned(self, asked: bool = True) -> Loose:
+    def _pinned_keys(self, asked: bool = True) -> PinnedKeys:
         """Initial tokens and, if `asked`, the question's; there is a block."""
-        kept, config = self._loose, self._config
+        kept, config = self._pinned, self._config
         if kept is None or kept.question is not self.query.tokens or kept.asked != asked:
-            kept = self._loose = Loose.of(
+            kept = self._pinned = PinnedKeys.of(
                 self._initial, self.query, self.store.like, asked=asked, n_init=config.n_init, size=config.block_size
             )
         return kept
@@ -409,7 +409,7 @@ class Outside:
         child.query = self.query.fork()
         child._means = None if self._means is None else self._means.fork()
         child._bounds = None if self._bounds is None else self._bounds.fork()
-        child._loose = child._guide = child._asked = None
+        child._pinned = child._scored = child._asked = None
         return child
 
     def nbytes(self) -> int:

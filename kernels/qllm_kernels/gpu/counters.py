@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-MOST = 1 << 16
+N_COUNTERS = 1 << 16
 
 
-def tickets(device: torch.device) -> torch.Tensor:
-    """[MOST] int32 zeros for launches that run one after the other.
+def completion_counters(device: torch.device) -> torch.Tensor:
+    """[N_COUNTERS] int32 zeros for launches that run one after the other.
 
     Launches of one stream share them; those in CUDA graphs have others, as a graph may run beside that stream. Graphs that
     hold such launches must therefore not run beside each other.
@@ -25,4 +25,4 @@ def tickets(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _zeros(device: torch.device, stream: int | None) -> torch.Tensor:
-    return torch.zeros(MOST, dtype=torch.int32, device=device)
+    return torch.zeros(N_COUNTERS, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Memories whose single tokens run on numbers that the device reads."""
+"""Memories whose single tokens run on numbers that the device reads, so that their steps fit into a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from qllm_kernels.dispatch import backend
 from qllm_runtime.memory.base import LayerMemory, Scoring
-from qllm_runtime.memory.places import DevicePlace, board
+from qllm_runtime.memory.places import DevicePlace, step_inputs
 
 
 class StepSpan(TypedDict):
@@ -32,14 +32,14 @@ def window_positions(place: DevicePlace, slots: int) -> torch.Tensor:
     return torch.minimum(indices, place.position)
 
 
-class SteadyMemory(LayerMemory):
+class GraphStepMemory(LayerMemory):
     """A memory that, on Triton, takes in single tokens wherever the device says they are."""
 
     @abstractmethod
     def step_at(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, place: DevicePlace
     ) -> torch.Tensor:
-        """Take in a single token after `settle` and return its attention, [heads, 1, value_dim]; the host counts nothing.
+        """Take in a single token after `prepare_step` and return its attention, [heads, 1, value_dim]; the host counts nothing.
 
         Args:
             query, key, value, scoring: As in `append`.
@@ -54,10 +54,10 @@ class SteadyMemory(LayerMemory):
             return self.step_at(query, key, value, scoring, DevicePlace.of(self.numbers)).transpose(0, 1)
         if query.shape[1] > 1 or backend(query.device) == "torch":
             return None
-        steady = self.settle()
-        if steady is None:
+        step = self.prepare_step()
+        if step is None:
             return None
-        place = DevicePlace.of(board([steady.numbers], query.device)[0])
+        place = DevicePlace.of(step_inputs([step.numbers], query.device)[0])
         out = self.step_at(query, key, value, scoring, place)
         self.count()
         return out.transpose(0, 1)
