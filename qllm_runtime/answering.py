@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from qllm_runtime.cache import MemoryCache
@@ -58,24 +56,31 @@ def check_prefix(before: Prompt, prompt: Prompt) -> int:
 def read_tokens(
     inference: Inference,
     cache: MemoryCache,
-    ids: NDArray[np.int64],
+    prompt: Prompt,
+    span: tuple[int, int],
     config: MemoryConfig,
-    total: int,
-    done: int,
     progress: Progress | None,
     cancelled: Cancelled,
 ) -> None:
-    """Read `ids` [n] into a single-row cache; progress counts on from `done` of `total` tokens."""
-    count = done
+    """Read tokens [start, end) of a prompt, `span`, into a single-row cache that holds those before them.
+
+    What is read does not depend on whether its documents are read together or one after the other, except in faithful mode:
+    the published code knows no documents.
+    """
+    start, end = span
+    count = start
 
     def advance(n: int) -> None:
         nonlocal count
         count += n
         if progress is not None:
-            progress(count, total)
+            progress(count, len(prompt.ids))
 
-    if len(ids):
-        inference.read(cache, [torch.from_numpy(ids)], config, progress=advance, cancelled=cancelled)
+    if start < end:
+        ends = [] if config.faithful else [document.end for document in prompt.document_spans]
+        borders = [place - start for place in ends if start < place < end]
+        ids = torch.from_numpy(prompt.ids[start:end])
+        inference.read(cache, [ids], config, borders=borders, progress=advance, cancelled=cancelled)
 
 
 def resume_reading(
@@ -114,8 +119,7 @@ def read_ahead(request: Request, prompt: Prompt, cancelled: Cancelled) -> tuple[
     inference = request.inference
     with inference.request(cancelled):
         cache, known = begin_reading(request, prompt, prompt.read_end)
-        ids = prompt.ids[known : prompt.read_end]
-        read_tokens(inference, cache, ids, request.config, len(prompt.ids), known, request.progress, cancelled)
+        read_tokens(inference, cache, prompt, (known, prompt.read_end), request.config, request.progress, cancelled)
     return prompt.head, cache
 
 
@@ -136,8 +140,8 @@ def answer_request(request: Request, cancelled: Cancelled, prompt: Prompt | None
         cache, known = begin_reading(request, prompt, n)
         # the published code knows one prompt; elsewhere the question starts pieces of its own
         border = known if config.faithful else max(known, min(prompt.read_end, n - 1))
-        for lo, hi in ((known, border), (border, n - 1)):
-            read_tokens(inference, cache, prompt.ids[lo:hi], config, n, lo, request.progress, cancelled)
+        for span in ((known, border), (border, n - 1)):
+            read_tokens(inference, cache, prompt, span, config, request.progress, cancelled)
         mass = _record(cache, inference, n)
         logits = inference.step(cache, [int(prompt.ids[-1])])
         if request.progress is not None:

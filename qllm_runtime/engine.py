@@ -220,15 +220,18 @@ class QLLM:
             whole = (*after.documents, *whole)
             system, config, variables = after.system, after.config, after.template_kwargs
         cancelled = never if cancel is None else cancel.is_set
+        reading = None if after is None else after.contents(inference)
         prompt = build_reading(
-            self._need_tokenizer(), whole, system=system, template_kwargs=variables, cancelled=cancelled
+            self._need_tokenizer(),
+            whole,
+            system=system,
+            template_kwargs=variables,
+            read=reading[0] if reading else None,
+            cancelled=cancelled,
         )
         with inference.request(cancelled):
-            reading = None if after is None else after.contents(inference)
             cache, known = answering.resume_reading(inference, config, prompt, reading)
-            answering.read_tokens(
-                inference, cache, prompt.ids[known:], config, len(prompt.ids), known, progress, cancelled
-            )
+            answering.read_tokens(inference, cache, prompt, (known, len(prompt.ids)), config, progress, cancelled)
         return DocumentMemory(whole, system, prompt, cache, inference, config, variables)
 
     def load_memory(

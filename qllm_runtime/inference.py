@@ -21,6 +21,7 @@ from qllm_runtime.hooks import decoder_of, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
+from qllm_runtime.memory.pieces import Pieces
 from qllm_runtime.memory.published import PublishedMemory, PublishedWindow
 from qllm_runtime.rotary import thetas
 from qllm_runtime.seam import ModelFacts, examine, installed
@@ -239,6 +240,7 @@ class Inference:
         rows: Sequence[torch.Tensor],
         config: MemoryConfig,
         *,
+        borders: Sequence[int] = (),
         progress: Callable[[int], None] | None = None,
         cancelled: Cancelled = never,
     ) -> None:
@@ -248,6 +250,7 @@ class Inference:
             cache: Memories, one row per sequence.
             rows: [n_row] token ids of each row; lengths may differ.
             config: Sizes of chunks and pieces.
+            borders: Where documents end within a single row, in order: what follows is read as if it were read later.
             progress: Called after every chunk with the number of tokens read in it.
             cancelled: Polled before every chunk.
         """
@@ -259,10 +262,16 @@ class Inference:
         piece = config.exec_block_size
         chunk = config.chunk_size if config.faithful else max(piece, config.chunk_size // piece * piece)
         decoder = decoder_of(self.model)
-        for start in range(0, max(len(row) for row in rows), chunk):
+        for memory in cache.memories() if borders else ():
+            memory.cut_pieces([memory.n_seen + border for border in borders])
+        pieces = Pieces(piece).anew(borders)
+        start, n = 0, max(len(row) for row in rows)
+        while start < n:
             if cancelled():
                 raise CancelledError("Cancelled while reading.")
-            parts = [row[start : start + chunk] for row in rows]
+            end = min(start + chunk if config.faithful else pieces.last_end(start + chunk), n)
+            parts = [row[start:end] for row in rows]
+            start = end
             ids = self._batch(cache, parts)
             places = self._places(cache, *ids.shape)
             mask = stand_in_mask(ids.device)

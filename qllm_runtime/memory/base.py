@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from qllm_runtime.errors import InvalidRequestError
@@ -120,6 +120,10 @@ class LayerMemory(ABC):
 
         A question takes effect once its last token was read and replaces the one before; several must be announced in order.
         """
+
+    def cut_pieces(self, positions: Sequence[int]) -> None:
+        """Begin new pieces at these tokens (absolute indices, not yet appended): documents end there."""
+        return
 
     def prepare_step(self) -> GraphStep | None:
         """Do everything that precedes a single token, and say what its step takes; None: it cannot run on numbers alone."""

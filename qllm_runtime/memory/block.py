@@ -14,7 +14,7 @@ tokens before the piece, so results do not depend on where a text is cut between
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self, TypedDict
 
 import torch
@@ -37,6 +37,7 @@ from qllm_runtime.memory.base import GraphStep, Rotation, Scoring, State
 from qllm_runtime.memory.far_context import FarContext
 from qllm_runtime.memory.far_keys import FarKeys
 from qllm_runtime.memory.graph_step import GraphStepMemory, step_span, window_positions
+from qllm_runtime.memory.pieces import Pieces
 from qllm_runtime.memory.places import DevicePlace, Place
 from qllm_runtime.memory.window import Window
 
@@ -67,7 +68,7 @@ class BlockMemory(GraphStepMemory):
         self._far_context = FarContext(config, rotation, reserve // config.block_size)
         self._window = Window(config, rotation)
         self._n_blocks = 0  # blocks that left the window; those of streaming policies are not kept
-        self._grid = 0  # pieces start here and every exec_block_size tokens from here
+        self._cuts = Pieces(config.exec_block_size)
         self._scoring: Scoring | None = None  # of the last tokens
 
     @override
@@ -78,6 +79,10 @@ class BlockMemory(GraphStepMemory):
             )
         if self.config.policy == "qllm":
             self._far_context.query.announce(start, end)
+
+    @override
+    def cut_pieces(self, positions: Sequence[int]) -> None:
+        self._cuts = self._cuts.anew(positions)
 
     @override
     def question_scores(self) -> torch.Tensor | None:
@@ -98,7 +103,7 @@ class BlockMemory(GraphStepMemory):
             return single(query, key, value, scoring).transpose(0, 1)
         outs = []
         done = 0
-        self._grid = self.n_seen
+        self._cuts = self._cuts.taken_up(self.n_seen)
         while done < n:
             size = self._launch_size(n - done)
             rows = slice(done, done + size)
@@ -109,8 +114,7 @@ class BlockMemory(GraphStepMemory):
 
     def _launch_size(self, left: int) -> int:
         """Tokens of the next launch: up to the end of a piece, and not beyond that of a question, which then takes effect."""
-        within = (self.n_seen - self._grid) % self.config.exec_block_size
-        size = min(left, self._window.launch_size - within)
+        size = min(left, self._cuts.last_end(self.n_seen + self._window.launch_size) - self.n_seen)
         question = self._far_context.query.awaited
         if question is not None:
             size = min(size, question[1] - self.n_seen)
@@ -182,12 +186,11 @@ class BlockMemory(GraphStepMemory):
 
     def _pieces(self, first: int, n: int) -> list[tuple[int, int]]:
         """Start and length of the pieces of a launch; each question token is one, once there are blocks."""
-        size = self.config.exec_block_size
         question = self._far_context.query.awaited or (first + n, first + n)
         pieces = []
         start = first
         while start < first + n:
-            end = min(start + size - (start - self._grid) % size, first + n)
+            end = min(self._cuts.end(start), first + n)
             if end > question[0] and self._eligible(start):
                 end = max(start + 1, question[0])
             pieces.append((start, end - start))
