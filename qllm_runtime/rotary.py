@@ -171,7 +171,8 @@ def learn_layout(
     if not len(moving):
         return None
     a, b, c = plain[:, moving], quarter[:, moving], turned[:, moving]
-    likeness = (b / b.norm(dim=0)).T @ (a / a.norm(dim=0))
+    likeness = (b / b.norm(dim=0).clamp(min=1e-30)).T @ (a / a.norm(dim=0).clamp(min=1e-30))
+    likeness = likeness - likeness.T  # of a pair one may be zero, by a weight of zero
     partner = likeness.abs().argmax(1)
     sign = likeness.gather(1, partner[:, None])[:, 0].sign()
     alike = (b - sign * a[:, partner]).norm(dim=0) <= _TOLERANCE * b.norm(dim=0)
