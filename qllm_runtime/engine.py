@@ -143,7 +143,10 @@ class QLLM:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model; outside a request it is exactly as it was loaded."""
+        """The transformers model; outside a request it is exactly as it was loaded.
+
+        While a request is under way, calls of it by anybody else raise InvalidRequestError.
+        """
         return self._inference.model
 
     @property

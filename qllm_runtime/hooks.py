@@ -3,13 +3,14 @@
 * A forward hook on the decoder's `rotary_emb` replaces its tables.
 * Hooks on the decoder note the cache that a forward pass runs on.
 * An attention function registered under our name hands queries, keys and values to that cache.
+* Dropout is off, and a compiled model runs as it was written: for every new memory it would be traced anew.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from qllm_runtime.cache import ServingCache
 from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
 from qllm_runtime.memory.base import Scoring
 from qllm_runtime.rotary import unchanged
+from qllm_runtime.waiting import after_fork
 
 ATTENTION = "qllm_memory"
 
@@ -30,6 +32,15 @@ class _Current(threading.local):
 
 
 _current = _Current()
+
+
+def _current_cache() -> ServingCache:
+    if _current.cache is None:
+        raise InvalidRequestError(
+            "The model was called while it answers a request, which serves its attention from a memory: call it yourself when "
+            "no request is under way, or load a copy of your own."
+        )
+    return _current.cache
 
 
 def _attention(
@@ -44,13 +55,10 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if _current.cache is None:
-        raise InvalidRequestError(
-            "While a memory is installed the model must be called with a MemoryCache as past_key_values."
-        )
+    cache = _current_cache()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = Scoring(scale, softcap, s_aux)
-    return _current.cache.attend(module, query, key, value, scoring, sliding_window).contiguous(), None
+    return cache.attend(module, query, key, value, scoring, sliding_window).contiguous(), None
 
 
 def stand_in_mask(device: torch.device) -> torch.Tensor:
@@ -90,6 +98,65 @@ def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
     _current.cache = None
 
 
+class _Eager:
+    """Compiled functions run as they were written, in the whole process: torch knows no smaller scope."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._users += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stance.close()
+
+    def leave(self) -> None:
+        """Leave for all who are in it."""
+        self._stance.close()
+
+
+_eager = _Eager()
+
+
+def _after_fork() -> None:
+    """Threads that wanted it do not live on in a forked process."""
+    global _eager
+    _eager.leave()
+    _eager = _Eager()
+
+
+after_fork(_after_fork)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Run `model` in evaluation mode and, where it was compiled, eagerly; afterwards it is as before."""
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with _eager if any(map(_is_compiled, modules)) else nullcontext():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether it was compiled, by `module.compile()` or by way of its `forward`."""
+    by_call = getattr(module, "_compiled_call_impl", None) is not None
+    return by_call or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 @contextmanager
 def hooked(model: PreTrainedModel, rotary: torch.nn.Module | None, tables: Callable[..., Any]) -> Iterator[None]:
     """Have the cache that `model` is called with compute its attention.
@@ -107,7 +174,12 @@ def hooked(model: PreTrainedModel, rotary: torch.nn.Module | None, tables: Calla
     with ExitStack() as stack:
         if rotary is not None:
             stack.enter_context(unchanged(rotary))
-            stack.callback(rotary.register_forward_hook(tables, with_kwargs=True).remove)
+
+            def served(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                _current_cache()
+                return tables(module, args, kwargs, output)
+
+            stack.callback(rotary.register_forward_hook(served, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_pre_hook(_enter, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_hook(_leave, always_call=True).remove)
         stack.callback(model.set_attn_implementation, previous)

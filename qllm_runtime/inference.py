@@ -17,7 +17,7 @@ from qllm_runtime.cache import MemoryCache
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError, InvalidRequestError, OutOfMemoryError
-from qllm_runtime.hooks import decoder_of, is_out_of_memory, stand_in_mask
+from qllm_runtime.hooks import decoder_of, evaluating, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
@@ -159,11 +159,8 @@ class Inference:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         self._check_backend()
-        training = [module for module in self.model.modules() if module.training]
         try:
-            for module in training:
-                module.training = False
-            with torch.inference_mode(), installed(self.model), on_device(self.model.device):
+            with torch.inference_mode(), evaluating(self.model), installed(self.model), on_device(self.model.device):
                 yield
         except OutOfMemoryError:  # of a callback
             raise
@@ -171,9 +168,6 @@ class Inference:
             if is_out_of_memory(error):
                 raise self._out_of_memory(error) from error
             raise
-        finally:
-            for module in training:
-                module.training = True
 
     def _check_backend(self) -> None:
         """Name a bad QLLM_KERNELS before the model is examined, which would take it for a fault of the model."""

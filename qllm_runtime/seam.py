@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qllm_runtime.cache import MemoryCache, MemoryFactory, Slot
 from qllm_runtime.errors import InvalidConfigError, UnsupportedModelError
-from qllm_runtime.hooks import decoder_of, hooked, identity, is_out_of_memory, stand_in_mask
+from qllm_runtime.hooks import decoder_of, evaluating, hooked, identity, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory, Rotation
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.probing import Call, ProbeTables, observe
@@ -288,7 +288,8 @@ def examine(model: PreTrainedModel) -> ModelFacts:
     """
     known = _examined.get(model)
     if known is None or known.rotary is not _rotary_module(model):
-        facts = probe(model)
-        self_test(model, facts)
+        with evaluating(model):
+            facts = probe(model)
+            self_test(model, facts)
         _examined[model] = facts
     return _examined[model]
