@@ -68,6 +68,18 @@ class ProbeCache(MemoryCache):
         states = layer.number_of_states if isinstance(layer, LinearAttentionCacheLayerMixin) else 0
         return Slot(attends=type(layer).__name__ != "LinearAttentionLayer", states=states)
 
+    @override
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if layer_idx >= len(self.layers):
+            raise UnsupportedModelError(
+                f"{self._name} has a layer whose layer_idx is {layer_idx}, but its configuration makes a cache of "
+                f"{len(self.layers)} layers, as where layers were taken out; renumber layer_idx of its attention modules "
+                "(0, 1, 2, ...)."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def used_slots(self) -> list[Slot]:
         """What each layer turned out to keep.
 

@@ -12,7 +12,7 @@ from architectures import SUPPORTED, WIDE, assert_same, build, stock, text
 from transformers import PreTrainedModel
 
 from qllm_runtime.engine import QLLM
-from qllm_runtime.errors import InvalidRequestError
+from qllm_runtime.errors import InvalidRequestError, UnsupportedModelError
 from qllm_runtime.hooks import evaluating
 from qllm_runtime.inference import Inference
 
@@ -127,4 +127,22 @@ def test_a_weight_of_zero_in_a_norm_of_queries() -> None:
     for layer in model.model.layers:
         layer.self_attn.q_norm.weight.data[3] = layer.self_attn.k_norm.weight.data[11] = 0
     ids = text(model, 40)
+    assert_same(last_logits(model, ids), stock(model, ids)[:, -1])
+
+
+# ---------------------------------------------------------------------- pruned
+
+
+@pytest.mark.parametrize("renumbered", [False, True])
+def test_pruned_models_are_served_once_renumbered(renumbered: bool) -> None:
+    model = build("llama", {})
+    model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in (0, 1, 3)])
+    model.config.num_hidden_layers = 3
+    ids = text(model, 40)
+    if not renumbered:
+        with pytest.raises(UnsupportedModelError, match=r"layer_idx is 3.* 3 layers.*renumber"):
+            last_logits(model, ids)
+        return
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
     assert_same(last_logits(model, ids), stock(model, ids)[:, -1])
