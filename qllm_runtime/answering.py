@@ -195,7 +195,7 @@ def announce_questions(cache: MemoryCache, row: int, spans: Sequence[tuple[int, 
 
 def _record(cache: MemoryCache, inference: Inference, length: int) -> torch.Tensor:
     """[length + 1] attention mass per token of the prompt, then of all that follow, filled while single tokens are fed."""
-    mass = torch.zeros(length + 1, device=inference.model.device)
+    mass = torch.zeros(length + 1, device=inference.device)
 
     def add(weights: torch.Tensor, positions: torch.Tensor) -> None:
         places = positions.reshape(-1).to(mass.device).clamp(max=length)
@@ -269,7 +269,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 def _peak_memory(inference: Inference) -> int:
-    device = inference.model.device
+    device = inference.device
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -87,6 +88,27 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     if decoder is model or not isinstance(decoder, PreTrainedModel):  # a head may go by the name of decoder
         decoder = model.base_model
     return getattr(model, "model", model) if decoder is model else decoder
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings those that it offloaded.
+
+    Raises:
+        UnsupportedModelError: Its weights are on the meta device, and nothing brings them.
+    """
+    first = next(chain(module.parameters(), module.buffers()))
+    if not first.is_meta:
+        return first.device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):  # several in a row
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has weights on the meta device, which holds no numbers, and no hook of accelerate brings "
+        "them; load the weights with from_pretrained, with a device_map if they do not fit on one device."
+    )
 
 
 def _enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:

@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from qllm_runtime.cache import MemoryCache
 from qllm_runtime.captured import CapturedSteps
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import CancelledError, ClosedError, InvalidConfigError, InvalidRequestError, OutOfMemoryError
-from qllm_runtime.hooks import decoder_of, evaluating, is_out_of_memory, stand_in_mask
+from qllm_runtime.hooks import decoder_of, device_of, evaluating, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.dense import DenseMemory
@@ -102,15 +101,19 @@ class Inference:
         return int(length) if length and length > 0 else None
 
     @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens.
+
+        Raises:
+            UnsupportedModelError: Its weights were not loaded.
+        """
+        return device_of(self.model)
+
+    @property
     def devices(self) -> list[torch.device]:
         """Where each layer is."""
         facts, layers = self.facts, getattr(decoder_of(self.model), "layers", ())
-        return [
-            facts.layers[i].device
-            if i in facts.layers
-            else next(chain(layers[i].parameters(), layers[i].buffers())).device
-            for i in range(len(facts.slots))
-        ]
+        return [facts.layers[i].device if i in facts.layers else device_of(layers[i]) for i in range(len(facts.slots))]
 
     @contextmanager
     def turn(self, cancelled: Cancelled = never) -> Iterator[None]:
@@ -160,7 +163,7 @@ class Inference:
     def _ready(self) -> Iterator[None]:
         self._check_backend()
         try:
-            with torch.inference_mode(), evaluating(self.model), installed(self.model), on_device(self.model.device):
+            with torch.inference_mode(), evaluating(self.model), installed(self.model), on_device(self.device):
                 yield
         except OutOfMemoryError:  # of a callback
             raise
@@ -172,7 +175,7 @@ class Inference:
     def _check_backend(self) -> None:
         """Name a bad QLLM_KERNELS before the model is examined, which would take it for a fault of the model."""
         try:
-            backend(self.model.device)
+            backend(self.device)
         except ValueError as error:
             raise InvalidConfigError(str(error)) from None
 
@@ -182,7 +185,7 @@ class Inference:
         self._lock, self._holder, self._at_work = FifoLock(), None, False
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
-        place = self.model.device
+        place = self.device
         text = (str(error).splitlines() or [""])[0]
         if place.type == "cuda":
             free, total = torch.cuda.mem_get_info(place)
@@ -285,7 +288,7 @@ class Inference:
             captured_logits = self._captured_step(cache, tokens[0])
             if captured_logits is not None:
                 return captured_logits
-        ids = torch.tensor([[token or 0] for token in tokens], device=self.model.device)
+        ids = torch.tensor([[token or 0] for token in tokens], device=self.device)
         mask = stand_in_mask(ids.device)
         logits: torch.Tensor = self.model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **self._places(cache, *ids.shape)
@@ -296,8 +299,8 @@ class Inference:
         """Each row's own positions, where there are several: some models scale queries by them."""
         if rows == 1:
             return {}
-        starts = torch.tensor([[cache.memories(row)[0].n_seen] for row in range(rows)], device=self.model.device)
-        return {"position_ids": starts + torch.arange(n, device=self.model.device)}
+        starts = torch.tensor([[cache.memories(row)[0].n_seen] for row in range(rows)], device=self.device)
+        return {"position_ids": starts + torch.arange(n, device=self.device)}
 
     def records(self, cache: MemoryCache) -> bool:
         """Whether steps of this sequence are run from a recording now."""
@@ -319,4 +322,4 @@ class Inference:
         ids = torch.zeros(len(parts), max(lengths), dtype=torch.long)
         for row, part in zip(ids, parts, strict=True):
             row[: len(part)] = part
-        return ids.to(self.model.device)
+        return ids.to(self.device)

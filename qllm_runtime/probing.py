@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from qllm_runtime.cache import MemoryCache, Slot, states_of
 from qllm_runtime.errors import UnsupportedModelError
-from qllm_runtime.hooks import decoder_of, hooked, identity
+from qllm_runtime.hooks import decoder_of, device_of, hooked, identity
 from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.rotary import NoRotation, split
@@ -171,7 +171,7 @@ def _angle_per_frequency(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def observe(model: PreTrainedModel, rotary: torch.nn.Module | None, tables: ProbeTables, seen: int = 0) -> ProbeCache:
     """Run a few tokens; the cache tells what the layers asked for."""
     cache = ProbeCache(model, seen)
-    tokens = torch.arange(1, _TOKENS + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
+    tokens = torch.arange(1, _TOKENS + 1, device=device_of(model))[None] % model.config.get_text_config().vocab_size
     with torch.no_grad(), hooked(model, rotary, tables):
         decoder_of(model)(input_ids=tokens, past_key_values=cache, use_cache=True)
     return cache

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qllm_runtime.cache import MemoryCache, MemoryFactory, Slot
 from qllm_runtime.errors import InvalidConfigError, UnsupportedModelError
-from qllm_runtime.hooks import decoder_of, evaluating, hooked, identity, is_out_of_memory, stand_in_mask
+from qllm_runtime.hooks import decoder_of, device_of, evaluating, hooked, identity, is_out_of_memory, stand_in_mask
 from qllm_runtime.memory.base import LayerMemory, Rotation
 from qllm_runtime.memory.dense import DenseMemory
 from qllm_runtime.probing import Call, ProbeTables, observe
@@ -209,7 +209,7 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
     name = type(model).__name__
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (1, sum(_SELF_TEST_PARTS)), generator=generator).to(model.device)
+    tokens = torch.randint(0, vocabulary, (1, sum(_SELF_TEST_PARTS)), generator=generator).to(device_of(model))
 
     def factory(layer: int, row: int) -> LayerMemory:
         info = facts.layers[layer]
@@ -221,7 +221,7 @@ def self_test(model: PreTrainedModel, facts: ModelFacts) -> None:
             with unchanged(facts.rotary) if facts.rotary is not None else nullcontext():
                 expected = model(input_ids=tokens, use_cache=False).logits.float()
             with hooked(model, facts.rotary, identity):
-                shared = {"attention_mask": stand_in_mask(model.device), "past_key_values": cache, "use_cache": True}
+                shared = {"attention_mask": stand_in_mask(tokens.device), "past_key_values": cache, "use_cache": True}
                 parts = [
                     model(input_ids=part, **shared).logits for part in torch.split(tokens, list(_SELF_TEST_PARTS), 1)
                 ]

@@ -146,3 +146,55 @@ def test_pruned_models_are_served_once_renumbered(renumbered: bool) -> None:
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     assert_same(last_logits(model, ids), stock(model, ids)[:, -1])
+
+
+# ---------------------------------------------------------------------- offloaded
+
+
+class Offloaded:
+    """Keeps a module's weights elsewhere but while it computes, as accelerate does for a device_map with "cpu" or "disk"."""
+
+    execution_device = torch.device("cpu")
+
+    def __init__(self, module: Any) -> None:
+        self._kept = {name: weight for name, weight in module._parameters.items() if weight is not None}
+        self._away = {name: torch.nn.Parameter(x.to("meta"), requires_grad=False) for name, x in self._kept.items()}
+        self._module, self._forward = module, module.forward
+        module._parameters.update(self._away)
+        module._hf_hook, module.forward = self, self.forward
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        module._parameters.update(self._kept)
+        return args, kwargs
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        module._parameters.update(self._away)
+        return output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.pre_forward(self._module)
+        return self.post_forward(self._module, self._forward(*args, **kwargs))
+
+
+def offload(part: torch.nn.Module) -> None:
+    for module in part.modules():
+        if any(weight is not None for weight in module._parameters.values()):
+            Offloaded(module)
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
+@pytest.mark.parametrize("part", ["", "model.embed_tokens", "model.layers.2"])
+def test_offloaded_weights(name: str, part: str) -> None:
+    model = build(*SUPPORTED[name])
+    ids = text(model, 40)
+    expected = stock(model, ids)
+    offload(model.get_submodule(part))
+    assert any(weight.is_meta for weight in model.parameters())
+    assert_same(last_logits(model, ids), expected[:, -1])
+    assert {place.type for place in Inference.of(model).devices} == {"cpu"}
+
+
+def test_weights_that_were_never_loaded() -> None:
+    model = build("llama", {}).to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"meta device.*from_pretrained"):
+        QLLM(model, memory=WIDE).generate([[5, 6, 7]], max_tokens=1)
