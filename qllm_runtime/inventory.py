@@ -34,7 +34,7 @@ def print_support(name: str) -> bool:
         from qllm_runtime.console import looking_for
 
         looking_for(name)
-    support = check_support(str(MODELS / name) if name in BUILTIN else name)
+    support = check_support(name)
     verdict = "supported" if support.ok else "not supported"
     print(f"{name}: {verdict}{': ' if support.reason else ''}{' '.join(support.reason.split())}")
     return bool(support.ok)

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qllm_runtime.errors import ModelNotFoundError, UnsupportedModelError
-from qllm_runtime.loading import auto_class
+from qllm_runtime.loading import auto_class, locate
 from qllm_runtime.seam import examine
 
+_VOCABULARY = 128
 # sizes of the stand-in; everything else (kinds of layers, rotation, norms, caps) stays as configured
 _SIZES = {
     "intermediate_size": 64,
@@ -30,7 +31,7 @@ _SIZES = {
     "n_group": 1,
     "topk_group": 1,
     "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": 128,
+    "vocab_size_per_layer_input": _VOCABULARY,
 }
 _LAYERS = 8
 #: Heads, their size, and how often the hidden size goes into the two together, of state-space layers.
@@ -58,16 +59,18 @@ def check_support(model: str | os.PathLike[str] | PreTrainedConfig) -> Support:
     """Build a small stand-in with random weights from a model's configuration, and examine it as a real one would be.
 
     Args:
-        model: A folder, a hub id, or a configuration of transformers.
+        model: "reader", "reader-plain", a folder, a hub id, or a configuration of transformers.
 
     Raises:
         ModelNotFoundError: There is no such model.
     """
     try:
-        config = model if isinstance(model, PreTrainedConfig) else _configuration(os.fspath(model))
+        config = model if isinstance(model, PreTrainedConfig) else _configuration(locate(model))
     except UnsupportedModelError as error:
         return Support(False, str(error))
     kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        return Support(False, f"{kind} is an encoder-decoder; only decoder-only models can be served.")
     if not getattr(config.get_text_config(), "num_attention_heads", None):
         return Support(False, f"{kind} has no attention layers to give a memory to.")
     try:
@@ -120,8 +123,6 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     values = config.to_dict()
     text = config.get_text_config()
     small = type(text)(**_small(text, values if text is config else text.to_dict()))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(small, name, None if name == "pad_token_id" else 1)
     if text is config or auto_class(small) is not None:
         return small
     parts = {name: _shallow(values[name]) for name in config.sub_configs if isinstance(values.get(name), dict)}
@@ -137,15 +138,31 @@ def _shallow(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _small(text: Any, values: dict[str, Any]) -> dict[str, Any]:
-    heads = values["num_attention_heads"]
+    heads = text.num_attention_heads
     kv_heads = values.get("num_key_value_heads") or heads
     group = max(1, heads // kv_heads)
-    hidden = 2 * group * (values.get("head_dim") or values["hidden_size"] // heads)
+    hidden = 2 * group * (values.get("head_dim") or text.hidden_size // heads)
     changed: dict[str, Any] = {name: size for name, size in _SIZES.items() if isinstance(values.get(name), int)}
-    changed |= {"num_attention_heads": 2 * group, "hidden_size": hidden, "vocab_size": 128}
+    changed |= {
+        _own(text, "num_attention_heads"): 2 * group,
+        _own(text, "hidden_size"): hidden,
+        "vocab_size": _VOCABULARY,
+    }
+    changed |= {
+        name: _VOCABULARY - 1 for name, value in values.items() if name.endswith("_token_id") and value is not None
+    }
+    changed |= {"bos_token_id": 1, "eos_token_id": 1}
+    if isinstance(values.get("attention_hidden_size"), int):  # wider than the layers between
+        changed["attention_hidden_size"] = values["attention_hidden_size"] // text.hidden_size * hidden
+        changed["attention_head_dim"] = changed["attention_hidden_size"] // (2 * group)
     if "num_key_value_heads" in values:
         changed["num_key_value_heads"] = 2
     return {**values, **changed, **_states(values, hidden), **_layers(text, values)}
+
+
+def _own(text: Any, name: str) -> str:
+    """What a configuration calls one of the attributes that all have."""
+    return str(text.attribute_map.get(name, name))
 
 
 def _states(values: dict[str, Any], hidden: int) -> dict[str, Any]:
@@ -154,9 +171,10 @@ def _states(values: dict[str, Any], hidden: int) -> dict[str, Any]:
     for heads, size, times in _STATES:
         if all(isinstance(values.get(name), int) for name in (heads, size, times)):
             changed[heads] = max(1, values[times] * hidden // values[size])
+            changed[size] = values[times] * hidden // changed[heads]
             changed |= {name: 1 for name in ("mamba_n_groups", "mamba_ngroups", "n_groups") if name in values}
             if values.get("mamba_d_ssm"):
-                changed["mamba_d_ssm"] = changed[heads] * values[size]
+                changed["mamba_d_ssm"] = changed[heads] * changed[size]
     if isinstance(values.get("linear_num_key_heads"), int):
         changed["linear_num_key_heads"] = 2
         changed["linear_num_value_heads"] = 2 * (values["linear_num_value_heads"] // values["linear_num_key_heads"])
@@ -172,15 +190,16 @@ def _layers(text: Any, values: dict[str, Any]) -> dict[str, Any]:
     kept |= set(range(min(total, max(0, _LAYERS - len(kept)))))
     kept |= set(range(min(total, _LAYERS))) if len(kept) < min(total, _LAYERS) else set()
     chosen = sorted(kept)
-    changed: dict[str, Any] = {"num_hidden_layers": len(chosen)}
+    changed: dict[str, Any] = {_own(text, "num_hidden_layers"): len(chosen)}
     for name, value in values.items():
         if isinstance(value, list) and len(value) == total:
             changed[name] = [_SIZES["intermediate_size"] if name == "intermediate_size" else value[i] for i in chosen]
     if isinstance(values.get("per_layer_config"), dict):
         known = {int(i): x for i, x in values["per_layer_config"].items()}
         changed["per_layer_config"] = {at: known[i] for at, i in enumerate(chosen) if i in known}
-    if values.get("attn_layer_indices"):
-        changed["attn_layer_indices"] = [chosen.index(i) for i in values["attn_layer_indices"] if i in kept]
+    for name in ("attn_layer_indices", "hybrid_layer_ids"):
+        if values.get(name):
+            changed[name] = [chosen.index(i) for i in values[name] if i in kept]
     if values.get("num_kv_shared_layers"):
         changed["num_kv_shared_layers"] = sum(i >= total - values["num_kv_shared_layers"] for i in chosen)
     return changed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import REFUSED, SUPPORTED, WIDE, N, assert_same, build, model_of, stock, text
 from definition import Naive, Rotate
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from qllm_kernels import rotary
 from qllm_runtime.config import MemoryConfig
@@ -19,6 +19,7 @@ from qllm_runtime.engine import QLLM
 from qllm_runtime.errors import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from qllm_runtime.hooks import decoder_of
 from qllm_runtime.inference import Inference
+from qllm_runtime.inventory import BUILTIN, MODELS
 from qllm_runtime.memory.base import LayerMemory, Scoring
 from qllm_runtime.memory.block import BlockMemory
 from qllm_runtime.memory.far_context import FarContext
@@ -397,6 +398,8 @@ def test_refusals_name_the_model_and_the_reason(name: str) -> None:
         "lfm2",
         "granitemoehybrid",
         "bamba",
+        "zamba2",
+        "modernbert-decoder",
     ],
 )
 def test_support_is_told_from_the_configuration(name: str) -> None:
@@ -404,11 +407,26 @@ def test_support_is_told_from_the_configuration(name: str) -> None:
     assert support.ok, support.reason
 
 
-@pytest.mark.parametrize("name", ["gpt2", "hunyuan", "mamba", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "opt", "hunyuan", "mamba", "t5"])
 def test_lack_of_support_is_told_from_the_configuration(name: str) -> None:
     support = check_support(build(*REFUSED[name]).config)
     assert not support.ok
-    assert support.reason
+    assert REASONS[name] in support.reason
+
+
+@pytest.mark.parametrize("name", ["zamba2", "gpt2", "modernbert-decoder"])
+def test_support_of_configurations_as_they_come(name: str) -> None:
+    """Sizes and special tokens as published, which do not go with those of the small model."""
+    support = check_support(AutoConfig.for_model(name))
+    assert support.ok == (name != "gpt2")
+    assert "cannot be built" not in support.reason
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_support_of_built_in_models(name: str) -> None:
+    if not (MODELS / name / "config.json").exists():
+        pytest.skip("the trained readers are not here")
+    assert check_support(name).ok
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
