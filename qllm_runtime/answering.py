@@ -154,7 +154,7 @@ def answer_request(request: Request, cancelled: Cancelled, prompt: Prompt | None
                 yield Piece(piece.text, logprobs=piece.logprobs, reasoning=piece.reasoning)
         weights = mass.cpu().numpy()
         if request.on_answer is not None:
-            request.on_answer(prompt, cache, "".join(piece.reasoning + piece.text for piece in written))
+            request.on_answer(prompt, cache)
     ended = time.perf_counter()
     n_written = len(request.sampler.ids)
     documents = request.documents

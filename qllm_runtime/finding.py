@@ -1,4 +1,4 @@
-"""Passages that the question's own lookups name, and those of what a draft says in other words.
+"""Passages that the question's own lookups name.
 
 Only a few layers of a model find facts, and their scores do not tell which (benchmarks/LOG.md). So each model is measured
 once: it is asked about a short story made on the spot, and the layer whose lookups rank the right blocks highest is used
@@ -7,7 +7,6 @@ from then on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -21,7 +20,7 @@ from qllm_runtime.cache import MemoryCache
 from qllm_runtime.config import MemoryConfig
 from qllm_runtime.errors import ContextOverflowError
 from qllm_runtime.inference import Inference
-from qllm_runtime.prompt import Prompt, text_ids
+from qllm_runtime.prompt import Prompt
 from qllm_runtime.request import Request, build_request_prompt
 from qllm_runtime.samples import sample_document
 from qllm_runtime.sources import surroundings
@@ -34,12 +33,10 @@ STORY_CHUNK = 2048
 #: A layer finds facts when its mean reciprocal rank (over questions, of the right block) is at least this.
 MIN_MRR = 0.3
 
-_WORD = re.compile(r"\w(?:[\w'’-]*\w)?")
-
 _known: WeakKeyDictionary[Inference, dict[MemoryConfig, int | None]] = WeakKeyDictionary()
 
 
-def named_passages(
+def named_by_question(
     layer: int,
     n_blocks: int,
     prompt: Prompt,
@@ -47,7 +44,7 @@ def named_passages(
     config: MemoryConfig,
     documents: Sequence[Document],
 ) -> list[Source]:
-    """Passages around the blocks that score highest for the question alone: the last one that `cache` has read.
+    """Passages around the blocks that score highest for the question alone.
 
     Args:
         layer: Layer whose scores are taken.
@@ -63,30 +60,6 @@ def named_passages(
     best: list[int] = scores.topk(min(n_blocks, len(scores))).indices.tolist()
     starts = [config.n_init + block * config.block_size for block in best]
     return [found for start in starts for found in surroundings(start, start + config.block_size, prompt, documents)]
-
-
-def new_words(text: str, question: str) -> str:
-    """The words of a text that the question does not have, each once, in order."""
-    known = set(_WORD.findall(question.casefold()))
-    return " ".join(word for word in dict.fromkeys(_WORD.findall(text)) if word.casefold() not in known)
-
-
-def ask_further(cache: MemoryCache, text: str, request: Request, cancelled: Cancelled) -> None:
-    """Read a text as the question that takes the place of the one before it.
-
-    Args:
-        cache: Memories of one row; their attention and lookups are reported no more.
-        text: The text. Tokens that do not fit the window are left out.
-        request: Whose model and layout the memories are of.
-        cancelled: Polled before every chunk.
-    """
-    ids = text_ids(request.tokenizer, text, request.tools)[: request.config.n_local]
-    memories = cache.memories()
-    for memory in memories:
-        memory.on_weights = memory.on_lookup = None
-    start = memories[0].n_seen
-    answering.announce_questions(cache, 0, [(start, start + len(ids))], request.config)
-    request.inference.read(cache, [torch.from_numpy(ids)], request.config, cancelled=cancelled)
 
 
 @dataclass(frozen=True)

@@ -156,11 +156,6 @@ def build_reading(
     return _tokenise(tokenizer, segmenter, segments[: last + 1], read, cancelled)
 
 
-def text_ids(tokenizer: Any, text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> NDArray[np.int64]:
-    """Ids [n] of a text that goes on in the middle of a prompt with these tools, special tokens inert."""
-    return SegmentTokenizer.of(tokenizer, template_of(tokenizer, tools)).text(text, space=True)[0]
-
-
 def renders_tools(tokenizer: Any) -> bool:
     """Whether the chat template writes tools itself.
 

@@ -42,7 +42,7 @@ class Request:
         direct: Ask the chat template for an answer without a thought, where what was read allows it.
         reading: What the prompt begins with and was read already, and its memories; `resolve` takes them from `memory`.
         excerpts: Passages of the documents to put after all of them, ahead of the last question.
-        on_answer: Gets the prompt, the memories and the text once the answer is written, thoughts included.
+        on_answer: Gets the prompt and the memories once the answer is written.
     """
 
     inference: Inference
@@ -62,7 +62,7 @@ class Request:
     on_lookup: LayerLookupHook | None = None
     reading: tuple[Prompt, MemoryCache] | None = None
     excerpts: tuple[Source, ...] = ()
-    on_answer: Callable[[Prompt, MemoryCache, str], None] | None = None
+    on_answer: Callable[[Prompt, MemoryCache], None] | None = None
     direct: bool = False
 
     @property

@@ -2,8 +2,7 @@
 
 A looked-up block is seen at one far distance, next to blocks it never stood beside. Read again in the window, with the question
 after it, the same passage is understood as well as a short text is (measured: docs/results.md). The first answer is a draft:
-it is not shown; its attention says what to read again, and so do lookups of the question and of the draft's own words
-(`finding`).
+it is not shown, its attention says what to read again, and so do the question's own lookups (`finding`).
 
 Where the passages leave at least half of the window free, everything else stays within reach of the lookups. In a smaller
 window they would evict one another and would have to be looked up again among similar text, so there they are read alone.
@@ -78,7 +77,19 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
     layer = None
     if worth_finding:
         layer = finding.retrieval_layer(request, story, lambda done: tell(prompt.read_end + done), cancelled)
-    draft, found = _draft(request, cancelled, prompt, layer)
+    named: list[Source] = []
+
+    def look(layer: int, prompt: Prompt, cache: MemoryCache) -> None:
+        named.extend(finding.named_by_question(layer, NAMED_BLOCKS, prompt, cache, config, request.documents))
+
+    on_answer = None if layer is None else partial(look, layer)
+    short = Sampling(max_tokens=DRAFT_TOKENS)  # whatever the answer's limit is: that only cuts the answer
+    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None, on_answer=on_answer)
+    *_, last = answering.answer_request(draft_request, cancelled, prompt)
+    draft = last.answer
+    assert draft is not None
+    attended = draft.sources[:BESIDE_NAMED] if named else draft.sources
+    found = in_order([*attended, *named], request.documents)
     drafted = time.perf_counter()
     last_request, last_prompt, alone = replace(request, excerpts=found, progress=read_all), None, False
     if found and _can_be_alone(request):
@@ -98,39 +109,6 @@ def _reread(request: Request, cancelled: Cancelled, prompt: Prompt) -> Iterator[
             usage = replace(final.usage, prompt_tokens=n, cache_read_tokens=cached)
             piece = replace(piece, answer=replace(final, timings=timings, usage=usage))
         yield piece
-
-
-def _draft(
-    request: Request, cancelled: Cancelled, prompt: Prompt, layer: int | None
-) -> tuple[Answer, tuple[Source, ...]]:
-    """A draft, and the passages to be read again: those that it attended to and those that lookups name.
-
-    Lookups of the question name some; so do lookups of the words that the draft adds to it. Where an answer takes two steps,
-    the second statement shares a name with what the draft found in the first, not with the question.
-
-    Args:
-        request: The request, its documents read.
-        cancelled: Polled before every chunk and after every token.
-        prompt: The request's.
-        layer: Layer whose lookups name passages, or None.
-    """
-    named: list[Source] = []
-    short = Sampling(max_tokens=DRAFT_TOKENS)  # whatever the answer's limit is: that only cuts the answer
-
-    def look(layer: int, prompt: Prompt, cache: MemoryCache, said: str) -> None:
-        documents, config = request.documents, request.config
-        named.extend(finding.named_passages(layer, NAMED_BLOCKS, prompt, cache, config, documents))
-        words = finding.new_words(said, request.query or "")
-        if words:
-            finding.ask_further(cache, words, request, cancelled)
-            named.extend(finding.named_passages(layer, NAMED_BLOCKS, prompt, cache, config, documents))
-
-    on_answer = None if layer is None else partial(look, layer)
-    draft_request = replace(request, sampling=short, sampler=Sampler(short), progress=None, on_answer=on_answer)
-    *_, last = answering.answer_request(draft_request, cancelled, prompt)
-    assert last.answer is not None
-    attended = last.answer.sources[:BESIDE_NAMED] if named else last.answer.sources
-    return last.answer, in_order([*attended, *named], request.documents)
 
 
 def _can_be_alone(request: Request) -> bool:

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm_runtime import finding, rereading
 from qllm_runtime.engine import QLLM
-from qllm_runtime.memory.record import Lookup
 from qllm_runtime.prompt import build_prompt
 from qllm_runtime.samples import story
 from qllm_runtime.sources import in_order, surroundings
@@ -76,7 +75,6 @@ def test_all_values_of_a_key_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rereading, "BESIDE_NAMED", 0)  # nothing by attention
-    monkeypatch.setattr(finding, "new_words", lambda *_: "")  # nor by the draft
     reader.ask(QUESTION, document, max_tokens=2)
     passages = excerpts.pop()
     assert all(any(fact in passage.text for passage in passages) for fact in FACTS)
@@ -86,53 +84,6 @@ def test_all_values_of_a_key_are_found(
         assert passage.text == document.text[passage.start : passage.end]
         assert passage.title == "story"
     assert [p.start for p in passages] == sorted(p.start for p in passages)
-
-
-def test_what_a_draft_adds_leads_to_the_second_statement(
-    reader: QLLM, excerpts: list[list[Source]], asked: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The question names the ship's load; who its captain is stands beside the ship's name only."""
-    paragraphs = story(random.Random("second step"), 30_000)
-    first, second = "The ship Meridian carries the walrus.", "The captain of the Meridian is Ottilie Brandt."
-    paragraphs[len(paragraphs) // 4] += f" {first}"
-    paragraphs[3 * len(paragraphs) // 4] += f" {second}"
-    document = Document("\n\n".join(paragraphs), "story")
-    monkeypatch.setattr(rereading, "BESIDE_NAMED", 0)
-    monkeypatch.setattr(rereading, "NAMED_BLOCKS", 2)
-    question = "Which load does the ship have that carries the walrus?"  # nothing of the second statement
-    found = {}
-    for words in ("", "Meridian"):
-        monkeypatch.setattr(finding, "new_words", lambda *_, words=words: words)
-        reader.ask(question, document, max_tokens=2)
-        found[words] = any(second in passage.text for passage in excerpts.pop())
-    assert found == {"": False, "Meridian": True}
-
-
-@pytest.mark.parametrize(
-    ("text", "question", "words"),
-    [
-        ("The Meridian carries the salt. Meridian!", "What carries the SALT?", "Meridian"),
-        ("It isn't Jean-Luc's.", "Is it?", "isn't Jean-Luc's"),
-        ("塩を運ぶ船 メリディアン", "塩を運ぶ船", "メリディアン"),
-        ("...", "Who?", ""),
-        ("who", "Who?", ""),
-    ],
-)
-def test_words_that_a_question_does_not_have(text: str, question: str, words: str) -> None:
-    assert finding.new_words(text, question) == words
-
-
-def test_further_questions_leave_the_reading_as_it_was(reader: QLLM, document: Document) -> None:
-    lookups: list[Lookup] = []
-    with reader.read(document) as memory:
-        reader.ask(QUESTION, memory, max_tokens=2)  # the story that the model is measured with is counted once
-        before = reader.ask(QUESTION, memory, max_tokens=30, on_lookup=lambda _, lookup: lookups.append(lookup))
-        n = len(lookups)
-        again = reader.ask(QUESTION, memory, max_tokens=30, on_lookup=lambda _, lookup: lookups.append(lookup))
-    assert again.text == before.text
-    assert again.sources == before.sources
-    assert again.usage == before.usage
-    assert len(lookups) == 2 * n
 
 
 def test_a_model_is_asked_once(reader: QLLM, document: Document, asked: list[np.ndarray]) -> None:
