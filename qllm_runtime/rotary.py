@@ -115,9 +115,8 @@ class RotaryTable:
         positions = torch.arange(grown, device=self.device).expand(*self._lead, grown)
         probe = torch.zeros(1, 1, 1, dtype=torch.float32, device=self.device)
         with unchanged(self._module):
-            if (
-                self.original_max_position_embeddings is not None
-            ):  # a short call first: modules remember the longest one
+            # a short call first: modules remember the longest one
+            if self.original_max_position_embeddings is not None:
                 self._module.forward(probe, positions[..., :1], *self._args)
             cos, sin = split(self._module.forward(probe, positions, *self._args))
         self._cos, self._sin = cos.float().to(self.device), sin.float().to(self.device)
